@@ -1,0 +1,42 @@
+"""The errors that `mnet_fx` raises. All derive from `MnetError`; those that concern an argument are also `ValueError`s."""
+
+__all__ = ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"]
+
+
+class MnetError(Exception):
+    """Base class of every error that `mnet_fx` raises on purpose."""
+
+
+class SettingsError(MnetError, ValueError):
+    """An option of `momentumize` or of a region is not one that can work."""
+
+
+class StreamError(MnetError, RuntimeError):
+    """A tensor that reaches a region at run time is not one that it can carry, or a step changed it in place."""
+
+
+class InversionError(MnetError, RuntimeError):
+    """A step, run again in the backward pass, did not give what it gave in the forward pass, so its gradient would be wrong.
+
+    Attributes:
+        region: name of the region.
+        step: index t of the step that differed.
+        what: what differed, such as "the state before step 3" or "parameter 'm0.weight'".
+    """
+
+    def __init__(self, region: str, step: int, what: str, detail: str = "") -> None:
+        self.region, self.step, self.what, self.detail = region, step, what, detail
+        super().__init__(
+            f"{region}, step {step}: {what} differs between the forward pass and its recomputation in the backward pass{detail}. "
+            "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
+            "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
+            "(optimizer.step(), .data, load_state_dict); train() or eval() called in between; a random generator or Python state of "
+            "the step's own; another matmul precision or number of threads. Make the step repeatable, or use backward='stored'."
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.region, self.step, self.what, self.detail)
+
+
+class MnetWarning(UserWarning):
+    """Something that works but will not give what was probably wanted."""

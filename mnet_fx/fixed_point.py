@@ -1,0 +1,442 @@
+"""Exact arithmetic of the momentum recurrence: two integer shears, each undone bit for bit.
+
+The momentum recurrence of Sander et al. 2021 (arXiv 2102.07870, eq. 2), with a weight b[t] (1 - g[t] in the paper),
+
+    v[t+1] = g[t] * v[t] + b[t] * f[t](x[t])
+    x[t+1] = x[t] + v[t+1]
+
+contains a multiplication by g < 1, which no rounding arithmetic can undo. Put u[t] = v[t] / (g[0] * ... * g[t-1]): then each line only adds
+to one variable a function of the *other* one, which is a shear (lifting step). Here x and u are integers,
+
+    x = X * unit                  v = U * ratio * unit
+
+and what is added is rounded to an integer first:
+
+    ratio <- g * ratio                          U is not touched; what one unit of U means shrinks instead
+    U <- U + round(y * b / (ratio * unit))      undone by subtracting the same rounded number
+    X <- X + round(U * ratio)                   undone by subtracting the same rounded number
+
+so the inverse is exact for every g, every y and any number of steps (Levesque & Verlet 1993; Rein & Tamayo 2018, arXiv 1704.07715).
+
+**Where the bits go.** A step contracts volume by g, so log2(1/g) bits per element *must* be kept by whoever wants to go back. They are the
+low bits of U, whose magnitude grows by 1/g for a given v. When U would outgrow its 53 bits, its low bits are *spilled*: moved to packed
+bytes, losslessly, and put back by the inverse. X is re-gridded in the same way when the stream outgrows its range. g = 0 forgets v
+altogether, so the whole of U is spilled: that step is a checkpoint.
+
+**Formats.** U holds integers below 2^53 in a float64: their sums are exact, and no conversion from or to int64 is needed, which makes a step
+twice as fast on CPUs. X is an int32 for streams of up to 32 bits (12 bytes per element for both), a float64 for float64 streams. The
+unit is a power of two that gives max|x[0]| 29 bits (39 for float64): finer than float32 is at that maximum.
+
+**Never a wrap.** Decisions are taken on the host, from an upper bound of |x| and |v| that follows the recurrence with max|y| of each step
+(one scalar read per step and forward pass; none when going back, since every decision is in the step's `Record`).
+
+**inf and NaN** in x[0] or y add nothing to the integers; they are kept as a mask, and come out of `read` as NaN from then on.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import StreamError
+
+__all__ = ["Format", "Record", "Spill", "State", "expected_bytes", "fingerprint", "spill", "unspill"]
+
+U_LIMIT = 2.0**52  # |U| stays below: sums of two such numbers are exact in float64
+CHUNK_CPU = 1 << 18  # elements per pass: x, u and scratch stay in cache
+CHUNK_DEVICE = 1 << 23
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a stream of one dtype is held.
+
+    Attributes:
+        dtype: dtype of X.
+        bits: bits given to max|x[0]|.
+        limit: |X| stays below.
+        fine: at most this many bits by which the unit of a fresh U is finer than the unit of X.
+    """
+
+    dtype: torch.dtype
+    bits: int
+    limit: float
+    fine: int
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Format:
+        """Format of a stream of floating dtype `dtype`. The bits satisfy limit * 2**(fine + 8) <= U_LIMIT, so that a spill always helps."""
+        if dtype is torch.float64:
+            return Format(torch.float64, bits=39, limit=2.0**41, fine=3)
+        return Format(torch.int32, bits=29, limit=2.0**31 - 2.0**16, fine=13)
+
+    @property
+    def state_bytes(self) -> int:
+        """Resident bytes per element of X and U together."""
+        return self.dtype.itemsize + 8
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Low bits of an integer tensor, packed into whole bytes: T = q * 2**bits + (low - 2**(8 * planes - 1)), low = sum of bytes[j] * 256**j.
+
+    Attributes:
+        bits: by how many bits T was shifted right (math.inf: T was emptied).
+        bytes: uint8, shape (planes, numel).
+    """
+
+    bits: float
+    bytes: Tensor
+
+
+@dataclass
+class Record:
+    """What the inverse of one step needs besides y: host numbers, and what was spilled.
+
+    `scale`, `ratio`: the two factors of the shears. `unit`, `old_ratio`, `mask`, `dtype`: the state's fields before the step.
+    """
+
+    scale: float
+    ratio: float
+    finite: bool
+    unit: float
+    old_ratio: float
+    bounds: tuple[float, float]
+    mask: Tensor | None
+    dtype: torch.dtype
+    x_spill: Spill | None = None
+    u_spill: Spill | None = None
+
+
+class _Scratch(threading.local):
+    """Chunk-sized work buffers of the current thread, allocated once."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def get(self, like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+        if like.device.type != "cpu":  # a caching allocator is as quick, and knows about streams
+            return torch.empty(size, dtype=dtype, device=like.device)
+        if dtype not in self.buffers:
+            with torch.inference_mode(False):
+                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype)
+        return self.buffers[dtype][:size]
+
+
+_scratch = _Scratch()
+
+
+def _flat(t: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order, as a 1-d view."""
+    return t.as_strided((t.numel(),), (1,), t.storage_offset())
+
+
+def _strides(t: Tensor) -> list[tuple[int, int]]:
+    """Strides and sizes of the dimensions in which t has more than one element, in order of dimension."""
+    return [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+def _is_dense(t: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(_strides(t)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _chunks(*tensors: Tensor) -> zip:
+    """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
+    size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
+    return zip(*(_flat(t).split(size) for t in tensors), strict=True)
+
+
+def _max_abs(t: Tensor) -> float:
+    """max|t| as a Python float (nan or inf where t has one); 0 for an empty tensor. Synchronises with the device."""
+    if t.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(t)
+    low, high = torch.stack([low, high]).double().tolist()
+    return math.nan if math.isnan(low) else max(-low, high)
+
+
+def shear_u(U: Tensor, y: Tensor, scale: float, sign: int, finite: bool = True) -> None:
+    """U += sign * round(y * scale), in place; elements of y that are not finite add nothing where `finite` is False."""
+    for u, part in _chunks(U, y):
+        q = _scratch.get(u, torch.float64, u.numel())
+        q.copy_(part)
+        if not finite:
+            q.nan_to_num_(0.0, 0.0, 0.0)
+        u.add_(q.mul_(scale).round_(), alpha=sign)
+
+
+def shear_x(X: Tensor, U: Tensor, ratio: float, sign: int) -> None:
+    """X += sign * round(U * ratio), in place."""
+    for x, u in _chunks(X, U):
+        q = _scratch.get(u, torch.float64, u.numel())
+        torch.mul(u, ratio, out=q).round_()
+        x.add_(q if x.dtype is torch.float64 else _scratch.get(u, x.dtype, u.numel()).copy_(q), alpha=sign)
+
+
+def spill(T: Tensor, bits: float, bound: float) -> Spill:
+    """Shifts the integers of T right by `bits`, rounding to nearest, in place, and returns what fell off.
+
+    Args:
+        T: dense tensor of integers, int32 or float64, any shape.
+        bits: shift, at least 1; math.inf empties T.
+        bound: an upper bound of max|T|; bytes that no |T| <= bound can need are not stored.
+
+    Returns:
+        The spill, `unspill` of which restores T exactly. Holds ceil((log2(min(2**(bits - 1), bound)) + 1) / 8) bytes per element.
+    """
+    reach = math.ceil(math.log2(max(bound, 1.0) + 1))  # |T| < 2**reach
+    if bits > reach:
+        bits = math.inf
+    planes = math.ceil((min(bits - 1, reach) + 1) / 8)
+    store = torch.empty((planes, T.numel()), dtype=torch.uint8, device=T.device)
+    offset, start = 2.0 ** (8 * planes - 1), 0
+    for (part,) in _chunks(T):
+        size = part.numel()
+        whole, low = _scratch.get(part, torch.float64, size), _scratch.get(part, torch.int64, size)
+        if math.isinf(bits):
+            low.copy_(part).add_(int(offset))
+            part.zero_()
+        else:
+            whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
+            low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
+            part.copy_(whole.add_(0.0))  # + 0.0 turns -0.0 into 0.0, so that equal integers have equal bits
+        for plane in range(planes):
+            torch.bitwise_and(low, 255, out=whole.view(torch.int64))
+            store[plane, start : start + size].copy_(whole.view(torch.int64))
+            low.bitwise_right_shift_(8)
+        start += size
+    return Spill(bits, store)
+
+
+def unspill(T: Tensor, spilled: Spill) -> None:
+    """Inverse of `spill`, in place."""
+    planes, start = spilled.bytes.shape[0], 0
+    offset = int(2.0 ** (8 * planes - 1))
+    for (part,) in _chunks(T):
+        size = part.numel()
+        low, whole = _scratch.get(part, torch.int64, size), _scratch.get(part, torch.float64, size).view(torch.int64)
+        low.zero_()
+        for plane in reversed(range(planes)):
+            low.bitwise_left_shift_(8)
+            low.add_(whole.copy_(spilled.bytes[plane, start : start + size]))
+        low.sub_(offset)
+        if not math.isinf(spilled.bits):
+            low.add_(whole.copy_(part), alpha=int(2.0**spilled.bits))
+        part.copy_(low)
+        start += size
+
+
+def fingerprint(t: Tensor) -> Tensor:
+    """Sum of the bits of t, read as 64-bit integers, modulo 2**64: a 0-d int64 tensor on t's device that any single changed element changes."""
+    t = t.detach()
+    t = torch.view_as_real(t) if t.is_complex() else t
+    t = t if _is_dense(t) else t.contiguous()
+    flat = _flat(t).view(_INTEGERS[t.element_size()])
+    per_word = 8 // flat.element_size()
+    if flat.storage_offset() % per_word:
+        return flat.sum(dtype=torch.int64)
+    whole = flat.numel() // per_word * per_word
+    total = flat[:whole].view(torch.int64).sum()
+    return total if whole == flat.numel() else total + flat[whole:].sum(dtype=torch.int64)
+
+
+class State:
+    """Integers (X, U) of one chain at one time, and the numbers that give them meaning.
+
+    Args of `start`:
+        x0: the stream, real floating dtype, any shape and strides.
+        v0: initial velocity, shape of x0, or None for zero.
+        horizon: about how many steps a rounding of v lives on in x, min(steps, 1 / (1 - g)); u gets log2 of it more bits.
+
+    Exactness: after `step(y, ...)` gave a record r, `unstep_x(r)` and `unstep_u(r, y)` restore every bit of X, U and every other field.
+    The forward itself errs by half a unit per rounding: 2**-30 of max|x[0]| or less.
+    """
+
+    X: Tensor
+    U: Tensor
+
+    def __init__(self, x0: Tensor, v0: Tensor | None = None, horizon: float = 1.0) -> None:
+        _check_stream(x0)
+        self.format = Format.of(x0.dtype)
+        self.dtype = x0.dtype
+        self.mask: Tensor | None = None
+        self.fresh = 2.0 ** -min(2 + math.ceil(math.log2(max(horizon, 1.0))), self.format.fine)
+        self.ratio = self.fresh
+        self.X = torch.empty_like(x0, dtype=self.format.dtype, requires_grad=False)  # dense, whatever the strides of x0
+        self.U = torch.zeros_like(self.X, dtype=torch.float64)
+        x0, self.x_bound = self._finite(x0)
+        v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
+        self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
+        self._fill(self.X, x0, 1 / self.unit)
+        if v0 is not None:
+            self._fill(self.U, v0, 1 / (self.unit * self.ratio))
+
+    def _finite(self, t: Tensor) -> tuple[Tensor, float]:
+        """t in the layout of X and max|t| over its finite elements; the others join the mask."""
+        bound = _max_abs(t)
+        t = self._aligned(t)
+        if not math.isfinite(bound):
+            bad = ~torch.isfinite(t)
+            self.mask = bad if self.mask is None else self.mask | bad
+            bound = _max_abs(t.nan_to_num(0.0, 0.0, 0.0))
+        return t, bound
+
+    def _aligned(self, t: Tensor) -> Tensor:
+        """t with the strides of X, copied only where it has others."""
+        return t if _strides(t) == _strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
+
+    def _fill(self, T: Tensor, t: Tensor, scale: float) -> None:
+        for integers, part in _chunks(T, t):
+            q = _scratch.get(part, torch.float64, part.numel()).copy_(part).nan_to_num_(0.0, 0.0, 0.0)
+            integers.copy_(q.mul_(scale).round_().add_(0.0))
+
+    def step(self, y: Tensor, gamma: float, weight: float) -> Record:
+        """One step of the recurrence, in place: v <- gamma * v + weight * y; x <- x + v.
+
+        Args:
+            y: f(x), shape of x, any real floating dtype and strides.
+            gamma: in [0, 1).
+            weight: the factor b of y.
+        """
+        record = Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype)
+        y, y_bound = self._finite(y)
+        record.finite = self.mask is record.mask
+        self.dtype = torch.promote_types(self.dtype, y.dtype)
+        self._make_room(record, gamma, weight * y_bound)
+        record.ratio, record.scale = self.ratio, weight / (self.ratio * self.unit)
+        shear_u(self.U, y, record.scale, +1, record.finite)
+        shear_x(self.X, self.U, record.ratio, +1)
+        return record
+
+    def unstep_x(self, record: Record) -> None:
+        """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]."""
+        shear_x(self.X, self.U, record.ratio, -1)
+        if record.x_spill is not None:
+            unspill(self.X, record.x_spill)
+        self._swap(record)
+
+    def unstep_u(self, record: Record, y: Tensor) -> None:
+        """Second half of the inverse: u is u[t] again."""
+        shear_u(self.U, self._aligned(y), record.scale, -1, record.finite)
+        if record.u_spill is not None:
+            unspill(self.U, record.u_spill)
+
+    def restep_x(self, record: Record) -> None:
+        """Takes `unstep_x` back, for a step whose second half never ran (its f raised)."""
+        self._swap(record)
+        if record.x_spill is not None:
+            spill(self.X, record.x_spill.bits, self.format.limit)
+        shear_x(self.X, self.U, record.ratio, +1)
+
+    def _swap(self, record: Record) -> None:
+        """Exchanges the fields that are not X or U with those in the record: before the step for after it, and back."""
+        bounds = (self.x_bound, self.v_bound)
+        self.unit, record.unit = record.unit, self.unit
+        self.ratio, record.old_ratio = record.old_ratio, self.ratio
+        (self.x_bound, self.v_bound), record.bounds = record.bounds, bounds
+        self.mask, record.mask = record.mask, self.mask
+        self.dtype, record.dtype = record.dtype, self.dtype
+
+    def _make_room(self, record: Record, gamma: float, increment: float) -> None:
+        """Brings the bounds and the ratio to after the step, spilling what would outgrow X or U."""
+        if self.x_bound + gamma * self.v_bound + increment >= self.format.limit * self.unit:
+            self.x_bound = min(self.x_bound, _max_abs(self.X) * self.unit)
+            self.v_bound = min(self.v_bound, _max_abs(self.U) * self.ratio * self.unit)
+        v_bound = gamma * self.v_bound + increment
+        x_bound = self.x_bound + v_bound
+        self._room_in_x(record, x_bound)
+        self._room_in_u(record, gamma, v_bound)
+        slack = self.unit * (1 + self.ratio)  # the roundings of this step
+        self.v_bound, self.x_bound = v_bound * (1 + 1e-9) + slack, x_bound * (1 + 1e-9) + 2 * slack
+
+    def _room_in_x(self, record: Record, x_bound: float) -> None:
+        if x_bound < self.format.limit * self.unit - 4 * self.unit:
+            return
+        bits = _exponent(x_bound) - round(math.log2(self.unit)) - self.format.bits
+        bound = self.x_bound / self.unit
+        if bound >= 0.5:  # else X is all zeros, which any unit serves
+            record.x_spill = spill(self.X, bits, bound)
+        self.unit *= 2.0**bits
+        self.ratio *= 2.0**-bits
+
+    def _room_in_u(self, record: Record, gamma: float, v_bound: float) -> None:
+        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|
+        self.ratio *= gamma
+        if self.v_bound == 0.0:
+            self.ratio = self.fresh
+        elif gamma == 0.0 or self.ratio < 2.0**-300:
+            record.u_spill = spill(self.U, math.inf, held)
+            self.ratio = self.fresh
+        elif v_bound >= U_LIMIT * self.ratio * self.unit:
+            bits = 8 * math.floor(math.log2(self.fresh / self.ratio) / 8)
+            record.u_spill = spill(self.U, bits, held)
+            self.ratio *= 2.0**bits
+
+    def read(self) -> Tensor:
+        """x as a fresh tensor of the stream's dtype, in the layout of X, with NaN where the mask is set."""
+        out = torch.empty_like(self.X, dtype=self.dtype)
+        for o, part in _chunks(out, self.X):
+            q = _scratch.get(part, torch.float64, part.numel())
+            o.copy_(q.copy_(part).mul_(self.unit))
+        return out if self.mask is None else out.masked_fill_(self.mask, math.nan)
+
+    def velocity(self) -> Tensor:
+        """v as a fresh float64 tensor in the layout of X."""
+        return self.U * (self.ratio * self.unit)
+
+    def fingerprint(self) -> Tensor:
+        """Fingerprint of X and U together, a 0-d int64 tensor."""
+        return fingerprint(self.X).add_(fingerprint(self.U), alpha=3)
+
+
+def expected_bytes(gammas: Sequence[float], form: Format, zero_velocity: bool = True) -> float:
+    """Bytes per element that (X, U) and their spilled bits take over a chain whose stream keeps its magnitude.
+
+    A step with g > 0 sheds log2(1/g) bits, of which the first fill the room that U has; a step with g = 0 sheds a whole U.
+    The first step sheds nothing if v[0] = 0.
+
+    Args:
+        gammas: g[t] of the steps, each in [0, 1).
+        form: format of the stream.
+        zero_velocity: whether v[0] = 0.
+
+    Returns:
+        Resident bytes plus spilled bytes, per element.
+    """
+    room = 52.0 - form.bits - 8
+    shed = spilled = 0.0
+    for gamma in gammas[1:] if zero_velocity else gammas:
+        if gamma == 0.0:
+            spilled += math.ceil((form.bits + 4) / 8)
+            shed = 0.0
+        else:
+            shed += math.log2(1 / gamma)
+            if shed > room:
+                spilled += math.ceil((shed - room) / 8)
+                shed -= 8 * math.ceil((shed - room) / 8)
+    return form.state_bytes + spilled
+
+
+def _exponent(bound: float) -> int:
+    """Smallest e with bound <= 2**e, within what a float can scale by; 0 is treated as the smallest bound."""
+    return max(math.frexp(bound)[1], -900) if bound > 0.0 else -900
+
+
+def _check_stream(x: Tensor) -> None:
+    if x.device.type == "meta":
+        raise StreamError("the stream is on the meta device: it has no values to put on a grid; move model and input to a real device")
+    if not x.dtype.is_floating_point:
+        raise StreamError(f"the stream of a momentum region must be real floating point, got {x.dtype}: convert it, or leave this part out")
+    if x.numel() == 0:
+        raise StreamError(f"the stream of a momentum region is empty, shape {tuple(x.shape)}: skip zero-size batches")

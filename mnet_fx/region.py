@@ -1,0 +1,127 @@
+"""The module that a rewritten graph calls in place of a residual chain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes import RegionCode, StepCode
+
+from .errors import StreamError
+from .fixed_point import Format, State, expected_bytes
+from .program import Program
+from .settings import Settings
+from .tape import PlainTape, ReversingTape, StoringTape, Tape, run_chain
+
+__all__ = ["MomentumRegion", "storage"]
+
+log = logging.getLogger("mnet_fx")
+
+
+class _Step(nn.Module):
+    """One step, bound to the live modules of this moment: (x, *sides) -> (y, *extras) with y = f(x) in the shape of x."""
+
+    def __init__(self, owner: nn.Module, code: StepCode, program: Program) -> None:
+        super().__init__()
+        self._program, self._is_block = program, code.form == "block"
+        for i, path in enumerate(code.modules):
+            self._modules[f"m{i}"] = owner.get_submodule(path)
+        for i, path in enumerate(code.attributes):
+            self._bind(f"a{i}", owner, path)
+
+    def _bind(self, name: str, owner: nn.Module, path: str) -> None:
+        parent, _, leaf = path.rpartition(".")
+        value = getattr(owner.get_submodule(parent), leaf)
+        if isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        elif isinstance(value, Tensor):
+            self._buffers[name] = value
+        else:
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
+        y, *extras = self._program(self, x, *sides)
+        if self._is_block:
+            y = y - x
+        if y.shape != x.shape:
+            y = self._expanded(y, x)
+        return y, *extras
+
+    def _expanded(self, y: Tensor, x: Tensor) -> Tensor:
+        try:
+            return y.expand(x.shape)
+        except RuntimeError:
+            raise StreamError(
+                f"a residual of shape {tuple(y.shape)} is added to a stream of shape {tuple(x.shape)}, which would change the stream's "
+                "shape; a momentum chain keeps one shape: rewrite a smaller part of the model"
+            ) from None
+
+
+class MomentumRegion(nn.Module):
+    """A chain of residual steps x[t+1] = x[t] + f[t](x[t], *sides), run as the momentum recurrence and reversibly.
+
+        v[t+1] = g[t] * v[t] + b[t] * f[t](x[t], *sides)
+        x[t+1] = x[t] + v[t+1]
+
+    It owns no parameters: the steps call the modules of the model it is part of, by path, as they are at the time of the call.
+
+    Args:
+        code: the chain, from `passes.rewrite`.
+        settings: the recurrence.
+        owner: the module that paths start from.
+
+    Called as `region(x, *sides)` with x of any shape and real floating dtype; returns x[T], or a tuple that starts with it.
+
+    Raises:
+        StreamError: x cannot be carried, or a step changes it in place or changes its shape.
+        InversionError: in the backward pass, see `mnet_fx.InversionError`.
+    """
+
+    def __init__(self, code: RegionCode, settings: Settings, owner: nn.Module) -> None:
+        super().__init__()
+        self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
+        self.backward, self.on_drift = settings.backward, settings.on_drift
+        self.escapes, self.code = code.region.escapes, code.steps
+        self._owner = (owner,)  # in tuples, so as not to be submodules: a cycle, and a second path to the same parameters
+        self._velocity = (settings.velocity,)
+        programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}
+        self._programs = [programs[id(step.body)] for step in code.steps]
+
+    def forward(self, x: Tensor, *sides: Any) -> Any:
+        if not isinstance(x, Tensor):
+            raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
+        v0 = None if self._velocity[0] is None else self._velocity[0](x)
+        steps = [
+            (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
+            for code, program in zip(self.code, self._programs, strict=True)
+        ]
+        last, escaped, extras = run_chain(self._tape(x, v0), x, v0, steps, self.escapes)
+        return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
+
+    def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
+        horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)
+        with torch.no_grad():
+            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)))
+        kind = PlainTape
+        if torch.is_grad_enabled() and self.backward == "reversible":
+            kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(self.factors, x.dtype, v0 is None)[0]]
+        log.debug("%s: %d steps of %s %s, %s", self.name, len(self.factors), x.dtype, tuple(x.shape), kind.__name__)
+        return kind(self.name, state, self.factors, self.on_drift)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"
+
+
+def storage(factors: Sequence[tuple[float, float]], dtype: torch.dtype, zero_velocity: bool = True) -> tuple[str, float]:
+    """How a chain is taken back with the fewest bytes, and how many that are.
+
+    Returns:
+        "reverse" (keep X, U and what they spill) or "inputs" (keep each x[t], as a checkpoint does), and bytes per stream element.
+    """
+    reverse = expected_bytes([gamma for gamma, _ in factors], Format.of(dtype), zero_velocity)
+    inputs = float(len(factors) * dtype.itemsize)
+    return ("inputs", inputs) if inputs <= reverse else ("reverse", reverse)

@@ -1,0 +1,135 @@
+"""What the second run of a step must see so that it computes what the first run computed.
+
+`Conditions` records it around the first run and restores it around every later one:
+
+- random numbers: the generators' states, kept only for a step that draws;
+- autocast state, number of threads, and the `training` flag of every submodule;
+- parameters: the very tensors the first run used, also if the module has others by now (`torch.func.functional_call` with the backward
+  after the call); a fingerprint shows whether their values changed since, whatever changed them;
+- buffers that the step changed, in place or by assignment: the values before the step. A later run works on copies of them and leaves
+  no trace, so batch statistics move once. The other buffers must still have their values, as parameters must.
+
+Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, Python attributes that the step sets are set again, and other
+hidden state (Python's `random`, a generator object of the step's own) is not restored; if that changes a result, the proof says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .fixed_point import fingerprint
+
+__all__ = ["Conditions"]
+
+
+class Conditions:
+    """Everything but its stream input that determines what one step computes, as it was at the step's first run.
+
+    Args:
+        module: the step, called as `module(x, *sides)`.
+        sides: the side inputs of this call.
+        device: device of the stream.
+    """
+
+    def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device) -> None:
+        self.module, self.sides, self.device = module, sides, device
+        self.training = [m.training for m in module.modules()]
+        self.threads = torch.get_num_threads()
+        self.autocast = _autocast_states(device)
+        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.buffers: dict[str, Tensor] = {}  # those that the step changed, as they were before
+        self.unchanged: dict[str, Tensor] = {}  # the others
+        self.random: list[tuple[Any, Tensor]] = []
+        self.prints = self._values()
+
+    def first_run(self, x: Tensor) -> Any:
+        """Runs the step on the live module, and notes what it drew and which buffers it changed."""
+        before = dict(self.module.named_buffers(remove_duplicate=False))
+        copies = {name: b.detach().clone() for name, b in before.items()}
+        generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
+        result = self.module(x, *self.sides)
+        self.random = [(module, state) for module, state in generators if not torch.equal(state, module.get_rng_state())]
+        after = dict(self.module.named_buffers(remove_duplicate=False))
+        was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
+        self.buffers = {name: copy for name, copy in copies.items() if after.get(name) is not before[name] or was[name] != now[name]}
+        self.unchanged = {name: before[name] for name in copies if name not in self.buffers}
+        self.prints |= {f"buffer '{name}'": was[name] for name in self.unchanged}
+        return result
+
+    def changed(self) -> str | None:
+        """Which parameter, buffer or side input no longer has the value that the first run saw; None if none."""
+        now = self._values()
+        return next((name for name in self.prints if now[name] != self.prints[name]), None)
+
+    def run(self, x: Tensor) -> Any:
+        """Runs the step again, as the first time."""
+        with self._restored():
+            live = dict(self.module.named_parameters(remove_duplicate=False))
+            swapped = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
+            swapped |= {name: b.clone() for name, b in self.buffers.items()}
+            return functional_call(self.module, swapped, (x, *self.sides)) if swapped else self.module(x, *self.sides)
+
+    def _values(self) -> dict[str, Any]:
+        named = {f"parameter '{name}'": p for name, p in self.parameters.items()}
+        named |= {f"buffer '{name}'": b for name, b in self.unchanged.items()}
+        named |= {f"side input {i}": s for i, s in enumerate(self.sides) if isinstance(s, Tensor)}
+        return _fingerprints(named)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for state in self.autocast:
+                stack.enter_context(torch.autocast(**state))
+            _swap_in(stack, torch.set_num_threads, self.threads, torch.get_num_threads())
+            for module, training in zip(self.module.modules(), self.training, strict=True):
+                _swap_in(stack, lambda flag, m=module: setattr(m, "training", flag), training, module.training)
+            for generator, state in self.random:
+                stack.callback(generator.set_rng_state, generator.get_rng_state())
+                generator.set_rng_state(state)
+            stack.enter_context(torch.enable_grad())
+            yield
+
+
+def _swap_in(stack: ExitStack, setter: Callable[[Any], Any], then: Any, now: Any) -> None:
+    if then != now:
+        stack.callback(setter, now)
+        setter(then)
+
+
+def _generators(device: torch.device) -> list[Any]:
+    """The modules whose default generators a step on `device` may draw from."""
+    return [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
+
+
+def _autocast_states(device: torch.device) -> list[dict[str, Any]]:
+    """Keyword arguments of `torch.autocast` that set up the present state again."""
+    return [
+        {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in dict.fromkeys(["cpu", device.type])
+    ]
+
+
+def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
+    """A number for each tensor that changes with its values; one synchronisation for all.
+
+    For other than ordinary dense tensors (subclasses, sparse, quantised) it is what autograd knows, the version.
+    """
+    ordinary = [n for n, t in named.items() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized]
+    values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
+    by_device: dict[torch.device, list[str]] = {}
+    for name in ordinary:
+        by_device.setdefault(named[name].device, []).append(name)
+    for names in by_device.values():
+        values |= zip(names, torch.stack([fingerprint(named[name]) for name in names]).tolist(), strict=True)
+    return values

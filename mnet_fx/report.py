@@ -1,0 +1,95 @@
+"""What was rewritten, what was not, and why: as data, and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import nn
+
+from passes import Refusal
+
+from .errors import MnetError
+
+__all__ = ["RegionReport", "Report", "report"]
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """One rewritten chain.
+
+    Attributes:
+        name: attribute of the region in the module it was rewritten in.
+        path: path of the module that contains the chain, "" for the whole model.
+        steps: number of steps T.
+        adds: number of residual adds in them.
+        kind: "pre-activation", "post-activation", "post-norm" or "block".
+        gamma: the momentum where it is the same for all steps but perhaps the first, else the (smallest, largest).
+        shape: shape of the stream, None where the capture recorded none.
+        storage: "reverse" (state X, U), "inputs" (fewer bytes for a short chain: x[t] of each step is kept), or "autograd" (backward="stored").
+        state_bytes_per_element: bytes that the region keeps per element of the stream between forward and backward, by theory, for a
+            stream of the model's parameter dtype; None for "autograd", which depends on what the steps save.
+    """
+
+    name: str
+    path: str
+    steps: int
+    adds: int
+    kind: str
+    gamma: float | tuple[float, float]
+    shape: tuple[int, ...] | None
+    storage: str
+    state_bytes_per_element: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `momentumize` did; `str(report)` prints it.
+
+    Attributes:
+        residual_adds: number of residual-looking adds that were found.
+        rewritten_adds: number of those that lie in a region.
+        regions: the regions, in order.
+        refusals: why each other add, or a whole module, was left as it was.
+    """
+
+    residual_adds: int
+    rewritten_adds: int
+    regions: tuple[RegionReport, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
+        if self.regions:
+            parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
+        if self.refusals:
+            grouped: dict[tuple[str, str], list[Refusal]] = {}
+            for refusal in self.refusals:
+                grouped.setdefault((refusal.code, refusal.hint), []).append(refusal)
+            parts.append("Not rewritten")
+            parts.append(_table("path node code explanation", ((r.path or "(root)", r.node, r.code, r.explanation) for r in self.refusals)))
+            parts.append("\n".join(f"{code}: {hint}" for code, hint in grouped))
+        return "\n\n".join(parts)
+
+
+def _table(headers: str, rows: object) -> str:
+    return tabulate(list(rows), headers=headers.split(), tablefmt="simple", disable_numparse=True, maxcolwidths=60)  # type: ignore[call-overload]
+
+
+def _region_row(r: RegionReport) -> tuple[str, ...]:
+    gamma = f"{r.gamma:g}" if isinstance(r.gamma, float) else "{:g} to {:g}".format(*r.gamma)
+    shape = "-" if r.shape is None else " x ".join("?" if n < 0 else str(n) for n in r.shape)
+    kept = "-" if r.state_bytes_per_element is None else f"{r.state_bytes_per_element:g}"
+    return r.name, r.path or "(root)", str(r.steps), str(r.adds), r.kind, gamma, shape, r.storage, kept
+
+
+def report(net: nn.Module) -> Report:
+    """The report of a model that `momentumize` returned; the same object as `net.report`.
+
+    Raises:
+        MnetError: `net` is not such a model.
+    """
+    found = getattr(net, "report", None)
+    if not isinstance(found, Report):
+        raise MnetError(f"{type(net).__name__} has no report: it is not the result of mnet_fx.momentumize")
+    return found

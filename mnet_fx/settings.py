@@ -1,0 +1,94 @@
+"""What the user chose, checked once; and the factors g[t], b[t] of the recurrence that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from .errors import SettingsError
+
+__all__ = ["Settings", "matched_weights", "momentum_weights"]
+
+Gamma = float | Callable[[int, int], float]
+Backward = Literal["reversible", "stored"]
+Granularity = Literal["add", "module"]
+OnDrift = Literal["raise", "warn", "ignore"]
+Weights = Literal["momentum", "matched"]
+
+
+def momentum_weights(gammas: Sequence[float]) -> tuple[float, ...]:
+    """b[t] = 1 - g[t], the weights of Sander et al. 2021 (arXiv 2102.07870, eq. 2)."""
+    return tuple(1.0 - g for g in gammas)
+
+
+def matched_weights(gammas: Sequence[float]) -> tuple[float, ...]:
+    """Weights with which a chain that starts at v[0] = 0 ends where the original network's recurrence does.
+
+    With c[T] = 0, c[t] = g[t] * (1 + c[t+1]) and b[t] = 1 / (1 + c[t+1]), the quantity z[t] = x[t] + c[t] * v[t] obeys
+    z[t+1] = z[t] + f[t](x[t]): the original recurrence, but for f being read at x instead of z. z[0] = x[0] because v[0] = 0, and
+    x[T] = z[T] because c[T] = 0.
+    """
+    rest, weights = 0.0, []
+    for gamma in reversed(gammas):
+        weights.append(1.0 / (1.0 + rest))
+        rest = gamma * (1.0 + rest)
+    return tuple(reversed(weights))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `momentumize` that concern the recurrence and its backward; see there for their meaning.
+
+    Raises:
+        SettingsError: an option has a value that cannot work; the message says which do.
+    """
+
+    gamma: Gamma = 0.9
+    initial_velocity: str | nn.Module = "zero"
+    weights: Weights = "momentum"
+    granularity: Granularity = "add"
+    backward: Backward = "reversible"
+    min_steps: int = 2
+    on_drift: OnDrift = "raise"
+
+    def __post_init__(self) -> None:
+        if not callable(self.gamma):
+            _check_gamma(self.gamma)
+        for name, choices in [("weights", Weights), ("granularity", Granularity), ("backward", Backward), ("on_drift", OnDrift)]:
+            if getattr(self, name) not in get_args(choices):
+                raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
+        if not (self.initial_velocity in ("zero", "first") if isinstance(self.initial_velocity, str) else isinstance(self.velocity, nn.Module)):
+            raise SettingsError(f"initial_velocity must be 'zero', 'first' or an nn.Module that gives v[0] from x[0], got {self.velocity!r}")
+        if self.weights == "matched" and self.velocity is not None:
+            raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
+        if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
+            raise SettingsError(f"min_steps must be a whole number of steps, 1 or more, got {self.min_steps!r}")
+
+    @property
+    def velocity(self) -> Any:
+        """The module that gives v[0], or None for v[0] = 0."""
+        return None if self.initial_velocity in ("zero", "first") else self.initial_velocity
+
+    def gammas(self, steps: int) -> tuple[float, ...]:
+        """g[0], ..., g[steps - 1]."""
+        gammas = [self.gamma(t, steps) if callable(self.gamma) else self.gamma for t in range(steps)]
+        if self.initial_velocity == "first":
+            gammas[0] = 0.0
+        return tuple(_check_gamma(g, f"gamma({t}, {steps})") for t, g in enumerate(gammas))
+
+    def factors(self, steps: int) -> tuple[tuple[float, float], ...]:
+        """(g[t], b[t]) for t = 0, ..., steps - 1."""
+        gammas = self.gammas(steps)
+        weights = matched_weights(gammas) if self.weights == "matched" else momentum_weights(gammas)
+        return tuple(zip(gammas, weights, strict=True))
+
+
+def _check_gamma(gamma: Any, name: str = "gamma") -> float:
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or not 0 <= gamma < 1:
+        at_one = ": at 1 the residual branch has no weight; use 0.99" if gamma == 1 else ""
+        raise SettingsError(f"{name} must be a number in [0, 1), got {gamma!r}{at_one}")
+    return float(gamma)

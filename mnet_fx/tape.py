@@ -1,0 +1,313 @@
+"""The seekable tape: runs a chain of steps, keeps no activations, and takes the chain back step by step in the backward pass.
+
+Each step runs under `torch.utils.checkpoint` (non-reentrant, public API only), so that autograd, its hooks and its gradients are those of
+the plain chain. What is ours is where a recomputation gets x[t] from:
+
+    forward    x[t] --f[t]--> y --+                 tape.push: (X, U) goes from t to t + 1
+                 |                Shear --> x[t+1], v[t+1]
+    backward   checkpoint reruns f[t] on x[t], which the tape works out from (X, U) at t + 1: first x back, then f, then u back
+
+Rule 1. The stream tensor x[t] is no argument of the checkpointed function: the first run takes the live tensor, every later run what
+        the tape hands out. Nothing else keeps x[t] alive.
+Rule 2. The tape is at a time t, with (X[t], U[t]); or half-way, with (X[t], U[t+1]), while f[t] is rerun. It seeks to any time in either
+        direction by rerunning steps, so a partial `autograd.grad`, `retain_graph` and double backward get the right x[t].
+Rule 3. Every rerun, for whatever reason, goes through `Conditions.run` and sees what the first run saw.
+Rule 4. A step ends in `_Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a rerun once
+        the last saved tensor is back, hence never before the move is complete. Its backward is the first of the step, so errors of the
+        recomputation come up there and are given our words.
+Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward.
+Rule 6. The tape belongs to the autograd graph alone (through the checkpoint's frames) and dies with it. Nothing is freed by hand.
+Rule 7. Gradients flow through `_Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves nothing and
+        is differentiable, so double backward works.
+Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
+        forward and the gradients have the same bits either way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from .errors import InversionError, MnetWarning, StreamError
+from .fixed_point import Record, State, fingerprint
+from .replay import Conditions
+
+__all__ = ["PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
+
+Factors = tuple[tuple[float, float], ...]
+
+
+class Tape:
+    """One forward pass of one chain. Abstract: `ReversingTape` works x[t] out again, `StoringTape` keeps it, `PlainTape` never needs it.
+
+    Args:
+        region: name for messages.
+        state: (X, U) at time 0.
+        factors: (g[t], b[t]) of every step.
+        on_drift: "raise", "warn" or "ignore" a recomputation that differs.
+    """
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
+        self.steps: list[_Step] = []
+
+    def enter(self) -> Tensor:
+        """x[0], on the grid."""
+        return self.state.read()
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]."""
+        raise NotImplementedError
+
+    def hand_out(self, t: int) -> Tensor:
+        """x[t] for a rerun of step t."""
+        raise NotImplementedError
+
+    def close(self, t: int, y: Tensor) -> None:
+        """Ends a rerun of step t, which gave y."""
+        raise NotImplementedError
+
+    def drifted(self, t: int, what: str) -> None:
+        """Reports that `what` differed in a rerun of step t."""
+        error = InversionError(self.region, t, what)
+        if self.on_drift == "raise":
+            raise error
+        if self.on_drift == "warn":
+            warnings.warn(str(error), MnetWarning, stacklevel=2)
+
+
+class ReversingTape(Tape):
+    """Holds (X, U) of one time, and moves it to and fro."""
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        super().__init__(region, state, factors, on_drift)
+        self.time = 0
+        self.half = False
+        self.records: list[Record] = []
+        self.prints = [state.fingerprint().item()]
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        self._forward(y)
+        self.prints.append(self.state.fingerprint().item())
+        return self.state.read()
+
+    def hand_out(self, t: int) -> Tensor:
+        if not (self.half and self.time == t):
+            self._seek(t + 1)
+            self._halve()
+        return self.state.read()
+
+    def close(self, t: int, y: Tensor) -> None:
+        self.state.unstep_u(self.records[t], y)
+        self.half = False
+        if self.state.fingerprint().item() != self.prints[t]:
+            self.drifted(t, f"the state before step {t}")
+
+    def _forward(self, y: Tensor) -> None:
+        del self.records[self.time :]
+        self.records.append(self.state.step(y, *self.factors[self.time]))
+        self.time += 1
+
+    def _halve(self) -> None:
+        self.time -= 1
+        self.state.unstep_x(self.records[self.time])
+        self.half = True
+
+    def _seek(self, t: int) -> None:
+        """Goes to time t, rerunning the steps in between."""
+        if self.half:  # a rerun that did not reach its end
+            self.state.restep_x(self.records[self.time])
+            self.half, self.time = False, self.time + 1
+        while self.time < t:
+            self._forward(self.steps[self.time].value(self.state.read()))
+            if self.state.fingerprint().item() != self.prints[self.time]:
+                self.drifted(self.time - 1, f"the state after step {self.time - 1}")
+        while self.time > t:
+            self._halve()
+            self.close(self.time, self.steps[self.time].value(self.state.read()))
+
+
+class StoringTape(Tape):
+    """Keeps the inputs x[t], as a checkpoint does; (X, U) is only needed on the way forward."""
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        super().__init__(region, state, factors, on_drift)
+        self.prints: list[int] = []
+        self.inputs: list[tuple[Tensor, int]] = []
+
+    def enter(self) -> Tensor:
+        return self._kept(super().enter())
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        self.prints.append(fingerprint(y).item())
+        self.state.step(y, *self.factors[t])
+        x = self.state.read()
+        if t + 1 < len(self.factors):
+            return self._kept(x)
+        del self.state
+        return x
+
+    def hand_out(self, t: int) -> Tensor:
+        x, version = self.inputs[t]
+        if x._version != version:
+            self.drifted(t, f"the stream before step {t}")
+        return x
+
+    def close(self, t: int, y: Tensor) -> None:
+        if fingerprint(y).item() != self.prints[t]:
+            self.drifted(t, f"the residual of step {t}")
+
+    def _kept(self, x: Tensor) -> Tensor:
+        self.inputs.append((x.detach(), x._version))
+        return x
+
+
+class PlainTape(Tape):
+    """Keeps nothing and goes forward only: for inference, and for steps whose activations autograd stores."""
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        self.state.step(y, *self.factors[t])
+        return self.state.read()
+
+
+class _Step:
+    """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
+
+    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor) -> None:
+        self.tape, self.t = tape, t
+        self.conditions = Conditions(module, sides, x.device)
+        self.requires_grad = x.requires_grad
+        self.live: Tensor | None = x
+
+    def __call__(self) -> tuple[Any, ...]:
+        if self.live is not None:
+            x, self.live = self.live, None
+            return _Close.apply(self, False, *checked(self.conditions.first_run, x, self.tape.region, self.t))
+        return _Close.apply(self, True, *self._rerun(self.tape.hand_out(self.t)))
+
+    def value(self, x: Tensor) -> Tensor:
+        """y of a rerun on x[t] that keeps no graph; for seeking."""
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):  # hides the packing from the checkpoint that asked
+            return self._rerun(x)[0].detach()
+
+    def _rerun(self, x: Tensor) -> tuple[Any, ...]:
+        if self.tape.on_drift != "ignore" and (what := self.conditions.changed()) is not None:
+            self.tape.drifted(self.t, what)
+        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
+
+
+def checked(run: Callable[[Tensor], tuple[Any, ...]], x: Tensor, region: str, t: int) -> tuple[Any, ...]:
+    """run(x), and an error if that wrote to x.
+
+    Raises:
+        StreamError: the step changed the stream in place.
+    """
+    version = None if x.is_inference() else x._version
+    outputs = run(x)
+    if version is not None and x._version != version:
+        raise StreamError(
+            f"{region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
+            "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
+        )
+    return outputs
+
+
+class _Close(Function):
+    """End of a step; see Rule 4."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, rerun: bool, *outputs: Any) -> tuple[Any, ...]:
+        ctx.set_materialize_grads(False)
+        y = outputs[0]
+        if rerun:
+            step.tape.close(step.t, y)
+        ctx.where = step.tape.region, step.t
+        ctx.save_for_backward(y.new_empty(0))
+        return tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        try:
+            _ = ctx.saved_tensors  # makes checkpoint rerun the step now
+        except CheckpointError as error:
+            raise InversionError(*ctx.where, "what the step saves for its gradient", f" ({str(error).splitlines()[0]})") from error
+        return None, None, *grads
+
+
+class _Enter(Function):
+    """x0 and v0, put on the grid; straight-through backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Tape) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        return tape.enter(), None if v0 is None else _token(x0)
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gx, gv, None
+
+
+class _Shear(Function):
+    """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
+
+    v is a token of the stream's shape without memory: only its gradient is real.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Tape, t: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.factors, ctx.dtypes = tape.factors[t], (x.dtype, y.dtype)
+        after = tape.push(t, y)
+        return after, _token(after)
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gamma, weight), (x_dtype, y_dtype) = ctx.factors, ctx.dtypes
+        total = gx if gv is None else gv if gx is None else gx + gv
+        if total is None:
+            return None, None, None, None, None
+        gv = total * gamma if gamma and ctx.needs_input_grad[1] else None
+        gy = (total * weight).to(y_dtype) if ctx.needs_input_grad[2] else None
+        return None if gx is None else gx.to(x_dtype), gv, gy, None, None
+
+
+def _token(x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(x.shape)
+
+
+def run_chain(
+    tape: Tape, x0: Tensor, v0: Tensor | None, steps: Sequence[tuple[nn.Module, tuple[Any, ...]]], escapes: Collection[int] = ()
+) -> tuple[Tensor, list[Tensor], list[Any]]:
+    """Runs a chain on a tape at time 0.
+
+    Args:
+        tape: a `PlainTape` lets autograd store the activations (if grad mode is on); the others run each step under checkpoint.
+        x0, v0: the stream and the initial velocity (or None), with their gradients' history.
+        steps: for each step its module, which returns (y, *extras) with y in the shape of x[t], and its side inputs.
+        escapes: times t of the stream values x[t] to return.
+
+    Returns:
+        x[T], the escaping x[t], and the extra outputs of all steps, in order.
+
+    Raises:
+        StreamError: a step changed the stream in place.
+    """
+    x, v = _Enter.apply(x0, v0, tape)
+    escaped, extras = [], []
+    for t, (module, sides) in enumerate(steps):
+        if t in escapes:
+            escaped.append(x)
+        if isinstance(tape, PlainTape):
+            y, *more = checked(lambda x, m=module, s=sides: m(x, *s), x, tape.region, t)
+        else:
+            tape.steps.append(_Step(tape, t, module, sides, x))
+            y, *more = checkpoint(tape.steps[t], use_reentrant=False, preserve_rng_state=False)
+        x, v = _Shear.apply(x, v, y, tape, t)
+        extras += more
+    return x, escaped, extras
