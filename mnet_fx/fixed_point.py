@@ -244,8 +244,7 @@ def fingerprint(t: Tensor) -> Tensor:
     t = t if _is_dense(t) else t.contiguous()
     flat = _flat(t).view(_INTEGERS[t.element_size()])
     per_word = 8 // flat.element_size()
-    if flat.storage_offset() % per_word:
-        return flat.sum(dtype=torch.int64)
+    flat = flat.clone() if flat.storage_offset() % per_word else flat  # words must be aligned
     whole = flat.numel() // per_word * per_word
     total = flat[:whole].view(torch.int64).sum()
     return total if whole == flat.numel() else total + flat[whole:].sum(dtype=torch.int64)
@@ -357,8 +356,8 @@ class State:
         x_bound = self.x_bound + v_bound
         self._room_in_x(record, x_bound)
         self._room_in_u(record, gamma, v_bound)
-        slack = self.unit * (1 + self.ratio)  # the roundings of this step
-        self.v_bound, self.x_bound = v_bound * (1 + 1e-9) + slack, x_bound * (1 + 1e-9) + 2 * slack
+        slack = self.ratio * self.unit  # the roundings of this step: two in U, two in X
+        self.v_bound, self.x_bound = v_bound * (1 + 1e-9) + slack, x_bound * (1 + 1e-9) + slack + self.unit
 
     def _room_in_x(self, record: Record, x_bound: float) -> None:
         if x_bound < self.format.limit * self.unit - 4 * self.unit:
@@ -429,8 +428,8 @@ def expected_bytes(gammas: Sequence[float], form: Format, zero_velocity: bool = 
 
 
 def _exponent(bound: float) -> int:
-    """Smallest e with bound <= 2**e, within what a float can scale by; 0 is treated as the smallest bound."""
-    return max(math.frexp(bound)[1], -900) if bound > 0.0 else -900
+    """Smallest e with bound <= 2**e, but at least -450 (also for 0), so that units and their ratios stay far from underflow."""
+    return max(math.frexp(bound)[1], -450) if bound > 0.0 else -450
 
 
 def _check_stream(x: Tensor) -> None:

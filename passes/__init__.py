@@ -1,0 +1,35 @@
+"""Finds residual chains in a torch.fx graph and rewrites each into one call. Knows nothing of what the call will do.
+
+model --capture--> graphs                       what can be traced, and refusals for what cannot
+graph --match--> residual adds --> chains       by dataflow, never by name
+chains --plan--> regions                        steps, rules (`legality`), nesting; or a refusal for every add
+graph, plan --rewrite--> new graph              `build_region` makes the module of each region
+(between the stages: `verify`)
+"""
+
+from passes.capture import Capture, Captured, capture
+from passes.legality import CODES
+from passes.plan import plan
+from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
+from passes.rewrite import PassResult, rewrite
+from passes.verify import InvariantError
+
+__all__ = [
+    "CODES",
+    "Capture",
+    "Captured",
+    "Form",
+    "Granularity",
+    "InvariantError",
+    "PassResult",
+    "Plan",
+    "PlannedRegion",
+    "Refusal",
+    "RegionCode",
+    "ResidualAdd",
+    "Step",
+    "StepCode",
+    "capture",
+    "plan",
+    "rewrite",
+]

@@ -1,0 +1,137 @@
+"""Model -> graphs, in the model's current mode.
+
+the root, or if it cannot be traced each of its children, and so on down
+  |-- traced again with one more leaf for each module that a trace would misrepresent
+  `-- those leaves are captured on their own in turn
+
+Captured(path="")             the whole model, with leaves inside
+Captured(path="backbone")     part of a model whose forward stays ordinary Python
+Refusal(path="head", ...)     why a module was not traced
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from passes.legality import CODES
+from passes.regions import Refusal
+from passes.tracer import Blame, ChainTracer, replaced_reason
+
+__all__ = ["Capture", "Captured", "capture"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One traced module.
+
+    Attributes:
+        path: path of the module that was traced, "" for the whole model.
+        graph_module: its graph over its own live submodules and parameters; node targets are relative to `path`.
+        training: the `training` flag of the module while it was traced.
+        pinned: arguments of forward that were fixed, by name, and to what; the graph has an unused placeholder for each named one, and
+            none for `*args` (pinned to `()`) and `**kwargs` (pinned to `{}`).
+    """
+
+    path: str
+    graph_module: fx.GraphModule
+    training: bool
+    pinned: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What capturing a model gave.
+
+    Attributes:
+        parts: the traced modules, outermost first; a part inside another part is a leaf there.
+        refusals: one for each module that had to stay ordinary Python.
+    """
+
+    parts: tuple[Captured, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def capture(model: nn.Module, path: str = "") -> Capture:
+    """Trace a model in its current mode, and what of it cannot be traced in parts.
+
+    The model is not changed. Only one thread traces at a time.
+
+    Args:
+        model: any module; call once in train() and once in eval() mode, since a trace bakes the mode.
+        path: path of `model` from the root that the results should name.
+
+    Returns:
+        The traced parts and a refusal for each module that stays ordinary Python.
+    """
+    found = list(_captured(model, path, set()))
+    return Capture(
+        tuple(item for item in found if isinstance(item, Captured)),
+        tuple(item for item in found if isinstance(item, Refusal)),
+    )
+
+
+def _captured(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Captured | Refusal]:
+    """Capture `module`, then on their own the modules inside that had to become leaves."""
+    if module in seen:  # a module that several parts share is rewritten once
+        return
+    seen.add(module)
+    traced, blames = _trace(module)
+    for inner, blame in blames.items():
+        yield _refusal(blame, _join(path, inner))
+    if traced is not None:
+        tracer, graph = traced
+        yield Captured(path, fx.GraphModule(module, graph), module.training, dict(tracer.pinned))
+    for inner in blames:
+        for name, child in _forward_children(module.get_submodule(inner)):
+            yield from _captured(child, _join(path, inner, name), seen)
+
+
+def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict[str, Blame]]:
+    """Trace until no new leaf is needed; the number of rounds is bounded, since each adds a leaf."""
+    blames: dict[str, Blame] = {}
+    if (reason := replaced_reason(module)) is not None:  # its hooks are in nobody's way: they fire around its graph
+        return None, {"": Blame("opaque_module", reason)}
+    while True:
+        tracer = ChainTracer(frozenset(blames))
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            tracer.blame("untraceable", f"{type(error).__name__}: {error}"[:200])
+        new = {inner: blame for inner, blame in tracer.blames.items() if inner not in blames}
+        if not new:
+            return (tracer, graph), blames
+        if "" in new and len(new) == 1:
+            return None, {"": new[""]}
+        blames |= {inner: blame for inner, blame in new.items() if inner}
+
+
+def _forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children worth tracing on their own; lists and dictionaries of modules have no forward, so their children stand for them.
+
+    The insides of torch.nn's own modules are left alone: they hold nothing but single layers.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _forward_children(child))
+        elif isinstance(child, nn.Sequential) or not type(child).__module__.startswith("torch."):
+            if next(child.children(), None) is not None:
+                yield name, child
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _refusal(blame: Blame, path: str) -> Refusal:
+    return Refusal(
+        blame.code,
+        "",
+        path,
+        f"the module {blame.reason}" if blame.code != "untraceable" else f"tracing it failed: {blame.reason}",
+        CODES[blame.code].hint,
+    )

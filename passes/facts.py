@@ -1,0 +1,132 @@
+"""What is known about the nodes of one graph, computed once: order, kinds, dependencies, memory, owners, shapes.
+
+A `Facts` has three kinds of edges between nodes, each including the one before:
+
+    values   the inputs whose values a node's result depends on (asking for a shape is not a dependence on values)
+    flow     all inputs, and the writes that changed the memory of an input since the input was computed
+    order    whatever must have run before: flow, and for a node that writes in place, the earlier readers of that memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from passes.ops import kind, may_alias, written
+
+__all__ = ["Facts", "dtype_of", "owner_keys", "owner_path", "shape_of"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the matcher and the rules ask about a graph.
+
+    Attributes:
+        nodes: all nodes in graph order.
+        index: position of each node.
+        kinds: kind of each node, see `passes.ops`.
+        values, flow, order: the three kinds of incoming edges.
+        base: the node whose memory a node may share (itself for fresh memory).
+        alias: the input whose memory a node may share, where there is one.
+        writes: for each node that writes in place, the node it writes to.
+        stale: nodes that write in place although a value recorded before them is read after them from the same memory.
+        varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants and shapes alone.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    modules: dict[str, nn.Module]
+    index: dict[fx.Node, int] = field(default_factory=dict)
+    kinds: dict[fx.Node, str] = field(default_factory=dict)
+    values: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    flow: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    order: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    base: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    alias: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    writes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stale: set[fx.Node] = field(default_factory=set)
+    varies: set[fx.Node] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Facts:
+        """Collect the facts of a graph in time linear in its size."""
+        facts = cls(tuple(gm.graph.nodes), dict(gm.named_modules(remove_duplicate=False)))
+        for position, node in enumerate(facts.nodes):
+            facts.index[node] = position
+            facts.kinds[node] = kind(node, facts.modules)
+        _find_memory(facts)
+        _find_edges(facts)
+        return facts
+
+    def users_outside(self, node: fx.Node, inside: Container[fx.Node]) -> bool:
+        """True if anything that is not `inside` reads the node."""
+        return any(user not in inside for user in node.users)
+
+
+def _find_memory(facts: Facts) -> None:
+    """Fill `base`, `alias`, `writes` and `stale`: each result is followed to the first node that may own its memory."""
+    last_read: dict[fx.Node, int] = {}
+    for node in facts.nodes:
+        source, target = may_alias(node, facts.modules), written(node, facts.modules)
+        base = facts.base[node] = node if source is None else facts.base[source]
+        if source is not None:
+            facts.alias[node] = source
+        if target is not None:
+            facts.writes[node] = target
+            if last_read.get(facts.base[target], -1) > facts.index[node]:
+                facts.stale.add(node)
+        last_read[base] = max(last_read.get(base, -1), *(facts.index[user] for user in node.users), -1)
+
+
+def _find_edges(facts: Facts) -> None:
+    """Fill the edges and `varies` in one sweep, with the last write to and the readers since then of each piece of memory."""
+    last_write: dict[fx.Node, fx.Node] = {}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in facts.nodes:
+        inputs = tuple(node.all_input_nodes)
+        bases = dict.fromkeys(facts.base[source] for source in inputs)
+        newer = [last_write[base] for base in bases if base in last_write and last_write[base] not in inputs]
+        facts.flow[node] = (*inputs, *newer)
+        facts.values[node] = () if facts.kinds[node] in ("shape", "create") else facts.flow[node]
+        facts.order[node] = facts.flow[node]
+        if node in facts.writes:
+            memory = facts.base[facts.writes[node]]
+            facts.order[node] = tuple(dict.fromkeys((*facts.flow[node], *(r for r in readers.get(memory, ()) if r is not node))))
+            last_write[memory], readers[memory] = node, []
+        for base in bases:
+            readers.setdefault(base, []).append(node)
+        if node.op == "placeholder" or any(source in facts.varies for source in facts.values[node]):
+            facts.varies.add(node)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape that the capture recorded for a node; None if it recorded none, -1 for a dynamic dimension."""
+    value = _recorded(node)
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(size if isinstance(size, int) else -1 for size in shape)
+
+
+def dtype_of(node: fx.Node) -> str | None:
+    """Name of the dtype that the capture recorded for a node, such as "float32", or None."""
+    dtype = getattr(_recorded(node), "dtype", None)
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+def _recorded(node: fx.Node) -> Any:
+    return next((node.meta[key] for key in ("val", "example_value", "tensor_meta") if key in node.meta), None)
+
+
+def owner_keys(node: fx.Node) -> tuple[str, ...]:
+    """Keys of the module calls that were running when the node was recorded, outermost first; a second call of `a.b` is `a.b@1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(stack)[: -1 if node.op == "call_module" else None]
+
+
+def owner_path(node: fx.Node) -> str:
+    """Path of the module whose forward contains the node; for the call of a leaf module, of its caller."""
+    keys = owner_keys(node)
+    return str(node.meta["nn_module_stack"][keys[-1]][0]) if keys else ""

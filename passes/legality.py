@@ -1,0 +1,155 @@
+"""The rules: why a residual-looking add, a step or a module is left as it is.
+
+Every refusal has one of the codes of `CODES`. The rules about single steps are the tuple `RULES`; those about whole chains (side inputs
+from inside, length, nesting, order) are applied by `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from passes.facts import Facts, dtype_of, owner_path, shape_of
+from passes.match import Projection
+from passes.ops import is_add
+from passes.regions import Refusal
+from passes.steps import Span
+
+__all__ = ["CODES", "RULES", "Code", "check", "refuse", "refuse_projection"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a refusal code means and what the user can do about it, one sentence each."""
+
+    meaning: str
+    hint: str
+
+
+CODES: dict[str, Code] = {
+    "projection_shortcut": Code(
+        "The skip of the sum is a projection, scaling or other function of the input, so the sum is not `x + f(x)`.",
+        "Nothing needs to be done: blocks that change the shape stay as they are, between two regions.",
+    ),
+    "shape_changed": Code(
+        "The step returns another shape than it takes.",
+        "Keep the shape of the stream within a chain.",
+    ),
+    "dtype_changed": Code(
+        "The step returns another dtype than it takes.",
+        "Cast inside the branch, so that the stream keeps one dtype.",
+    ),
+    "broadcast": Code(
+        "The skip is broadcast by the sum, so the step returns a larger tensor than it takes.",
+        "Expand the skip before the first block.",
+    ),
+    "inplace_stream": Code(
+        "The step overwrites in place a value of the stream that the caller owns or that is read again.",
+        "Use the out-of-place form, such as nn.ReLU(inplace=False) or x = x + f(x).",
+    ),
+    "mutated_side": Code(
+        "The step overwrites in place a tensor that was made outside of it, which a second run of the step would overwrite again.",
+        "Copy the tensor before writing to it, or write to it outside of the block.",
+    ),
+    "side_from_inside": Code(
+        "The step reads a value from inside an earlier step, which a region does not keep; the chain was cut there.",
+        "Nothing needs to be done, or compute the value before the chain.",
+    ),
+    "interleaved": Code(
+        "Something outside the chain has to run between its steps, so the chain cannot become one call.",
+        "Move the computation or in-place write that stands between the blocks before or after them.",
+    ),
+    "too_short": Code(
+        "Fewer consecutive steps than a region must have.",
+        "Nothing needs to be done: a single step saves no memory.",
+    ),
+    "nested": Code(
+        "The add lies inside a step of another region, or around one that rewrites at least as many adds.",
+        "Nothing needs to be done: the memory inside the step is freed by the region that contains it.",
+    ),
+    "untraceable": Code(
+        "Tracing the module failed, so what is inside it is not seen.",
+        "Make its forward free of control flow on tensor values, or name its module list for the rewrite without tracing.",
+    ),
+    "lost_context": Code(
+        "The module does something that a trace would lose: a context such as autocast or no_grad, a checkpoint, a custom autograd function.",
+        "Move the context or custom function to a small submodule of its own, so that the rest can be traced.",
+    ),
+    "opaque_module": Code(
+        "The module has hooks, a forward set on the instance, or is a ScriptModule, so its Python is not all there is to it.",
+        "Remove the hooks or the replaced forward before the rewrite, or put them on submodules.",
+    ),
+}
+
+
+def refuse(code: str, add: fx.Node, explanation: str) -> Refusal:
+    """A refusal of the add of a graph, with the hint of its code."""
+    return Refusal(code, add.name, owner_path(add), explanation, CODES[code].hint)
+
+
+def refuse_projection(found: Projection) -> Refusal:
+    """A refusal for a sum whose short side is not the identity."""
+    through = ", ".join(f"%{node.name}" for node in reversed(found.short))
+    return refuse(
+        "projection_shortcut", found.add, f"the skip of %{found.add.name} is not %{found.common.name} itself: it passes through {through}"
+    )
+
+
+def check(span: Span, facts: Facts) -> Refusal | None:
+    """The first rule that a step breaks, or None.
+
+    Args:
+        span: the step.
+        facts: facts of its graph.
+
+    Returns:
+        A refusal of the step's last add, or None if the step is legal.
+    """
+    return next((found for rule in RULES if (found := rule(span, facts)) is not None), None)
+
+
+def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
+    """In-place adds onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
+    aliases = {span.source}
+    for node in span.nodes:
+        if facts.alias.get(node) not in aliases:
+            continue
+        if node not in facts.writes:
+            aliases.add(node)
+        elif not is_add(node) or node in facts.stale:
+            return refuse(
+                "inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, the input of the step, which is read again later"
+            )
+        elif facts.base[span.source].op in ("placeholder", "get_attr"):
+            owner = facts.base[span.source]
+            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{owner.name}, which the caller or the module owns")
+    return None
+
+
+def _overwrites_side(span: Span, facts: Facts) -> Refusal | None:
+    inside = set(span.nodes)
+    for node in span.nodes:
+        memory = facts.base[facts.writes[node]] if node in facts.writes else node
+        if memory not in inside and memory is not facts.base[span.source]:
+            return refuse("mutated_side", span.add, f"%{node.name} overwrites %{memory.name}, which was made outside of the step")
+    return None
+
+
+def _changes_shape(span: Span, facts: Facts) -> Refusal | None:
+    before, after = shape_of(span.source), shape_of(span.target)
+    if before is None or after is None or before == after:
+        return None
+    found = f"%{span.source.name} has shape {before}, %{span.target.name} has shape {after}"
+    return refuse("broadcast" if shape_of(span.add) == after and not span.link else "shape_changed", span.add, found)
+
+
+def _changes_dtype(span: Span, facts: Facts) -> Refusal | None:
+    before, after = dtype_of(span.source), dtype_of(span.target)
+    if before is None or after is None or before == after:
+        return None
+    return refuse("dtype_changed", span.add, f"%{span.source.name} is {before}, %{span.target.name} is {after}")
+
+
+RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (_overwrites_stream, _overwrites_side, _changes_shape, _changes_dtype)

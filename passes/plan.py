@@ -1,0 +1,222 @@
+"""A graph -> which regions it will get, and why everything else stays.
+
+residual sums --chains--> steps --rules--> legal runs --cut at side inputs from inside--> pieces
+pieces --the nesting that rewrites most adds--> --an order in which the graph can run--> regions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from passes.facts import Facts, dtype_of, shape_of
+from passes.legality import check, refuse, refuse_projection
+from passes.match import Chain, ResidualSum, chains, match
+from passes.regions import Granularity, Plan, PlannedRegion, Refusal
+from passes.schedule import schedule
+from passes.steps import Span, common_path, dead_ends_of, spans_of
+
+__all__ = ["plan"]
+
+Piece = tuple[Span, ...]
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    facts: Facts
+    sums: dict[fx.Node, ResidualSum]
+    min_steps: int
+    dead_ends: set[fx.Node]
+    refusals: dict[fx.Node, Refusal] = field(default_factory=dict)
+
+
+def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2) -> Plan:
+    """Find the residual chains of a graph that can each become one region; time is linear in the size of the graph.
+
+    Args:
+        gm: a captured graph, which is not changed.
+        granularity: "add" makes a step of every residual add; "module" makes a step of each block that owns consecutive adds, where that
+            leaves a chain at least `min_steps` steps.
+        min_steps: fewest steps of a region.
+
+    Returns:
+        The plan; its regions and refusals together account for every residual-looking add.
+
+    Raises:
+        ValueError: if `granularity` or `min_steps` is out of range.
+    """
+    if granularity not in ("add", "module"):
+        raise ValueError(f'granularity must be "add" or "module", got {granularity!r}')
+    if min_steps < 1:
+        raise ValueError(f"min_steps must be at least 1, got {min_steps}")
+    facts = Facts.of(gm)
+    sums, projections = match(facts)
+    draft = _Draft(facts, sums, min_steps, dead_ends_of(facts))
+    draft.refusals = {add: refuse_projection(found) for add, found in projections.items()}
+    pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
+    pieces = _ordered(_unnested(pieces, draft), draft)
+    adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
+    return Plan(
+        residual_adds=tuple(add.name for add in adds),
+        regions=tuple(_region(piece, name, facts) for piece, name in zip(pieces, _names(gm), strict=False)),
+        refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
+    )
+
+
+def _pieces(chain: Chain, granularity: Granularity, draft: _Draft) -> list[Piece]:
+    """Legal runs of at least `min_steps` steps of one chain; every add outside of them is refused."""
+    spans = spans_of(chain, granularity, draft.facts, draft.sums, draft.dead_ends)
+    pieces: list[Piece] = []
+    for run in _legal_runs(spans, draft):
+        pieces += _cut(run, draft)
+    if granularity == "module" and not pieces:
+        for found in chain.sums:
+            draft.refusals.pop(found.add, None)
+        return _pieces(chain, "add", draft)
+    for add in (found.add for piece in pieces for span in piece for found in span.sums):
+        draft.refusals.pop(add, None)
+    return pieces
+
+
+def _legal_runs(spans: Sequence[Span], draft: _Draft) -> Iterator[Piece]:
+    """Longest runs of steps that break no rule."""
+    run: list[Span] = []
+    for span in spans:
+        refusal = check(span, draft.facts)
+        if refusal is None:
+            run.append(span)
+            continue
+        draft.refusals |= {found.add: refuse(refusal.code, found.add, refusal.explanation) for found in span.sums}
+        yield tuple(run)
+        run = []
+    yield tuple(run)
+
+
+def _cut(run: Piece, draft: _Draft) -> list[Piece]:
+    """Cut a run before each step that reads a value from inside an earlier step of the same piece, and drop short pieces."""
+    newest = _newest_step(run, draft.facts)
+    starts = [0]
+    for t, span in enumerate(run):
+        inner = [node for node in span.inputs() if newest.get(node, -1) >= starts[-1]]
+        if inner and t > starts[-1]:
+            starts.append(t)
+            read = f"%{inner[0].name}, which is computed from inside step {newest[inner[0]]} of the chain"
+            draft.refusals[span.add] = refuse("side_from_inside", span.add, f"the step reads {read}")
+    pieces = [run[start:end] for start, end in zip(starts, [*starts[1:], len(run)], strict=True) if end > start]
+    for piece in pieces:
+        if len(piece) < draft.min_steps:
+            _refuse_short(piece, len(pieces) > 1, draft)
+    return [piece for piece in pieces if len(piece) >= draft.min_steps]
+
+
+def _refuse_short(piece: Piece, was_cut: bool, draft: _Draft) -> None:
+    found = f"the chain is {len(piece)} of at least {draft.min_steps} steps long" + (" after a cut at a side input" if was_cut else "")
+    for add in (found.add for span in piece for found in span.sums):
+        draft.refusals.setdefault(add, refuse("too_short", add, found))
+
+
+def _newest_step(run: Piece, facts: Facts) -> dict[fx.Node, int]:
+    """For each node, the last step of the run from whose inside it descends."""
+    newest = {node: t for t, span in enumerate(run) for node in span.nodes}
+    if not run:
+        return newest
+    first, last = facts.index[run[0].nodes[0]], facts.index[run[-1].nodes[-1]]
+    for node in facts.nodes[first:last]:
+        if node not in newest:
+            step = max((newest.get(before, -1) for before in facts.flow[node]), default=-1)
+            if step >= 0:
+                newest[node] = step
+    return newest
+
+
+def _adds(piece: Piece) -> list[fx.Node]:
+    return [found.add for span in piece for found in span.sums]
+
+
+def _nodes(piece: Piece) -> set[fx.Node]:
+    return {node for span in piece for node in span.nodes}
+
+
+def _unnested(pieces: list[Piece], draft: _Draft) -> list[Piece]:
+    """Of pieces that lie within each other, keep the outer one unless those inside rewrite more adds."""
+    owner: dict[fx.Node, int] = {}
+    for i in sorted(range(len(pieces)), key=lambda i: sum(len(span.nodes) for span in pieces[i])):
+        nodes = _nodes(pieces[i])
+        inner = {owner[node] for node in nodes if node in owner}
+        inside = sum(len(_adds(pieces[j])) for j in inner)
+        lost = inner if len(_adds(pieces[i])) >= inside else {i}
+        for j in lost:
+            where = (
+                f"around regions that rewrite {inside} adds"
+                if j == i
+                else f"inside a step of the chain that ends in %{_adds(pieces[i])[-1].name}"
+            )
+            draft.refusals |= {add: refuse("nested", add, f"%{add.name} lies {where}") for add in _adds(pieces[j])}
+        if i not in lost:
+            owner = {node: j for node, j in owner.items() if j not in lost} if lost else owner
+            owner |= dict.fromkeys(nodes, i)
+    kept = sorted(set(owner.values()), key=lambda i: draft.facts.index[pieces[i][0].nodes[0]])
+    _refuse_insides([pieces[i] for i in kept], draft)
+    return [pieces[i] for i in kept]
+
+
+def _refuse_insides(pieces: list[Piece], draft: _Draft) -> None:
+    """A residual add inside a step, too short a chain by itself, is better called nested."""
+    for piece in pieces:
+        rewritten = set(_adds(piece))
+        for node in _nodes(piece) - rewritten:
+            if node in draft.sums:
+                draft.refusals[node] = refuse(
+                    "nested", node, f"%{node.name} lies inside a step of the chain that ends in %{_adds(piece)[-1].name}"
+                )
+
+
+def _ordered(pieces: list[Piece], draft: _Draft) -> list[Piece]:
+    """Drop the shortest piece of every cycle until the graph can run."""
+    while True:
+        copied = {node for piece in pieces for span in piece for node in span.copied_adds(draft.facts)}
+        _, stuck = schedule(draft.facts, [_nodes(piece) for piece in pieces], copied)
+        if not stuck:
+            return pieces
+        worst = min(stuck, key=lambda i: len(_adds(pieces[i])))
+        for add in _adds(pieces[worst]):
+            draft.refusals[add] = refuse(
+                "interleaved", add, f"something between the steps of the chain of %{add.name} has to run both after and before it"
+            )
+        pieces = [piece for i, piece in enumerate(pieces) if i != worst]
+
+
+def _names(gm: fx.GraphModule) -> Iterator[str]:
+    taken = {name for name, _ in gm.named_children()} | {node.name for node in gm.graph.nodes}
+    number = 0
+    while True:
+        if (name := f"momentum_region_{number}") not in taken and not hasattr(gm, name):
+            yield name
+        number += 1
+
+
+def _region(piece: Piece, name: str, facts: Facts) -> PlannedRegion:
+    steps = tuple(span.named(facts) for span in piece)
+    inside = _nodes(piece)
+    escapes = (t for t in range(1, len(piece)) if facts.users_outside(piece[t].source, inside))
+    return PlannedRegion(
+        name=name,
+        path=common_path(step.path for step in steps),
+        kind=_kind(piece),
+        steps=steps,
+        escapes=tuple(escapes),
+        shape=shape_of(piece[0].source),
+        dtype=dtype_of(piece[0].source),
+    )
+
+
+def _kind(piece: Piece) -> str:
+    links = {span.link for span in piece[:-1]} | ({piece[-1].link} - {()})
+    if any(len(span.sums) > 1 for span in piece) or len(links) > 1:
+        return "block"
+    link = links.pop() if links else ()
+    return "pre-activation" if not link else "post-norm" if "norm" in link else "post-activation" if "activation" in link else "block"

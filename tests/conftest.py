@@ -1,0 +1,18 @@
+"""Settings that all tests share: hypothesis profiles, threads, seed."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=40, **common)
+settings.register_profile("deep", max_examples=1000, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)

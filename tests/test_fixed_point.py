@@ -1,0 +1,199 @@
+"""The integer shears against integers of unbounded size, and against the recurrence in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import IntegerState, recurrence, unpack
+
+from mnet_fx.errors import StreamError
+from mnet_fx.fixed_point import Format, State, expected_bytes, fingerprint, spill, unspill
+from mnet_fx.settings import matched_weights, momentum_weights
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+gammas = st.one_of(st.sampled_from([0.0, 1 / 256, 0.05, 0.5, 0.9, 0.999]), st.floats(0, 0.9999))
+shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
+values = st.one_of(st.floats(-4, 4, width=32), st.floats(width=32), st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]))
+
+
+@st.composite
+def runs(draw):
+    """(x0, v0 or None, [(y, gamma, weight), ...]): a stream and what is added to it, of any shape and magnitude, inf and nan included."""
+    shape, dtype = draw(shapes), draw(st.sampled_from(DTYPES))
+
+    def tensor():
+        size = math.prod(shape)
+        return torch.tensor(draw(st.lists(values, min_size=size, max_size=size))).reshape(shape).to(dtype)
+
+    steps = [(tensor(), g, draw(st.sampled_from([1.0, 1.0 - g]))) for g in draw(st.lists(gammas, min_size=1, max_size=12))]
+    return tensor(), tensor() if draw(st.booleans()) else None, steps
+
+
+def snapshot(state):
+    fields = (state.unit, state.ratio, state.x_bound, state.v_bound, state.dtype)
+    return state.X.clone(), state.U.clone(), fields, None if state.mask is None else state.mask.clone()
+
+
+def same(a, b):
+    masks = (a[3] is None and b[3] is None) or (a[3] is not None and b[3] is not None and torch.equal(a[3], b[3]))
+    bits = torch.equal(a[1].view(torch.int64), b[1].view(torch.int64)) if a[1].dim() else torch.equal(a[1], b[1])
+    return torch.equal(a[0], b[0]) and bits and a[2] == b[2] and masks
+
+
+@given(runs())
+def test_unstep_undoes_step_for_any_values(run):
+    x0, v0, steps = run
+    state = State(x0, v0)
+    seen, records = [snapshot(state)], []
+    for y, g, b in steps:
+        records.append(state.step(y, g, b))
+        seen.append(snapshot(state))
+    for t in reversed(range(len(steps))):
+        state.unstep_x(records[t])
+        assert torch.equal(state.X, seen[t][0])
+        state.restep_x(records[t])
+        assert same(snapshot(state), seen[t + 1])
+        state.unstep_x(records[t])
+        state.unstep_u(records[t], steps[t][0])
+        assert same(snapshot(state), seen[t])
+
+
+@given(runs())
+def test_every_number_is_that_of_integers_of_any_size(run):
+    x0, v0, steps = run
+    state = State(x0, v0)
+    exact = [IntegerState(int(X), int(U)) for X, U in zip(state.X.flatten().tolist(), state.U.flatten().tolist(), strict=True)]
+    for y, g, b in steps:
+        record = state.step(y, g, b)
+        for i, (oracle, part) in enumerate(zip(exact, y.double().flatten().tolist(), strict=True)):
+            bits = [None if s is None else s.bits for s in (record.x_spill, record.u_spill)]
+            lows = oracle.step(part if math.isfinite(part) else 0.0, record.scale, record.ratio, *bits)
+            assert (state.X.flatten()[i].item(), state.U.flatten()[i].item()) == (oracle.X, oracle.U)
+            for low, spilled in zip(lows, (record.x_spill, record.u_spill), strict=True):
+                assert spilled is None or unpack(spilled.bytes, i) == low
+            assert abs(oracle.U) < 2**53
+            assert abs(oracle.X) <= state.format.limit
+
+
+@given(
+    st.lists(st.integers(-(2**31) + 1, 2**31 - 1), min_size=1, max_size=9),
+    st.integers(1, 60),
+    st.sampled_from([torch.int32, torch.float64]),
+)
+def test_spill_is_lossless(numbers, bits, dtype):
+    T = torch.tensor(numbers, dtype=dtype)
+    before, bound = T.clone(), float(max(map(abs, numbers)))
+    spilled = spill(T, bits, bound)
+    assert spilled.bytes.dtype is torch.uint8
+    assert spilled.bytes.shape[0] <= math.ceil(bits / 8)
+    unspill(T, spilled)
+    assert torch.equal(T, before)
+
+
+@pytest.mark.parametrize("weights", [momentum_weights, matched_weights])
+@pytest.mark.parametrize(
+    "gamma", [0.0, 0.05, 0.5, 0.9, 0.99, 0.999, lambda t, T: t / T, lambda t, T: 0.0 if t == 0 else 0.9], ids=str
+)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_forward_errs_no_more_than_twice_the_float32_recurrence(weights, gamma, scale):
+    steps = 40
+    W = torch.randn(steps, 24, 24, dtype=torch.float64) / 24**0.5
+    functions = [lambda x, w=w: scale * torch.tanh(x @ w.to(x.dtype) / scale) for w in W]
+    schedule = [gamma(t, steps) if callable(gamma) else gamma for t in range(steps)]
+    factors = list(zip(schedule, weights(schedule), strict=True))
+    x0 = scale * torch.randn(50, 24)
+    exact = recurrence(x0.double(), functions, factors)
+    float32 = recurrence(x0, functions, factors)
+    state = State(x0, horizon=10)
+    ours = [state.read()]
+    for f, (g, b) in zip(functions, factors, strict=True):
+        state.step(f(ours[-1]), g, b)
+        ours.append(state.read())
+    largest = max(x.abs().max() for x in exact)
+
+    def error(stream):
+        return max((a.double() - b).abs().max() for a, b in zip(stream, exact, strict=True)) / largest
+
+    assert error(ours) <= 2 * error(float32)
+
+
+def test_a_growing_stream_is_put_on_a_coarser_grid_and_comes_back():
+    state = State(torch.zeros(7))
+    before, records = snapshot(state), []
+    ys = [torch.randn(7) * 10.0**k for k in range(-30, 30, 3)]
+    records = [state.step(y, 0.5, 0.5) for y in ys]
+    assert sum(r.x_spill is not None for r in records) > 10
+    for record, y in zip(reversed(records), reversed(ys), strict=True):
+        state.unstep_x(record)
+        state.unstep_u(record, y)
+    assert same(snapshot(state), before)
+
+
+@pytest.mark.parametrize(("gamma", "steps"), [(0.9, 1000), (0.5, 300), (0.05, 100), (1 / 256, 40)])
+def test_spilled_bits_stay_at_the_floor(gamma, steps):
+    state, spilled = State(torch.randn(1000)), 0
+    for _ in range(steps):
+        record = state.step(torch.tanh(state.read()) * (torch.rand(1000) - 0.5), gamma, 1 - gamma)
+        spilled += 0 if record.u_spill is None else record.u_spill.bytes.numel() * 8
+    floor = math.log2(1 / gamma) * steps
+    assert spilled / 1000 <= 1.1 * floor
+    assert spilled / 1000 >= floor - 52  # what U still holds
+    predicted = expected_bytes([gamma] * steps, Format.of(torch.float32))
+    assert abs(predicted - 12 - spilled / 8000) <= 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["x0", "y"])
+def test_inf_and_nan_come_out_as_nan_and_leave_the_integers_alone(bad, where):
+    x0, y = torch.ones(4), torch.ones(4)
+    (x0 if where == "x0" else y)[2] = bad
+    state = State(x0)
+    start = snapshot(state)
+    record = state.step(y, 0.5, 0.5)
+    assert torch.isnan(state.read()).tolist() == [False, False, True, False]
+    assert state.X.abs().max().item() <= state.format.limit
+    state.unstep_x(record)
+    assert torch.isnan(state.read()).tolist() == [False, False, where == "x0", False]
+    state.unstep_u(record, y)
+    assert same(snapshot(state), start)
+
+
+def test_layout_of_the_stream_is_kept_whatever_the_layout_of_y():
+    x0 = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state, plain = State(x0), State(x0.contiguous())
+    y = torch.randn(2, 3, 4, 5)
+    state.step(y, 0.5, 0.5)
+    plain.step(y, 0.5, 0.5)
+    assert state.read().is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(state.read(), plain.read())
+    strided = torch.randn(8, 6)[::2, 1:]
+    assert torch.equal(State(strided).read(), State(strided.contiguous()).read())
+    assert torch.equal(State(strided[:1].expand(3, 5)).read(), State(strided[:1].repeat(3, 1)).read())
+
+
+@given(st.data())
+def test_fingerprint_sees_one_changed_bit(data):
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
+    t = torch.randint(0, 100, (data.draw(st.integers(1, 20)),), dtype=dtype)
+    view = t[data.draw(st.integers(0, len(t) - 1)) :]
+    before = fingerprint(view).item()
+    assert before == fingerprint(view.clone()).item()
+    view[data.draw(st.integers(0, len(view) - 1))] ^= 1 << data.draw(st.integers(0, 6))
+    assert fingerprint(view).item() != before
+
+
+@pytest.mark.parametrize(
+    ("x0", "words"),
+    [
+        (torch.zeros(3, dtype=torch.int64), "floating point"),
+        (torch.zeros(3, dtype=torch.complex64), "floating point"),
+        (torch.zeros(0, 3), "zero-size"),
+        (torch.zeros(3, device="meta"), "meta"),
+    ],
+    ids=["int", "complex", "empty", "meta"],
+)
+def test_streams_that_cannot_be_carried_are_refused(x0, words):
+    with pytest.raises(StreamError, match=words):
+        State(x0)
