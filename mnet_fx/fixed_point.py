@@ -23,8 +23,8 @@ low bits of U, whose magnitude grows by 1/g for a given v. When U would outgrow 
 bytes, losslessly, and put back by the inverse. X is re-gridded in the same way when the stream outgrows its range. g = 0 forgets v
 altogether, so the whole of U is spilled: that step is a checkpoint.
 
-**Formats.** U holds integers below 2^53 in a float64: their sums are exact, and no conversion from or to int64 is needed, which makes a step
-twice as fast on CPUs. X is an int32 for streams of up to 32 bits (12 bytes per element for both), a float64 for float64 streams. The
+**Formats.** U holds integers below 2^53 in a float64: their sums are exact, and no conversion from or to int64 is needed, which makes a
+step twice as fast on CPUs. X is an int32 for streams of up to 32 bits (12 bytes per element for both), a float64 for float64 streams. The
 unit is a power of two that gives max|x[0]| 29 bits (39 for float64): finer than float32 is at that maximum.
 
 **Never a wrap.** Decisions are taken on the host, from an upper bound of |x| and |v| that follows the recurrence with max|y| of each step
@@ -84,7 +84,10 @@ class Format:
 
 @dataclass(frozen=True)
 class Spill:
-    """Low bits of an integer tensor, packed into whole bytes: T = q * 2**bits + (low - 2**(8 * planes - 1)), low = sum of bytes[j] * 256**j.
+    """Low bits of an integer tensor, packed into whole bytes.
+
+    T = q * 2**bits + low - 2**(8 * planes - 1), with low = sum of bytes[j] * 256**j.
+
 
     Attributes:
         bits: by how many bits T was shifted right (math.inf: T was emptied).
@@ -238,7 +241,7 @@ def unspill(T: Tensor, spilled: Spill) -> None:
 
 
 def fingerprint(t: Tensor) -> Tensor:
-    """Sum of the bits of t, read as 64-bit integers, modulo 2**64: a 0-d int64 tensor on t's device that any single changed element changes."""
+    """Sum of the bits of t read as 64-bit integers, modulo 2**64: a 0-d int64 tensor that changes with any one element."""
     t = t.detach()
     t = torch.view_as_real(t) if t.is_complex() else t
     t = t if _is_dense(t) else t.contiguous()

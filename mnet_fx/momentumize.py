@@ -1,6 +1,6 @@
 """`momentumize`: the one file that calls both halves, the passes and the runtime.
 
-    model --copy--> net --capture (train, eval)--> graphs --plan--> --rewrite, with MomentumRegion--> programs --> net.forward
+model --copy--> net --capture (train, eval)--> graphs --plan--> --rewrite, with MomentumRegion--> programs --> net.forward
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -52,10 +52,10 @@ def momentumize(
     Args:
         model: any module; left as it was. The result shares its parameters and buffers, and has the same `state_dict` keys.
         example_inputs: not used yet.
-        gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the network
-            stays closest to the original.
-        initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or a
-            module that gives v[0] from x[0]. Such a module becomes `net.initial_velocity`, and its parameters come last in the state_dict.
+        gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
+            network stays closest to the original.
+        initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or
+            a module that gives v[0] from x[0]. Such a module becomes `net.initial_velocity`, and its parameters come last in the state_dict.
         weights: "momentum": b[t] = 1 - g[t], as in the paper; "matched": those with which the chain stays closest to the original network
             (needs v[0] = 0).
         granularity: "add": a step for each residual add; "module": a step for each repeated block (one for a transformer layer, not two).
@@ -65,8 +65,8 @@ def momentumize(
         on_drift: what to do when a step does not repeat in the backward pass: "raise" InversionError, "warn", or "ignore".
 
     Returns:
-        A module of the class of `model` whose `forward` is rewritten; `net.report` says what was done. A model without residual chains comes
-        back working, with a warning.
+        A module of the class of `model` whose `forward` is rewritten; `net.report` says what was done. A model without residual chains
+        comes back working, with a warning.
 
     Raises:
         SettingsError: an option cannot work.
@@ -77,16 +77,21 @@ def momentumize(
     """
     settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift)
     if example_inputs is not None:
-        raise NotImplementedError("example_inputs is not built yet: models are captured by symbolic trace, which needs no inputs; leave it out")
+        raise NotImplementedError(
+            "example_inputs is not built yet: models are captured by symbolic trace, which needs no inputs; leave it out"
+        )
     if regions is not None:
         raise NotImplementedError("regions is not built yet: leave it out, and residual chains are found by dataflow")
     net = _copied(model)
     parts = _rewritten_parts(net, settings)
     if settings.velocity is not None:
         net.add_module("initial_velocity", settings.velocity)
-    net.report = _report(parts, settings, _stream_dtype(model))  # type: ignore[assignment]
-    if not net.report.regions:
-        warnings.warn(f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2)
+    report = _report(parts, settings, _stream_dtype(model))
+    net.__dict__["report"] = report
+    if not report.regions:
+        warnings.warn(
+            f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2
+        )
     return net
 
 
@@ -139,7 +144,9 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         net = copy.deepcopy(model, shared)
     except Exception as error:
-        raise MnetError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy") from error
+        raise MnetError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
+        ) from error
     for module in net.modules():  # a second momentumize starts over
         if isinstance(module.__dict__.get("forward"), Forward):
             _restore(module)
@@ -164,7 +171,7 @@ class _Part:
 
 
 def _rewritten_parts(net: nn.Module, settings: Settings) -> tuple[list[_Part], tuple[Refusal, ...]]:
-    """Captures `net` in both modes, rewrites what both captured, and puts it in place; the parts of train mode, and the capture's refusals."""
+    """Captures `net` in both modes and rewrites in place what both captured; returns train mode's parts and refusals."""
     captures = {mode: _captured(net, mode) for mode in (True, False)}
     both = [{part.path: part for part in captures[mode].parts} for mode in (True, False)]
     parts = []
@@ -179,7 +186,7 @@ def _rewritten_parts(net: nn.Module, settings: Settings) -> tuple[list[_Part], t
         if train.regions or evaluate.regions:
             for region in dict.fromkeys([*train.regions, *evaluate.regions]):
                 owner.add_module(region.name, region)
-            owner.forward = Forward(owner, {True: train.program, False: evaluate.program}, in_train.pinned)  # type: ignore[method-assign]
+            owner.forward = Forward(owner, {True: train.program, False: evaluate.program}, in_train.pinned)
         parts.append(train)
     return parts, captures[True].refusals
 
@@ -233,6 +240,4 @@ def _region_report(region: PlannedRegion, path: str, settings: Settings, dtype: 
     kept, kept_bytes = storage(factors, dtype, settings.velocity is None)
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
-    return RegionReport(
-        region.name, path, len(region.steps), len(region.adds), region.kind, gamma, region.shape, kept, kept_bytes
-    )
+    return RegionReport(region.name, path, len(region.steps), len(region.adds), region.kind, gamma, region.shape, kept, kept_bytes)

@@ -106,7 +106,7 @@ class MomentumRegion(nn.Module):
         horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)
         with torch.no_grad():
             state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)))
-        kind = PlainTape
+        kind: type[Tape] = PlainTape
         if torch.is_grad_enabled() and self.backward == "reversible":
             kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(self.factors, x.dtype, v0 is None)[0]]
         log.debug("%s: %d steps of %s %s, %s", self.name, len(self.factors), x.dtype, tuple(x.shape), kind.__name__)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Conditions:
         self.training = [m.training for m in module.modules()]
         self.threads = torch.get_num_threads()
         self.autocast = _autocast_states(device)
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         self.buffers: dict[str, Tensor] = {}  # those that the step changed, as they were before
         self.unchanged: dict[str, Tensor] = {}  # the others
         self.random: list[tuple[Any, Tensor]] = []
@@ -71,12 +72,12 @@ class Conditions:
         """Runs the step again, as the first time."""
         with self._restored():
             live = dict(self.module.named_parameters(remove_duplicate=False))
-            swapped = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
+            swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= {name: b.clone() for name, b in self.buffers.items()}
             return functional_call(self.module, swapped, (x, *self.sides)) if swapped else self.module(x, *self.sides)
 
     def _values(self) -> dict[str, Any]:
-        named = {f"parameter '{name}'": p for name, p in self.parameters.items()}
+        named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in self.parameters.items()}
         named |= {f"buffer '{name}'": b for name, b in self.unchanged.items()}
         named |= {f"side input {i}": s for i, s in enumerate(self.sides) if isinstance(s, Tensor)}
         return _fingerprints(named)
@@ -84,11 +85,11 @@ class Conditions:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for state in self.autocast:
-                stack.enter_context(torch.autocast(**state))
+            for context in self.autocast:
+                stack.enter_context(torch.autocast(**context))
             _swap_in(stack, torch.set_num_threads, self.threads, torch.get_num_threads())
             for module, training in zip(self.module.modules(), self.training, strict=True):
-                _swap_in(stack, lambda flag, m=module: setattr(m, "training", flag), training, module.training)
+                _swap_in(stack, partial(setattr, module, "training"), training, module.training)
             for generator, state in self.random:
                 stack.callback(generator.set_rng_state, generator.get_rng_state())
                 generator.set_rng_state(state)

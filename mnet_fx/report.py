@@ -26,7 +26,8 @@ class RegionReport:
         kind: "pre-activation", "post-activation", "post-norm" or "block".
         gamma: the momentum where it is the same for all steps but perhaps the first, else the (smallest, largest).
         shape: shape of the stream, None where the capture recorded none.
-        storage: "reverse" (state X, U), "inputs" (fewer bytes for a short chain: x[t] of each step is kept), or "autograd" (backward="stored").
+        storage: "reverse" (the state X, U is kept), "inputs" (x[t] of each step is kept, fewer bytes for a short chain), or "autograd"
+            (backward="stored").
         state_bytes_per_element: bytes that the region keeps per element of the stream between forward and backward, by theory, for a
             stream of the model's parameter dtype; None for "autograd", which depends on what the steps save.
     """

@@ -61,8 +61,8 @@ class Settings:
         for name, choices in [("weights", Weights), ("granularity", Granularity), ("backward", Backward), ("on_drift", OnDrift)]:
             if getattr(self, name) not in get_args(choices):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
-        if not (self.initial_velocity in ("zero", "first") if isinstance(self.initial_velocity, str) else isinstance(self.velocity, nn.Module)):
-            raise SettingsError(f"initial_velocity must be 'zero', 'first' or an nn.Module that gives v[0] from x[0], got {self.velocity!r}")
+        if self.velocity is not None and not isinstance(self.velocity, nn.Module):
+            raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
         if self.weights == "matched" and self.velocity is not None:
             raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
@@ -71,7 +71,8 @@ class Settings:
     @property
     def velocity(self) -> Any:
         """The module that gives v[0], or None for v[0] = 0."""
-        return None if self.initial_velocity in ("zero", "first") else self.initial_velocity
+        is_name = isinstance(self.initial_velocity, str) and self.initial_velocity in ("zero", "first")
+        return None if is_name else self.initial_velocity
 
     def gammas(self, steps: int) -> tuple[float, ...]:
         """g[0], ..., g[steps - 1]."""

@@ -138,7 +138,7 @@ class StoringTape(Tape):
 
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         super().__init__(region, state, factors, on_drift)
-        self.prints: list[int] = []
+        self.prints: list[int | float] = []
         self.inputs: list[tuple[Tensor, int]] = []
 
     def enter(self) -> Tensor:
@@ -188,7 +188,7 @@ class _Step:
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:
             x, self.live = self.live, None
-            return _Close.apply(self, False, *checked(self.conditions.first_run, x, self.tape.region, self.t))
+            return _Close.apply(self, False, *checked(self.conditions.first_run, x, (), self.tape.region, self.t))
         return _Close.apply(self, True, *self._rerun(self.tape.hand_out(self.t)))
 
     def value(self, x: Tensor) -> Tensor:
@@ -202,14 +202,14 @@ class _Step:
         return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
 
 
-def checked(run: Callable[[Tensor], tuple[Any, ...]], x: Tensor, region: str, t: int) -> tuple[Any, ...]:
-    """run(x), and an error if that wrote to x.
+def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], region: str, t: int) -> tuple[Any, ...]:
+    """run(x, *sides), and an error if that wrote to x.
 
     Raises:
         StreamError: the step changed the stream in place.
     """
     version = None if x.is_inference() else x._version
-    outputs = run(x)
+    outputs = run(x, *sides)
     if version is not None and x._version != version:
         raise StreamError(
             f"{region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
@@ -227,7 +227,7 @@ class _Close(Function):
         y = outputs[0]
         if rerun:
             step.tape.close(step.t, y)
-        ctx.where = step.tape.region, step.t
+        ctx.region, ctx.t = step.tape.region, step.t
         ctx.save_for_backward(y.new_empty(0))
         return tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in outputs)
 
@@ -236,7 +236,7 @@ class _Close(Function):
         try:
             _ = ctx.saved_tensors  # makes checkpoint rerun the step now
         except CheckpointError as error:
-            raise InversionError(*ctx.where, "what the step saves for its gradient", f" ({str(error).splitlines()[0]})") from error
+            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient", f" ({str(error).splitlines()[0]})") from error
         return None, None, *grads
 
 
@@ -304,7 +304,7 @@ def run_chain(
         if t in escapes:
             escaped.append(x)
         if isinstance(tape, PlainTape):
-            y, *more = checked(lambda x, m=module, s=sides: m(x, *s), x, tape.region, t)
+            y, *more = checked(module, x, sides, tape.region, t)
         else:
             tape.steps.append(_Step(tape, t, module, sides, x))
             y, *more = checkpoint(tape.steps[t], use_reentrant=False, preserve_rng_state=False)

@@ -118,9 +118,10 @@ def _forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _forward_children(child))
-        elif isinstance(child, nn.Sequential) or not type(child).__module__.startswith("torch."):
-            if next(child.children(), None) is not None:
-                yield name, child
+        elif next(child.children(), None) is not None and (
+            isinstance(child, nn.Sequential) or not type(child).__module__.startswith("torch.")
+        ):
+            yield name, child
 
 
 def _join(*parts: str) -> str:

@@ -33,7 +33,7 @@ class Facts:
         values, flow, order: the three kinds of incoming edges.
         base: the node whose memory a node may share (itself for fresh memory).
         alias: the input whose memory a node may share, where there is one.
-        writes: for each node that writes in place, the node it writes to.
+        writes: for each node that writes in place, the bases of the memory it writes to.
         stale: nodes that write in place although a value recorded before them is read after them from the same memory.
         varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants and shapes alone.
     """
@@ -47,7 +47,7 @@ class Facts:
     order: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     base: dict[fx.Node, fx.Node] = field(default_factory=dict)
     alias: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    writes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    writes: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     stale: set[fx.Node] = field(default_factory=set)
     varies: set[fx.Node] = field(default_factory=set)
 
@@ -71,13 +71,13 @@ def _find_memory(facts: Facts) -> None:
     """Fill `base`, `alias`, `writes` and `stale`: each result is followed to the first node that may own its memory."""
     last_read: dict[fx.Node, int] = {}
     for node in facts.nodes:
-        source, target = may_alias(node, facts.modules), written(node, facts.modules)
+        source, targets = may_alias(node, facts.modules), written(node, facts.modules)
         base = facts.base[node] = node if source is None else facts.base[source]
         if source is not None:
             facts.alias[node] = source
-        if target is not None:
-            facts.writes[node] = target
-            if last_read.get(facts.base[target], -1) > facts.index[node]:
+        if targets:
+            facts.writes[node] = tuple(dict.fromkeys(facts.base[target] for target in targets))
+            if any(last_read[memory] > facts.index[node] for memory in facts.writes[node]):
                 facts.stale.add(node)
         last_read[base] = max(last_read.get(base, -1), *(facts.index[user] for user in node.users), -1)
 
@@ -93,9 +93,8 @@ def _find_edges(facts: Facts) -> None:
         facts.flow[node] = (*inputs, *newer)
         facts.values[node] = () if facts.kinds[node] in ("shape", "create") else facts.flow[node]
         facts.order[node] = facts.flow[node]
-        if node in facts.writes:
-            memory = facts.base[facts.writes[node]]
-            facts.order[node] = tuple(dict.fromkeys((*facts.flow[node], *(r for r in readers.get(memory, ()) if r is not node))))
+        for memory in facts.writes.get(node, ()):
+            facts.order[node] = (*facts.order[node], *readers.get(memory, ()))
             last_write[memory], readers[memory] = node, []
         for base in bases:
             readers.setdefault(base, []).append(node)

@@ -74,7 +74,7 @@ CODES: dict[str, Code] = {
         "Make its forward free of control flow on tensor values, or name its module list for the rewrite without tracing.",
     ),
     "lost_context": Code(
-        "The module does something that a trace would lose: a context such as autocast or no_grad, a checkpoint, a custom autograd function.",
+        "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",
         "Move the context or custom function to a small submodule of its own, so that the rest can be traced.",
     ),
     "opaque_module": Code(
@@ -112,28 +112,27 @@ def check(span: Span, facts: Facts) -> Refusal | None:
 
 def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
     """In-place adds onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
-    aliases = {span.source}
+    memory, aliases = facts.base[span.source], {span.source}
     for node in span.nodes:
-        if facts.alias.get(node) not in aliases:
+        if not any(value in aliases for value in node.all_input_nodes):
             continue
-        if node not in facts.writes:
-            aliases.add(node)
+        if memory not in facts.writes.get(node, ()):
+            if facts.alias.get(node) in aliases:
+                aliases.add(node)
         elif not is_add(node) or node in facts.stale:
-            return refuse(
-                "inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, the input of the step, which is read again later"
-            )
-        elif facts.base[span.source].op in ("placeholder", "get_attr"):
-            owner = facts.base[span.source]
-            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{owner.name}, which the caller or the module owns")
+            what = "the input of the step" if node not in facts.stale else "the input of the step, which is read again later"
+            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, {what}")
+        elif memory.op in ("placeholder", "get_attr"):
+            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{memory.name}, which the caller or the module owns")
     return None
 
 
 def _overwrites_side(span: Span, facts: Facts) -> Refusal | None:
-    inside = set(span.nodes)
+    inside = {*span.nodes, facts.base[span.source]}
     for node in span.nodes:
-        memory = facts.base[facts.writes[node]] if node in facts.writes else node
-        if memory not in inside and memory is not facts.base[span.source]:
-            return refuse("mutated_side", span.add, f"%{node.name} overwrites %{memory.name}, which was made outside of the step")
+        outside = [memory for memory in facts.writes.get(node, ()) if memory not in inside]
+        if outside:
+            return refuse("mutated_side", span.add, f"%{node.name} overwrites %{outside[0].name}, which was made outside of the step")
     return None
 
 

@@ -90,7 +90,7 @@ def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> R
     """Read a sum as `skip + branch`, or with inner sums flattened as `skip + several terms`."""
     plain = _plain_terms(add)
     if plain is not None:
-        for skip, branch in (plain, plain[::-1]):
+        for skip, branch in ((skip, branch) for term, branch in (plain, plain[::-1]) for skip in _same_values(term, facts)):
             walk = _branch(skip, branch, facts, sums)
             if walk is not None:
                 return ResidualSum(add, skip, branch, walk.frontier)
@@ -103,6 +103,14 @@ def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> R
         return None
     whole = _walk(add, skip, facts, sums)
     return ResidualSum(add, skip, None, whole.frontier)
+
+
+def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
+    """A term, and behind `Identity`, `contiguous` and the like the value that it repeats."""
+    found = [term]
+    while facts.kinds[found[-1]] == "identity" and isinstance(operands(found[-1])[0], fx.Node):
+        found.append(operands(found[-1])[0])
+    return found
 
 
 def _plain_terms(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -186,14 +194,14 @@ def _projection(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) ->
         if not reached:
             continue
         walk = _walk(other, reached[0], facts, sums)
-        longer = _mixings(walk, facts, sums) > sum(facts.kinds[node] in MIXING for node in short)
-        if longer and not _enters(walk, reached[0], facts, sums):
+        longer = _mixings(walk, facts) > sum(facts.kinds[node] in MIXING for node in short)
+        if longer and not any(node in sums for node in walk.between):  # a merge of stages, as in a feature pyramid, spans blocks
             return Projection(add, reached[0], tuple(short[: common.index(reached[0]) + 1]))
     return None
 
 
-def _mixings(walk: _Walk, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> int:
-    return sum(2 if node in sums else facts.kinds[node] in ("convolution", "linear", "mix") for node in walk.between)
+def _mixings(walk: _Walk, facts: Facts) -> int:
+    return sum(facts.kinds[node] in ("convolution", "linear", "mix") for node in walk.between)
 
 
 def _short_side(start: fx.Node, facts: Facts) -> list[fx.Node]:

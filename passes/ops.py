@@ -36,66 +36,128 @@ __all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_random", "kind", "may_a
 LINKS = frozenset({"norm", "activation", "dropout", "identity", "cast"})
 MIXING = frozenset({"convolution", "linear", "pool", "mix"})
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _ADDS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_IN_PLACE_OPERATORS = {
-    getattr(operator, f"i{name}") for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]
-}
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in _words("""
+        iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul
+    """)
+)
 
-# Words name torch functions, functions of torch.nn.functional, operators and tensor methods alike; a trailing underscore is removed before the look-up.
+# Words name functions of torch and torch.nn.functional, operators and tensor methods alike; a trailing underscore is removed before the
+# look-up.
 _WORDS: dict[str, str] = {
-    "norm": "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize",
-    "activation": "relu relu6 gelu silu mish elu selu celu leaky_relu prelu rrelu softplus softsign tanh sigmoid hardtanh hardswish"
-    " hardsigmoid hardshrink softshrink tanhshrink threshold logsigmoid swish",
-    "dropout": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth drop_path",
-    "identity": "contiguous clone alias requires_grad",
-    "cast": "to float half bfloat16 double type type_as cuda cpu",
-    "scale": "mul sub rsub div truediv true_divide multiply subtract divide neg pos",
-    "elementwise": "pow square sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos abs sign erf reciprocal clamp clip maximum minimum where masked_fill"
-    " eq ne lt le gt ge logical_and logical_or logical_not and or xor not invert floordiv mod floor_divide remainder lerp addcmul addcdiv"
-    " softmax log_softmax glu nan_to_num isnan isinf isfinite round floor ceil trunc fill zero copy matmul_scale bernoulli normal uniform"
-    " abs index is is_not truth not_ and_ or_ lshift rshift fmod",
-    "layout": "view reshape view_as reshape_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis flatten unflatten ravel squeeze unsqueeze"
-    " getitem narrow select slice chunk split tensor_split unbind cat concat concatenate stack hstack vstack pad roll flip repeat tile repeat_interleave"
-    " index_select gather take_along_dim masked_select setitem detach pixel_shuffle pixel_unshuffle channel_shuffle unfold as_strided diagonal real imag"
-    " view_as_real view_as_complex adjoint rot90 tril triu diag broadcast_to meshgrid detach index_add index_copy scatter",
-    "reduce": "mean sum norm vector_norm amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp numel_sum frobenius_norm",
-    "shape": "size dim numel nelement stride ndimension element_size is_floating_point is_complex len is_contiguous _assert get_device",
-    "convolution": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    "linear": "linear matmul mm bmm einsum addmm baddbmm bilinear",
-    "pool": "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
-    " adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample",
+    "norm": """
+        batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize
+    """,
+    "activation": """
+        relu relu6 gelu silu mish elu selu celu leaky_relu prelu rrelu softplus softsign tanh sigmoid hardtanh hardswish hardsigmoid
+        hardshrink softshrink tanhshrink threshold logsigmoid swish
+    """,
+    "dropout": """
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth drop_path
+    """,
+    "identity": """
+        contiguous clone alias requires_grad
+    """,
+    "cast": """
+        to float half bfloat16 double type type_as cuda cpu
+    """,
+    "scale": """
+        mul sub rsub div truediv true_divide multiply subtract divide neg pos
+    """,
+    "elementwise": """
+        pow square sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos abs sign erf reciprocal clamp clip maximum minimum where
+        masked_fill eq ne lt le gt ge logical_and logical_or logical_not and or xor not invert floordiv mod floor_divide remainder
+        lerp addcmul addcdiv softmax log_softmax glu nan_to_num isnan isinf isfinite round floor ceil trunc fill zero copy bernoulli normal
+        uniform index is is_not truth not_ and_ or_ lshift rshift fmod
+    """,
+    "layout": """
+        view reshape view_as reshape_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis flatten unflatten
+        ravel squeeze unsqueeze getitem narrow select slice chunk split tensor_split unbind cat concat concatenate stack hstack
+        vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim masked_select setitem detach
+        pixel_shuffle pixel_unshuffle channel_shuffle unfold as_strided diagonal real imag view_as_real view_as_complex adjoint
+        rot90 tril triu diag broadcast_to meshgrid index_add index_copy scatter
+    """,
+    "reduce": """
+        mean sum norm vector_norm amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp
+        frobenius_norm
+    """,
+    "shape": """
+        size dim numel nelement stride ndimension element_size is_floating_point is_complex len is_contiguous _assert get_device
+    """,
+    "convolution": """
+        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    """,
+    "linear": """
+        linear matmul mm bmm einsum addmm baddbmm bilinear
+    """,
+    "pool": """
+        avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+        adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample
+    """,
 }
 _KINDS = {word: name for name, words in _WORDS.items() for word in words.split()}
 
 _MODULE_WORDS: dict[str, str] = {
-    "norm": "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LocalResponseNorm"
-    " FrozenBatchNorm2d LayerNorm2d BatchNormAct2d",
-    "activation": "ReLU ReLU6 GELU SiLU Mish ELU SELU CELU LeakyReLU PReLU RReLU Softplus Softsign Tanh Sigmoid Hardtanh Hardswish Hardsigmoid Hardshrink"
-    " Softshrink Tanhshrink Threshold LogSigmoid",
-    "dropout": "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout StochasticDepth DropPath",
-    "identity": "Identity",
-    "elementwise": "Softmax Softmax2d LogSoftmax Softmin GLU",
-    "layout": "Flatten Unflatten PixelShuffle PixelUnshuffle ChannelShuffle ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d"
-    " ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d CircularPad1d CircularPad2d Permute Fold Unfold",
-    "convolution": "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d",
-    "linear": "Linear Bilinear",
-    "pool": "AvgPool1d AvgPool2d AvgPool3d MaxPool1d MaxPool2d MaxPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d"
-    " AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Upsample UpsamplingBilinear2d UpsamplingNearest2d",
+    "norm": """
+        BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm LayerNorm GroupNorm RMSNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d
+        LocalResponseNorm FrozenBatchNorm2d LayerNorm2d BatchNormAct2d
+    """,
+    "activation": """
+        ReLU ReLU6 GELU SiLU Mish ELU SELU CELU LeakyReLU PReLU RReLU Softplus Softsign Tanh Sigmoid Hardtanh Hardswish Hardsigmoid
+        Hardshrink Softshrink Tanhshrink Threshold LogSigmoid
+    """,
+    "dropout": """
+        Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout StochasticDepth DropPath
+    """,
+    "identity": """
+        Identity
+    """,
+    "elementwise": """
+        Softmax Softmax2d LogSoftmax Softmin GLU
+    """,
+    "layout": """
+        Flatten Unflatten PixelShuffle PixelUnshuffle ChannelShuffle ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d
+        ConstantPad3d ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d CircularPad1d CircularPad2d Permute Fold
+        Unfold
+    """,
+    "convolution": """
+        Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
+    """,
+    "linear": """
+        Linear Bilinear
+    """,
+    "pool": """
+        AvgPool1d AvgPool2d AvgPool3d MaxPool1d MaxPool2d MaxPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d
+        AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Upsample UpsamplingBilinear2d UpsamplingNearest2d
+    """,
 }
 _MODULE_KINDS = {word: name for name, words in _MODULE_WORDS.items() for word in words.split()}
 
-_SHAPE_ATTRIBUTES = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "is_meta", "requires_grad", "layout", "itemsize", "nbytes", "names"])
-_RANDOM_WORDS = frozenset(
-    ["rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson", "rand_like", "randn_like", "randint_like", "rrelu", "uniform", "exponential", "geometric", "cauchy", "log_normal", "random", "gumbel_softmax"]
-)
+_SHAPE_ATTRIBUTES = _words("""
+        shape dtype device ndim is_cuda is_cpu is_meta requires_grad layout itemsize nbytes names
+    """)
+_RANDOM_WORDS = _words("""
+        rand randn randint randperm bernoulli multinomial normal poisson rand_like randn_like randint_like rrelu uniform exponential
+        geometric cauchy log_normal random gumbel_softmax
+    """)
 FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     getattr(torch, name)
-    for name in ["arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros", "normal", "as_tensor", "tril_indices", "triu_indices", "empty_strided", "range"]
+    for name in _words("""
+        arange empty eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor zeros normal as_tensor
+        tril_indices triu_indices empty_strided range
+    """)
 )
-_FACTORY_WORDS = frozenset(f.__name__ for f in FACTORIES) | frozenset(
-    ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"]
-)
+_FACTORY_WORDS = _words("""
+        zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor
+    """) | frozenset(f.__name__ for f in FACTORIES)
 
 
 def is_add(node: fx.Node) -> bool:
@@ -164,16 +226,26 @@ def is_random(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.op in ("call_function", "call_method") and _word(node.target) in _RANDOM_WORDS
 
 
-def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
-    """The value that a node overwrites in place, or None.
+def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
+    """The values that a node overwrites in place.
 
-    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, and `out=`.
+    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, and `out=`. An unknown function
+    or module whose result nobody reads is taken to write to all its inputs, since it must have been called for some effect.
     """
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
-        return out
-    target = operands(node)[0] if operands(node) else None
-    return target if isinstance(target, fx.Node) and _in_place(node, modules) else None
+        return (out,)
+    if _in_place(node, modules):
+        return tuple(value for value in operands(node)[:1] if isinstance(value, fx.Node))
+    if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
+        return tuple(value for value in node.all_input_nodes if value.op != "get_attr")
+    return ()
+
+
+def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__module__.startswith("torch.")
+    return _in_torch(node.target)
 
 
 def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -208,12 +280,17 @@ def _inplace_position(target: Any) -> int | None:
         return None
 
 
+_COPIES = _words("""
+    clone cat concat concatenate stack hstack vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim
+    masked_select pixel_shuffle pixel_unshuffle channel_shuffle rot90 tril triu index_add index_copy scatter
+""")
+
+
 def may_alias(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     """The input whose memory the result of a node may share, or None when the result is fresh memory."""
-    target = written(node, modules)
-    if target is not None:
-        return target
+    if _in_place(node, modules) or "out" in node.kwargs:
+        return written(node, modules)[0] if written(node, modules) else None
     first = operands(node)[0] if operands(node) else None
     if not isinstance(first, fx.Node) or kind(node, modules) not in ("dropout", "identity", "cast", "layout"):
         return None
-    return first
+    return None if node.op != "call_module" and _word(node.target) in _COPIES else first

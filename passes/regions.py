@@ -97,7 +97,8 @@ class PlannedRegion:
     Attributes:
         name: attribute name that the region module gets in the rewritten graph, such as "momentum_region_0".
         path: deepest module path that contains every step, such as "layer3"; empty for the root.
-        kind: "pre-activation" (every link is the add itself), "post-activation", "post-norm", or "block" (granularity "module", mixed links).
+        kind: "pre-activation" (every link is the add itself), "post-activation", "post-norm", or "block" (granularity "module", mixed
+            links).
         steps: the steps in order; steps[t].target == steps[t + 1].source.
         escapes: indices t with 1 <= t < len(steps) of stream values x[t] that are read outside the region.
         shape: shape of the stream (None where the capture recorded none; -1 for a dynamic dimension).

@@ -73,7 +73,7 @@ class Span:
 def copied_adds(source: fx.Node, nodes: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:
     """Of the nodes of a step, the adds that write in place to the memory of its source."""
     memory = facts.base[source]
-    return {node for node in nodes if node in facts.writes and is_add(node) and facts.base[facts.writes[node]] is memory}
+    return {node for node in nodes if is_add(node) and memory in facts.writes.get(node, ())}
 
 
 def common_path(paths: Iterable[str]) -> str:
@@ -166,7 +166,7 @@ def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: di
             private = node.users and all(user in cone or user in serving for user in node.users)
             if private and not (node in cone or node in sums or node in blocked or facts.kinds[node] == "input"):
                 serving.add(node)
-        outside = {node for node in serving if node in facts.writes and facts.base[facts.writes[node]] not in serving}
+        outside = {node for node in serving if any(memory not in serving for memory in facts.writes.get(node, ()))}
         if not outside:
             return serving
         blocked |= outside

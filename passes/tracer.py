@@ -67,6 +67,11 @@ class _InPlace(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            raise fx.proxy.TraceError(f"forward sets the attribute {name!r} of a tensor")
+        super().__setattr__(name, value)
+
     def __str__(self) -> str:
         """Messages of assertions quote shapes; a text without node names keeps the steps of a chain alike."""
         return "<known at run time>"
@@ -106,7 +111,7 @@ class ChainTracer(fx.Tracer):
         self.blames: dict[str, Blame] = {}
         self.pinned: dict[str, Any] = {}
         self.calls = [_Call("")]
-        self._python_rng = random.getstate()
+        self._python_rng: Any = None
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`, whose arguments with a default are pinned to it.
@@ -124,7 +129,7 @@ class ChainTracer(fx.Tracer):
         assert isinstance(root, nn.Module)
         tensors = [*root.named_parameters(), *root.named_buffers()]
         self._attributes: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors)}
-        state = random.getstate()
+        state = self._python_rng = random.getstate()
         try:
             with _watching(self), _Factories(self):
                 graph = super().trace(root)

@@ -1,4 +1,4 @@
-"""A plain network behind `build_region`: it runs the steps of a region as they are, so a rewritten graph must compute what it did before."""
+"""A plain network behind `build_region`: it runs the steps of a region as they are, so a rewritten graph must compute what it did."""
 
 from __future__ import annotations
 

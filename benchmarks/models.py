@@ -1,0 +1,56 @@
+"""Models that several benchmarks and tests measure."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Attention", "Encoder", "Layer", "checkpointed"]
+
+
+class Attention(nn.Module):
+    """Pre-norm self-attention without the skip: x (batch, tokens, d) -> the same shape."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer, two residual adds."""
+
+    def __init__(self, d: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(d, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(x))
+        return x + self.dropout(self.mlp(x))
+
+
+class Encoder(nn.Module):
+    """Pre-norm transformer encoder over embedded tokens (batch, tokens, d), in plain Python."""
+
+    def __init__(self, layers: int, d: int = 256, heads: int = 8, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(d, heads, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def checkpointed(encoder: Encoder, x: Tensor) -> Tensor:
+    """The encoder with `torch.utils.checkpoint` around each residual function: the usual way to save its memory."""
+    for layer in encoder.layers:
+        for branch in (layer.attention, layer.mlp):
+            x = x + layer.dropout(checkpoint(branch, x, use_reentrant=False))
+    return x

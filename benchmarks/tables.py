@@ -1,0 +1,39 @@
+"""Writes a benchmark's JSON, and puts the table made from it into the README between two marks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+__all__ = ["save"]
+
+ROOT = Path(__file__).parent
+
+
+def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme: bool) -> None:
+    """Writes `results/<name>.json` (rows and the machine they were measured on) and prints the table.
+
+    Args:
+        name: name of the benchmark.
+        rows: one dictionary per line of the table.
+        columns: key of a row -> heading.
+        readme: also replace what stands between `<!-- name -->` and `<!-- /name -->` in README.md.
+    """
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
+    (ROOT / "results").mkdir(exist_ok=True)
+    (ROOT / "results" / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    table = tabulate([[row[key] for key in columns] for row in rows], headers=list(columns.values()), tablefmt="github", floatfmt=".2f")
+    print(table)
+    if readme:
+        path = ROOT.parent / "README.md"
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, found = marks.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text())
+        if not found:
+            raise SystemExit(f"README.md has no marks <!-- {name} --> and <!-- /{name} -->")
+        path.write_text(text)
