@@ -1,5 +1,6 @@
 """mnet_fx: residual networks rewritten into exactly reversible momentum networks (Sander et al., ICML 2021)."""
 
+from .cost import state_bits, state_bytes, step_bits
 from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
 from .momentumize import momentumize
 from .report import RegionReport, Report, report
@@ -14,4 +15,7 @@ __all__ = [
     "StreamError",
     "momentumize",
     "report",
+    "state_bits",
+    "state_bytes",
+    "step_bits",
 ]

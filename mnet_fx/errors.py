@@ -22,12 +22,15 @@ class InversionError(MnetError, RuntimeError):
         region: name of the region.
         step: index t of the step that differed.
         what: what differed, such as "the state before step 3" or "parameter 'm0.weight'".
+        elements: number of elements of the state that differ, where the state is at hand (at the start of a chain), else None.
+        largest: their largest difference in units of x, likewise.
     """
 
-    def __init__(self, region: str, step: int, what: str, detail: str = "") -> None:
-        self.region, self.step, self.what, self.detail = region, step, what, detail
+    def __init__(self, region: str, step: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
+        self.region, self.step, self.what, self.elements, self.largest = region, step, what, elements, largest
+        size = "" if elements is None else f" in {elements} element(s), by up to {largest:.3g},"
         super().__init__(
-            f"{region}, step {step}: {what} differs between the forward pass and its recomputation in the backward pass{detail}. "
+            f"{region}, step {step}: {what} differs{size} between the forward pass and its recomputation in the backward pass. "
             "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
             "(optimizer.step(), .data, load_state_dict); train() or eval() called in between; a random generator or Python state of "
@@ -35,7 +38,7 @@ class InversionError(MnetError, RuntimeError):
         )
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.region, self.step, self.what, self.detail)
+        return type(self), (self.region, self.step, self.what, self.elements, self.largest)
 
 
 class MnetWarning(UserWarning):

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ from torch import Tensor
 
 from .errors import StreamError
 
-__all__ = ["Format", "Record", "Spill", "State", "expected_bytes", "fingerprint", "spill", "unspill"]
+__all__ = ["EAGER", "Format", "Kernels", "Record", "Spill", "State", "fingerprint", "spill", "unspill"]
 
 U_LIMIT = 2.0**52  # |U| stays below: sums of two such numbers are exact in float64
 CHUNK_CPU = 1 << 18  # elements per pass: x, u and scratch stay in cache
@@ -87,7 +87,6 @@ class Spill:
     """Low bits of an integer tensor, packed into whole bytes.
 
     T = q * 2**bits + low - 2**(8 * planes - 1), with low = sum of bytes[j] * 256**j.
-
 
     Attributes:
         bits: by how many bits T was shifted right (math.inf: T was emptied).
@@ -169,22 +168,55 @@ def _max_abs(t: Tensor) -> float:
     return math.nan if math.isnan(low) else max(-low, high)
 
 
-def shear_u(U: Tensor, y: Tensor, scale: float, sign: int, finite: bool = True) -> None:
-    """U += sign * round(y * scale), in place; elements of y that are not finite add nothing where `finite` is False."""
+def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
+    """One step, in place: U += round(y * scale); X += round(U * ratio); out = X * unit.
+
+    Args:
+        X, U, y, out: dense tensors of equal strides.
+        scale, ratio, unit: see the module's text.
+        finite: False where y has inf or nan; these add nothing.
+    """
+    for x, u, part, o in _chunks(X, U, y, out):
+        q = _rounded(part, u, scale, finite)
+        u.add_(q)
+        x.add_(_integers(torch.mul(u, ratio, out=q).round_(), x))
+        o.copy_(q.copy_(x).mul_(unit))
+
+
+def unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: float, unit: float) -> None:
+    """First half of the inverse, in place: X -= round(U * ratio); out = X * unit."""
+    for x, u, o in _chunks(X, U, out):
+        q = _scratch.get(u, torch.float64, u.numel())
+        x.sub_(_integers(torch.mul(u, ratio, out=q).round_(), x))
+        o.copy_(q.copy_(x).mul_(unit))
+
+
+def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
+    """Second half of the inverse, in place: U -= round(y * scale)."""
     for u, part in _chunks(U, y):
-        q = _scratch.get(u, torch.float64, u.numel())
-        q.copy_(part)
-        if not finite:
-            q.nan_to_num_(0.0, 0.0, 0.0)
-        u.add_(q.mul_(scale).round_(), alpha=sign)
+        u.sub_(_rounded(part, u, scale, finite))
 
 
-def shear_x(X: Tensor, U: Tensor, ratio: float, sign: int) -> None:
-    """X += sign * round(U * ratio), in place."""
-    for x, u in _chunks(X, U):
-        q = _scratch.get(u, torch.float64, u.numel())
-        torch.mul(u, ratio, out=q).round_()
-        x.add_(q if x.dtype is torch.float64 else _scratch.get(u, x.dtype, u.numel()).copy_(q), alpha=sign)
+def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
+    q = _scratch.get(u, torch.float64, u.numel()).copy_(y)
+    return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
+
+
+def _integers(q: Tensor, x: Tensor) -> Tensor:
+    """q in the dtype of x."""
+    return q if x.dtype is torch.float64 else _scratch.get(x, x.dtype, x.numel()).copy_(q)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The three loops over all elements. Any implementation gives the same bits, so they can be mixed freely."""
+
+    shear: Callable[..., None] = shear
+    unshear_x: Callable[..., None] = unshear_x
+    unshear_u: Callable[..., None] = unshear_u
+
+
+EAGER = Kernels()
 
 
 def spill(T: Tensor, bits: float, bound: float) -> Spill:
@@ -268,10 +300,10 @@ class State:
     X: Tensor
     U: Tensor
 
-    def __init__(self, x0: Tensor, v0: Tensor | None = None, horizon: float = 1.0) -> None:
+    def __init__(self, x0: Tensor, v0: Tensor | None = None, horizon: float = 1.0, kernels: Kernels = EAGER) -> None:
         _check_stream(x0)
         self.format = Format.of(x0.dtype)
-        self.dtype = x0.dtype
+        self.dtype, self.kernels = x0.dtype, kernels
         self.mask: Tensor | None = None
         self.fresh = 2.0 ** -min(2 + math.ceil(math.log2(max(horizon, 1.0))), self.format.fine)
         self.ratio = self.fresh
@@ -303,13 +335,16 @@ class State:
             q = _scratch.get(part, torch.float64, part.numel()).copy_(part).nan_to_num_(0.0, 0.0, 0.0)
             integers.copy_(q.mul_(scale).round_().add_(0.0))
 
-    def step(self, y: Tensor, gamma: float, weight: float) -> Record:
+    def step(self, y: Tensor, gamma: float, weight: float) -> tuple[Record, Tensor]:
         """One step of the recurrence, in place: v <- gamma * v + weight * y; x <- x + v.
 
         Args:
             y: f(x), shape of x, any real floating dtype and strides.
             gamma: in [0, 1).
             weight: the factor b of y.
+
+        Returns:
+            What the inverse needs, and the new x as a fresh tensor.
         """
         record = Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype)
         y, y_bound = self._finite(y)
@@ -317,20 +352,25 @@ class State:
         self.dtype = torch.promote_types(self.dtype, y.dtype)
         self._make_room(record, gamma, weight * y_bound)
         record.ratio, record.scale = self.ratio, weight / (self.ratio * self.unit)
-        shear_u(self.U, y, record.scale, +1, record.finite)
-        shear_x(self.X, self.U, record.ratio, +1)
-        return record
+        out = torch.empty_like(self.X, dtype=self.dtype)
+        kernels = self.kernels if record.finite else EAGER
+        kernels.shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
+        return record, self._masked(out)
 
-    def unstep_x(self, record: Record) -> None:
-        """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]."""
-        shear_x(self.X, self.U, record.ratio, -1)
-        if record.x_spill is not None:
-            unspill(self.X, record.x_spill)
+    def unstep_x(self, record: Record) -> Tensor:
+        """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]. Returns x[t]."""
         self._swap(record)
+        out = torch.empty_like(self.X, dtype=self.dtype)
+        self.kernels.unshear_x(self.X, self.U, out, record.ratio, self.unit)
+        if record.x_spill is None:
+            return self._masked(out)
+        unspill(self.X, record.x_spill)
+        return self.read()
 
     def unstep_u(self, record: Record, y: Tensor) -> None:
         """Second half of the inverse: u is u[t] again."""
-        shear_u(self.U, self._aligned(y), record.scale, -1, record.finite)
+        kernels = self.kernels if record.finite else EAGER
+        kernels.unshear_u(self.U, self._aligned(y), record.scale, record.finite)
         if record.u_spill is not None:
             unspill(self.U, record.u_spill)
 
@@ -339,7 +379,18 @@ class State:
         self._swap(record)
         if record.x_spill is not None:
             spill(self.X, record.x_spill.bits, self.format.limit)
-        shear_x(self.X, self.U, record.ratio, +1)
+        for x, u in _chunks(self.X, self.U):
+            x.add_(_integers(u.mul(record.ratio).round_(), x))
+
+    def read(self) -> Tensor:
+        """x as a fresh tensor of the stream's dtype, in the layout of X, with NaN where the mask is set."""
+        out = torch.empty_like(self.X, dtype=self.dtype)
+        for o, part in _chunks(out, self.X):
+            o.copy_(_scratch.get(part, torch.float64, part.numel()).copy_(part).mul_(self.unit))
+        return self._masked(out)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return x if self.mask is None else x.masked_fill_(self.mask, math.nan)
 
     def _swap(self, record: Record) -> None:
         """Exchanges the fields that are not X or U with those in the record: before the step for after it, and back."""
@@ -385,49 +436,17 @@ class State:
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 
-    def read(self) -> Tensor:
-        """x as a fresh tensor of the stream's dtype, in the layout of X, with NaN where the mask is set."""
-        out = torch.empty_like(self.X, dtype=self.dtype)
-        for o, part in _chunks(out, self.X):
-            q = _scratch.get(part, torch.float64, part.numel())
-            o.copy_(q.copy_(part).mul_(self.unit))
-        return out if self.mask is None else out.masked_fill_(self.mask, math.nan)
-
     def velocity(self) -> Tensor:
         """v as a fresh float64 tensor in the layout of X."""
         return self.U * (self.ratio * self.unit)
 
+    def off_zero(self) -> tuple[int, float]:
+        """Number of elements with v other than 0, and max|v| in units of x."""
+        return int(torch.count_nonzero(self.U)), _max_abs(self.U) * self.ratio * self.unit
+
     def fingerprint(self) -> Tensor:
         """Fingerprint of X and U together, a 0-d int64 tensor."""
         return fingerprint(self.X).add_(fingerprint(self.U), alpha=3)
-
-
-def expected_bytes(gammas: Sequence[float], form: Format, zero_velocity: bool = True) -> float:
-    """Bytes per element that (X, U) and their spilled bits take over a chain whose stream keeps its magnitude.
-
-    A step with g > 0 sheds log2(1/g) bits, of which the first fill the room that U has; a step with g = 0 sheds a whole U.
-    The first step sheds nothing if v[0] = 0.
-
-    Args:
-        gammas: g[t] of the steps, each in [0, 1).
-        form: format of the stream.
-        zero_velocity: whether v[0] = 0.
-
-    Returns:
-        Resident bytes plus spilled bytes, per element.
-    """
-    room = 52.0 - form.bits - 8
-    shed = spilled = 0.0
-    for gamma in gammas[1:] if zero_velocity else gammas:
-        if gamma == 0.0:
-            spilled += math.ceil((form.bits + 4) / 8)
-            shed = 0.0
-        else:
-            shed += math.log2(1 / gamma)
-            if shed > room:
-                spilled += math.ceil((shed - room) / 8)
-                shed -= 8 * math.ceil((shed - room) / 8)
-    return form.state_bytes + spilled
 
 
 def _exponent(bound: float) -> int:

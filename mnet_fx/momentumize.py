@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import passes
 from passes import Captured, Plan, PlannedRegion, Refusal, RegionCode
 
+from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
 from .program import Program
-from .region import MomentumRegion, storage
+from .region import MomentumRegion
 from .report import RegionReport, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Settings, Weights
 
@@ -55,7 +56,7 @@ def momentumize(
         gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
             network stays closest to the original.
         initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or
-            a module that gives v[0] from x[0]. Such a module becomes `net.initial_velocity`, and its parameters come last in the state_dict.
+            a module that gives v[0] from x[0]. That module becomes `net.initial_velocity`; its parameters come last in the state_dict.
         weights: "momentum": b[t] = 1 - g[t], as in the paper; "matched": those with which the chain stays closest to the original network
             (needs v[0] = 0).
         granularity: "add": a step for each residual add; "module": a step for each repeated block (one for a transformer layer, not two).
@@ -234,10 +235,10 @@ def _report(found: tuple[list[_Part], tuple[Refusal, ...]], settings: Settings, 
 
 
 def _region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
-    factors = settings.factors(len(region.steps))
-    later = [gamma for gamma, _ in factors[1:]] or [factors[0][0]]
+    gammas = settings.gammas(len(region.steps))
+    later = gammas[1:] or gammas
     gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
-    kept, kept_bytes = storage(factors, dtype, settings.velocity is None)
+    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
     return RegionReport(region.name, path, len(region.steps), len(region.adds), region.kind, gamma, region.shape, kept, kept_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
+from .cost import storage
 from .errors import StreamError
-from .fixed_point import Format, State, expected_bytes
+from .fixed_point import State
+from .fused import kernels
 from .program import Program
 from .settings import Settings
 from .tape import PlainTape, ReversingTape, StoringTape, Tape, run_chain
 
-__all__ = ["MomentumRegion", "storage"]
+__all__ = ["MomentumRegion"]
 
 log = logging.getLogger("mnet_fx")
 
@@ -105,23 +106,12 @@ class MomentumRegion(nn.Module):
     def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
         horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)
         with torch.no_grad():
-            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)))
+            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)), kernels())
         kind: type[Tape] = PlainTape
         if torch.is_grad_enabled() and self.backward == "reversible":
-            kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(self.factors, x.dtype, v0 is None)[0]]
+            kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage([gamma for gamma, _ in self.factors], x.dtype, v0 is None)[0]]
         log.debug("%s: %d steps of %s %s, %s", self.name, len(self.factors), x.dtype, tuple(x.shape), kind.__name__)
         return kind(self.name, state, self.factors, self.on_drift)
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"
-
-
-def storage(factors: Sequence[tuple[float, float]], dtype: torch.dtype, zero_velocity: bool = True) -> tuple[str, float]:
-    """How a chain is taken back with the fewest bytes, and how many that are.
-
-    Returns:
-        "reverse" (keep X, U and what they spill) or "inputs" (keep each x[t], as a checkpoint does), and bytes per stream element.
-    """
-    reverse = expected_bytes([gamma for gamma, _ in factors], Format.of(dtype), zero_velocity)
-    inputs = float(len(factors) * dtype.itemsize)
-    return ("inputs", inputs) if inputs <= reverse else ("reverse", reverse)

@@ -73,9 +73,9 @@ class Tape:
         """Ends a rerun of step t, which gave y."""
         raise NotImplementedError
 
-    def drifted(self, t: int, what: str) -> None:
+    def drifted(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
         """Reports that `what` differed in a rerun of step t."""
-        error = InversionError(self.region, t, what)
+        error = InversionError(self.region, t, what, elements, largest)
         if self.on_drift == "raise":
             raise error
         if self.on_drift == "warn":
@@ -89,48 +89,53 @@ class ReversingTape(Tape):
         super().__init__(region, state, factors, on_drift)
         self.time = 0
         self.half = False
+        self.from_rest = state.v_bound == 0.0
         self.records: list[Record] = []
         self.prints = [state.fingerprint().item()]
 
     def push(self, t: int, y: Tensor) -> Tensor:
-        self._forward(y)
+        x = self._forward(y)
         self.prints.append(self.state.fingerprint().item())
-        return self.state.read()
+        return x
 
     def hand_out(self, t: int) -> Tensor:
-        if not (self.half and self.time == t):
-            self._seek(t + 1)
-            self._halve()
-        return self.state.read()
+        if self.half and self.time == t:
+            return self.state.read()
+        self._seek(t + 1)
+        return self._halve()
 
     def close(self, t: int, y: Tensor) -> None:
         self.state.unstep_u(self.records[t], y)
         self.half = False
         if self.state.fingerprint().item() != self.prints[t]:
-            self.drifted(t, f"the state before step {t}")
+            self.drifted(t, f"the state before step {t}", *(self.state.off_zero() if t == 0 and self.from_rest else ()))
 
-    def _forward(self, y: Tensor) -> None:
+    def _forward(self, y: Tensor) -> Tensor:
         del self.records[self.time :]
-        self.records.append(self.state.step(y, *self.factors[self.time]))
+        record, x = self.state.step(y, *self.factors[self.time])
+        self.records.append(record)
         self.time += 1
+        return x
 
-    def _halve(self) -> None:
+    def _halve(self) -> Tensor:
         self.time -= 1
-        self.state.unstep_x(self.records[self.time])
+        x = self.state.unstep_x(self.records[self.time])
         self.half = True
+        return x
 
     def _seek(self, t: int) -> None:
         """Goes to time t, rerunning the steps in between."""
         if self.half:  # a rerun that did not reach its end
             self.state.restep_x(self.records[self.time])
             self.half, self.time = False, self.time + 1
+        x = self.state.read()
         while self.time < t:
-            self._forward(self.steps[self.time].value(self.state.read()))
+            x = self._forward(self.steps[self.time].value(x))
             if self.state.fingerprint().item() != self.prints[self.time]:
                 self.drifted(self.time - 1, f"the state after step {self.time - 1}")
         while self.time > t:
-            self._halve()
-            self.close(self.time, self.steps[self.time].value(self.state.read()))
+            x = self._halve()
+            self.close(self.time, self.steps[self.time].value(x))
 
 
 class StoringTape(Tape):
@@ -146,8 +151,7 @@ class StoringTape(Tape):
 
     def push(self, t: int, y: Tensor) -> Tensor:
         self.prints.append(fingerprint(y).item())
-        self.state.step(y, *self.factors[t])
-        x = self.state.read()
+        _, x = self.state.step(y, *self.factors[t])
         if t + 1 < len(self.factors):
             return self._kept(x)
         del self.state
@@ -172,8 +176,7 @@ class PlainTape(Tape):
     """Keeps nothing and goes forward only: for inference, and for steps whose activations autograd stores."""
 
     def push(self, t: int, y: Tensor) -> Tensor:
-        self.state.step(y, *self.factors[t])
-        return self.state.read()
+        return self.state.step(y, *self.factors[t])[1]
 
 
 class _Step:
@@ -236,7 +239,7 @@ class _Close(Function):
         try:
             _ = ctx.saved_tensors  # makes checkpoint rerun the step now
         except CheckpointError as error:
-            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient", f" ({str(error).splitlines()[0]})") from error
+            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient") from error
         return None, None, *grads
 
 
@@ -250,6 +253,8 @@ class _Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gv is None and gx is not None and ctx.needs_input_grad[1]:
+            gv = torch.zeros_like(gx)  # g[0] = 0 forgets v0
         return gx, gv, None
 
 

@@ -250,7 +250,8 @@ def is_link(node: fx.Node, facts: Facts) -> bool:
 
 
 def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
-    """Join residual sums into chains; where several continue the same one, the longest continuation wins.
+    """Join residual sums into chains; where several continue the same one, the longest continuation wins, and the
+    last of equally long ones, which is the outer one if they are nested.
 
     Args:
         sums: residual sums by add, in graph order.
@@ -265,7 +266,7 @@ def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
     for add in reversed(sums):
         if add in before:
             previous = before[add][0]
-            if previous not in successor or length[add] >= length[successor[previous]]:
+            if previous not in successor or length[add] > length[successor[previous]]:
                 successor[previous] = add
                 length[previous] = length[add] + 1
     return tuple(_chain(add, sums, before, successor) for add in sums if add not in before or successor[before[add][0]] is not add)

@@ -211,12 +211,13 @@ def _word(target: Any) -> str:
     return name if name in _KINDS or name in _FACTORY_WORDS else name.rstrip("_")
 
 
-@cache
 def _in_torch(target: Any) -> bool:
     """A function that happens to be called `mean` is unknown unless torch or Python made it; methods are taken to be a tensor's."""
-    if isinstance(target, str):
-        return True
-    return (getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "torchvision", "_operator", "builtins", "math")
+    return isinstance(target, str) or _package(target) in ("torch", "torchvision", "_operator", "builtins", "math")
+
+
+def _package(target: Any) -> str:
+    return (getattr(target, "__module__", None) or "torch").split(".")[0]
 
 
 def is_random(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -245,7 +246,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, .
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__module__.startswith("torch.")
-    return _in_torch(node.target)
+    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math")
 
 
 def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

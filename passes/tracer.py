@@ -307,9 +307,18 @@ def _watching(tracer: ChainTracer) -> Iterator[None]:
 
 
 def _noting(original: Any, reason: str) -> Any:
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    """The same method, which notes its calls; `original` is as found in the class, a function or some kind of class method."""
+
+    def note() -> None:
         if _WATCHED.tracers:
             _WATCHED.tracers[-1].blame("lost_context", reason)
-        return (original.__func__ if isinstance(original, classmethod) else original)(*args, **kwargs)
 
-    return classmethod(noting) if isinstance(original, classmethod) else noting
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note()
+        return original(self, *args, **kwargs)
+
+    def class_method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        note()
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    return method if inspect.isfunction(original) else classmethod(class_method)

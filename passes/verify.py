@@ -52,8 +52,9 @@ def _verify_region(region: PlannedRegion, position: dict[str, int]) -> None:
 
 
 def _verify_step(step: Step, region: PlannedRegion, position: dict[str, int]) -> None:
-    unknown = {step.source, step.target, *step.nodes, *step.adds, *step.sides, *step.extras} - set(position)
-    _require(not unknown, f"{region.name} names nodes that the graph does not have: {sorted(unknown)}")
+    named = (step.source, step.target, *step.nodes, *step.adds, *step.sides, *step.extras)
+    unknown = [name for name in named if name not in position]
+    _require(not unknown, f"{region.name} names nodes that the graph does not have: {unknown}")
     inside = set(step.nodes)
     _require(step.target in inside and step.source not in inside, f"{region.name} has a step without its target or with its source")
     _require({*step.adds, *step.extras} <= inside, f"{region.name} has adds or extras outside of their step")
@@ -80,11 +81,9 @@ def verify_rewrite(before: fx.GraphModule, after: fx.GraphModule, plan: Plan) ->
         after.graph.lint()
     except RuntimeError as error:
         raise InvariantError(f"the rewritten graph is malformed: {error}") from error
-    inside = {name for region in plan.regions for step in region.steps for name in step.nodes}
-    kept = {node.name for node in after.graph.nodes}
-    missing = [node.name for node in before.graph.nodes if node.op != "get_attr" and node.name not in inside | kept]
+    allowed = {node.name for node in after.graph.nodes} | {name for region in plan.regions for step in region.steps for name in step.nodes}
+    missing = [node.name for node in before.graph.nodes if node.op != "get_attr" and node.name not in allowed]
     _require(not missing, f"nodes outside of all regions are missing from the rewritten graph: {missing}")
-    calls = [
-        node.target for node in after.graph.nodes if node.op == "call_module" and node.name in {region.name for region in plan.regions}
-    ]
-    _require(sorted(map(str, calls)) == sorted(region.name for region in plan.regions), "not every region is called exactly once")
+    regions = sorted(region.name for region in plan.regions)
+    calls = sorted(str(node.target) for node in after.graph.nodes if node.op == "call_module" and node.target in regions)
+    _require(calls == regions, f"the regions {regions} are called as {calls}")

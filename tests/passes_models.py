@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch import nn
 
-from passes import RegionCode, StepCode
+from passes import Granularity, Plan, RegionCode, StepCode, capture, plan, rewrite
 
 
 class PlainStep(nn.Module):
@@ -44,3 +46,67 @@ class PlainRegion(nn.Module):
             extras += more
         rest = [*(stream[t] for t in self.region.escapes), *extras]
         return (x, *rest) if rest else x
+
+
+def program(forward: Callable[..., Any], **parts: Any) -> nn.Module:
+    """A module with the given forward function and the given submodules, lists of submodules, parameters and attributes."""
+    module: nn.Module = type("Program", (nn.Module,), {"forward": forward})()
+    for name, part in parts.items():
+        setattr(module, name, nn.ModuleList(part) if isinstance(part, list) else part)
+    return module.eval()
+
+
+def linears(number: int, width: int = 4) -> list[nn.Module]:
+    """Mixing branches."""
+    return [nn.Linear(width, width) for _ in range(number)]
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model that can be traced as a whole."""
+    (part,) = capture(model).parts
+    assert part.path == ""
+    return part.graph_module
+
+
+def planned(model: nn.Module, granularity: Granularity = "add", min_steps: int = 2) -> Plan:
+    return plan(traced(model), granularity=granularity, min_steps=min_steps)
+
+
+def codes(found: Plan) -> list[str]:
+    return [refusal.code for refusal in found.refusals]
+
+
+def lengths(found: Plan) -> list[int]:
+    return [len(region.steps) for region in found.regions]
+
+
+def rewritten(model: nn.Module, gm: fx.GraphModule, found: Plan) -> fx.GraphModule:
+    """The graph with plain regions; the given graph must keep its text."""
+    text = gm.code
+    result = rewrite(gm, found, lambda code: PlainRegion(model, code))
+    assert gm.code == text
+    assert result.modified == bool(found.regions)
+    return result.graph_module
+
+
+def check_same(model: nn.Module, *inputs: torch.Tensor, granularity: Granularity = "add", gradients: bool = True) -> Plan:
+    """Plan and rewrite a model; its outputs must be those of the model to the bit, its input gradients up to their order of summation."""
+    model.double()
+    gm = traced(model)
+    found = plan(gm, granularity=granularity)
+    assert found == plan(gm, granularity=granularity)
+    new = rewritten(model, gm, found)
+    expected, got = (_outputs_and_gradients(run, inputs, gradients) for run in (model, new))
+    assert [torch.equal(a, b) for a, b in zip(expected[0], got[0], strict=True)] == [True] * len(expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-12, atol=1e-12)
+    return found
+
+
+def _outputs_and_gradients(
+    run: nn.Module, inputs: tuple[torch.Tensor, ...], gradients: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    leaves = [value.double().requires_grad_(gradients) for value in inputs]
+    outputs = [output for output in pytree.tree_leaves(run(*leaves)) if isinstance(output, torch.Tensor)]
+    if gradients:
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
+    return outputs, [leaf.grad for leaf in leaves if leaf.is_leaf and leaf.grad is not None]

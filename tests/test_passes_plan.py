@@ -1,0 +1,316 @@
+"""Steps, extras, escapes, cuts, and one program for each refusal code."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passes_models import PlainRegion, check_same, codes, lengths, linears, planned, program, rewritten, traced
+from torch import nn
+
+from passes import CODES, InvariantError, Plan, Refusal, capture, plan, rewrite
+
+
+def test_escapes_become_outputs():
+    def forward(self, x):
+        features = []
+        for f in self.f:
+            x = x + f(x)
+            features.append(x)
+        return features
+
+    found = check_same(program(forward, f=linears(4)), torch.randn(2, 4))
+    assert found.regions[0].escapes == (1, 2, 3)
+
+
+def test_values_inside_a_branch_become_extras():
+    def forward(self, x):
+        hidden = []
+        for f, g in zip(self.f, self.g, strict=True):
+            hidden.append(f(x))
+            x = x + g(hidden[-1].relu())
+        return x, hidden
+
+    found = check_same(program(forward, f=linears(3), g=linears(3)), torch.randn(2, 4))
+    assert [len(step.extras) for step in found.regions[0].steps] == [1, 1, 1]
+
+
+def test_assertions_do_not_keep_the_stream_alive():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x):
+            torch._assert(x.dim() == 2, f"got {x.shape}")
+            return x + self.f(x)
+
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    found = check_same(model, torch.randn(2, 4))
+    assert found.regions[0].escapes == ()
+    with pytest.raises(AssertionError, match="got <known at run time>"):
+        rewritten(model, traced(model), found)(torch.randn(2, 2, 4))
+
+
+def test_a_side_input_computed_for_one_step_moves_into_it():
+    def forward(self, x, memory):
+        for f, key in zip(self.f, self.key, strict=True):
+            x = x + f(x) * key(memory).relu_()
+        return x
+
+    found = check_same(program(forward, f=linears(3), key=linears(3)), torch.randn(2, 4), torch.randn(2, 4))
+    assert found.regions[0].sides == ("memory",)
+
+
+def test_in_place_results_that_nobody_names():
+    def forward(self, x):
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(x)
+            h.relu_()
+            h[:, 0] = 1.0
+            x = x + g(h)
+        return x
+
+    assert lengths(check_same(program(forward, f=linears(3), g=linears(3)), torch.randn(2, 4), gradients=False)) == [3]
+
+
+def test_a_parameter_free_constant_is_made_anew_in_each_call():
+    def forward(self, x):
+        for f in self.f:
+            mask = torch.ones(4, dtype=x.dtype).tril()
+            mask[0] = 0
+            x = x + f(x) * mask
+        return x
+
+    model = program(lambda self, x: forward(self, x.unsqueeze(1)), f=linears(3))
+    for f in model.f:
+        f.register_parameter("bias", None)
+
+    def one_dimensional(self, x):
+        for f in self.f:
+            mask = torch.ones(4)
+            mask[0] = 0
+            x = x + f(x) * mask
+        return x
+
+    assert lengths(check_same(program(one_dimensional, f=linears(3)), torch.randn(2, 4))) == [3]
+
+
+def test_granularity_module_groups_by_block():
+    def two(self, x):
+        x = x + self.f(x)
+        return x + self.g(x)
+
+    model = nn.Sequential(*(program(two, f=nn.Linear(4, 4), g=nn.Linear(4, 4)) for _ in range(3)))
+    assert lengths(check_same(model, torch.randn(2, 4))) == [6]
+    found = check_same(model, torch.randn(2, 4), granularity="module")
+    (region,) = found.regions
+    assert [(step.path, step.form, len(step.adds)) for step in region.steps] == [(str(t), "block", 2) for t in range(3)]
+    assert region.kind == "block"
+
+
+def test_granularity_module_falls_back_to_adds():
+    def four(self, x):
+        for f in self.f:
+            x = x + f(x)
+        return x
+
+    assert lengths(check_same(program(four, f=linears(4)), torch.randn(2, 4), granularity="module")) == [4]
+    shared = program(lambda self, x: four(self, x), f=linears(2))
+    found = check_same(nn.Sequential(shared, shared, shared), torch.randn(2, 4), granularity="module")
+    assert lengths(found) == [3]  # three calls of one block are three steps
+
+
+def test_an_inner_value_as_side_input_cuts_the_chain():
+    def forward(self, x):
+        states = [x, x + self.f[0](x)]
+        for f in self.f[1:]:
+            states.append(states[-1] + f(states[-1] * states[-2]))
+        return states[-1]
+
+    found = check_same(program(forward, f=linears(6)), torch.randn(2, 4))
+    assert lengths(found) == [2, 2, 2]
+
+
+def test_two_streams_that_read_each_other_are_not_both_rewritten():
+    def forward(self, x, y):
+        for f, g in zip(self.f, self.g, strict=True):
+            x, y = x + f(x) * y, y + g(y) * x
+        return x, y
+
+    found = check_same(program(forward, f=linears(4), g=linears(4)), torch.randn(2, 4), torch.randn(2, 4))
+    assert set(codes(found)) <= {"interleaved", "side_from_inside", "too_short"}
+    assert sum(lengths(found)) + len(found.refusals) == 8
+
+
+def relu_first(self, x):
+    x = self.stem(x)
+    for f in self.f:
+        x = x + f(F.relu_(x))
+    return x
+
+
+def caller_owned(self, x):
+    for f in self.f:
+        x += f(x)
+    return x
+
+
+def writes_side(self, x, y):
+    state = y * 1
+    for f, g in zip(self.f, self.g, strict=True):
+        state.add_(g(x))
+        x = x + f(state)
+    return x
+
+
+def around(self, x):
+    y = self.g[0](x)
+    for f in self.f:
+        y = y + f(y)
+    return x + y
+
+
+def projects(self, x):
+    for f, g in zip(self.f, self.g, strict=True):
+        x = self.short(x) + g(f(x).relu())
+    return x
+
+
+def depends_on_inside(self, x):
+    x1 = x + self.f[0](x)
+    h = self.f[1](x1)
+    x2 = x1 + h
+    return x2 + self.f[2](x2 * h)
+
+
+def write_between(self, x):
+    x = self.stem(x)
+    x1 = x + self.f[0](x)
+    y = self.stem(x1)
+    x2 = x1 + self.f[1](x1)
+    y.mul_(x2)
+    x3 = x2 + self.f[2](x2)
+    return x3, y
+
+
+REFUSED = {
+    "inplace_stream": (relu_first, 1),
+    "inplace_stream of the caller": (caller_owned, 1),
+    "mutated_side": (writes_side, 2),
+    "projection_shortcut": (projects, 1),
+    "side_from_inside": (depends_on_inside, 1),
+    "too_short": (lambda self, x: x + self.f[0](x), 1),
+    "nested": (lambda self, x: around(self, around(self, x)), 1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_code_of_the_plan_has_a_program(name):
+    forward, inputs = REFUSED[name]
+    model = program(forward, stem=nn.Linear(4, 4), short=nn.Linear(4, 4), f=linears(3), g=linears(3))
+    found = planned(model)
+    refused = {refusal.code: refusal for refusal in found.refusals}
+    code = name.split()[0]
+    assert code in refused
+    assert refused[code].hint == CODES[code].hint
+    assert f"%{refused[code].node}" in refused[code].explanation or "%" in refused[code].explanation or code == "too_short"
+    check_same(model, *(torch.randn(2, 4) for _ in range(inputs)), gradients=False)
+
+
+def test_interleaved():
+    """The write between reads one state and changes what a later step reads."""
+
+    def forward(self, x, y):
+        y = y * 1
+        x1 = x + self.f[0](x) * y
+        y.mul_(2)
+        x2 = x1 + self.f[1](x1) * y
+        return x2
+
+    model = program(forward, f=linears(2))
+    found = check_same(model, torch.randn(2, 4), torch.randn(2, 4), gradients=False)
+    assert set(codes(found)) == {"interleaved"}
+
+
+def test_writes_outside_that_fit_are_moved():
+    model = program(write_between, stem=nn.Linear(4, 4), f=linears(3))
+    assert lengths(check_same(model, torch.randn(2, 4), gradients=False)) == [3]
+
+
+def test_facts_of_shape_and_dtype():
+    model = program(lambda self, x: (lambda y: y + self.f[1](y))(x + self.f[0](x)), f=linears(2))
+    for add, code in (("shape", "broadcast"), ("dtype", "dtype_changed"), ("link", "shape_changed")):
+        gm = traced(model)
+        for node in gm.graph.nodes:
+            first = node.name in ("x", "f_0")
+            shape = (1, 4) if first and add != "dtype" else (2, 4)
+            node.meta["val"] = torch.empty(shape, dtype=torch.float16 if first and add == "dtype" else torch.float32, device="meta")
+        found = plan(gm, min_steps=1)
+        expected = "broadcast" if add == "link" else code
+        assert [refusal.code for refusal in found.refusals] == [expected]
+        assert found.regions[0].shape == (2, 4)
+        assert found.regions[0].dtype == "float32"
+
+
+def test_every_code_is_documented():
+    text = (__import__("pathlib").Path(__file__).parent.parent / "passes" / "README.md").read_text()
+    for code, entry in CODES.items():
+        assert f"| `{code}` | {entry.meaning} | {entry.hint} |" in text
+
+
+def test_options_are_checked():
+    gm = traced(program(caller_owned, f=linears(2)))
+    with pytest.raises(ValueError, match='granularity must be "add" or "module", got \'block\''):
+        plan(gm, granularity="block")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="min_steps must be at least 1, got 0"):
+        plan(gm, min_steps=0)
+
+
+def test_min_steps():
+    model = program(lambda self, x: x + self.f[0](x), f=linears(1))
+    assert lengths(planned(model, min_steps=1)) == [1]
+    assert planned(model).refusals[0].explanation == "the chain is 1 of at least 2 steps long"
+
+
+def test_a_plan_of_another_graph_is_a_broken_invariant():
+    model = program(relu_first, stem=nn.Linear(4, 4), f=linears(3))
+    other = planned(program(lambda self, y: y + self.h[0](y), h=linears(1)), min_steps=1)
+    with pytest.raises(InvariantError, match="names nodes that the graph does not have"):
+        rewrite(traced(model), other, lambda code: PlainRegion(model, code))
+    refusal = Refusal("too_short", "nothing", "", "", "")
+    assert not refusal
+    with pytest.raises(InvariantError, match="exactly once"):
+        rewrite(traced(model), Plan((), (), (refusal,)), lambda code: PlainRegion(model, code))
+
+
+def test_two_thousand_steps():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.f = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return x + self.f(self.norm(x)) * mask + self.f(x)
+
+    def forward(self, x, mask):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    model = program(forward, blocks=[Block() for _ in range(2000)])
+    bodies = set()
+
+    def build(code):
+        bodies.update(id(step.body) for step in code.steps)
+        return nn.Identity()
+
+    start = time.perf_counter()
+    gm = capture(model).parts[0].graph_module
+    found = plan(gm)
+    rewrite(gm, found, build)
+    assert lengths(found) == [2000]
+    assert len(bodies) == 1
+    assert time.perf_counter() - start < 10

@@ -1,0 +1,207 @@
+"""The tape by itself, on hand-made steps: gradients against two oracles that are not ours, seeking, and the proof."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from oracles import numeric_gradient, recurrence
+from torch import nn
+
+from mnet_fx import InversionError, MnetWarning, StreamError
+from mnet_fx.fixed_point import State
+from mnet_fx.tape import PlainTape, ReversingTape, StoringTape, run_chain
+
+TAPES = [ReversingTape, StoringTape]
+D = 6
+
+
+class Step(nn.Module):
+    """(x, *sides) -> (f(x, *sides),)"""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x, *sides):
+        return (self.f(x, *sides),)
+
+
+def chain(kind, functions, factors, x0, v0=None, sides=(), on_drift="raise"):
+    state = State(x0.detach(), None if v0 is None else v0.detach())
+    tape = kind("region", state, factors, on_drift)
+    return run_chain(tape, x0, v0, [(Step(f), sides) for f in functions])[0], tape
+
+
+def functions(steps=6, dtype=torch.float32):
+    return nn.ModuleList(nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, D)) for _ in range(steps)).to(dtype)
+
+
+def factors(gammas):
+    return tuple((g, 1 - g) for g in gammas)
+
+
+MIXED = factors([0.0, 0.9, 0.3, 0.0, 1 / 256, 0.99])
+
+
+@pytest.mark.parametrize("kind", [*TAPES, PlainTape])
+@pytest.mark.parametrize("with_velocity", [False, True])
+def test_gradients_are_those_of_the_recurrence_in_float64(kind, with_velocity):
+    fs = functions(dtype=torch.float64).eval()
+    x0 = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    v0 = torch.randn(5, D, dtype=torch.float64, requires_grad=True) if with_velocity else None
+    inputs = [x0, *([v0] if with_velocity else []), *fs.parameters()]
+    out, _ = chain(kind, fs, MIXED, x0, v0)
+    expected = recurrence(x0, fs, MIXED, v0)[-1]
+    assert (out - expected).abs().max() < 1e-9
+    for a, b in zip(torch.autograd.grad(out.exp().sum(), inputs), torch.autograd.grad(expected.exp().sum(), inputs), strict=True):
+        assert (a - b).abs().max() <= 1e-8 * b.abs().max()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_gradients_agree_with_finite_differences(kind):
+    fs = functions(dtype=torch.float64).eval()
+    x0 = torch.randn(5, D, dtype=torch.float64)
+    direction = torch.randn(5, D, dtype=torch.float64)
+    leaf = x0.clone().requires_grad_()
+    out, _ = chain(kind, fs, MIXED, leaf)
+    out.exp().sum().backward()
+    numeric = numeric_gradient(lambda x: chain(kind, fs, MIXED, x)[0].exp().sum(), x0, direction, 1e-4)  # the grid is 1e-12 fine
+    assert abs((leaf.grad * direction).sum().item() - numeric) < 1e-6 * abs(numeric) + 1e-6
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_any_order_of_partial_gradients_gives_what_stored_activations_give(kind):
+    fs, x0 = functions(), torch.randn(5, D, requires_grad=True)
+    wanted = [[0], [5], [2], [1, 4], [5], [3], [0, 1, 2, 3, 4, 5]]
+
+    def gradients(kind):
+        torch.manual_seed(1)
+        out, _ = chain(kind, fs, MIXED, x0)
+        found = []
+        for indices in wanted:
+            found += torch.autograd.grad(out.exp().sum(), [p for i in indices for p in fs[i].parameters()], retain_graph=True)
+        (gx,) = torch.autograd.grad(out.exp().sum(), x0, create_graph=True)
+        return found + list(torch.autograd.grad(gx.square().sum(), [p for p in fs.parameters() if p.dim() == 2]))
+
+    assert all(map(torch.equal, gradients(kind), gradients(PlainTape)))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("frozen", list(itertools.chain.from_iterable(itertools.combinations(range(3), r) for r in range(4))), ids=str)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_frozen_steps_and_inputs_without_gradient(kind, frozen, leaf):
+    fs = functions(3)
+    for i in frozen:
+        fs[i].requires_grad_(False)
+    x0 = torch.randn(5, D, requires_grad=leaf)
+    trained = [p for p in fs.parameters() if p.requires_grad] + ([x0] if leaf else [])
+
+    def gradients(kind):
+        torch.manual_seed(1)
+        out, _ = chain(kind, fs, factors([0.9] * 3), x0)
+        return torch.autograd.grad(out.exp().sum(), trained) if trained else [out.detach()]
+
+    assert all(map(torch.equal, gradients(kind), gradients(PlainTape)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("t", range(4))
+def test_nan_in_a_step_comes_out_and_does_not_reach_the_next_batch(bad, t):
+    fs = functions(4).eval()
+    poison = nn.Parameter(torch.zeros(()))
+    steps = [(lambda x, f=f: f(x) + poison) if i == t else f for i, f in enumerate(fs)]
+    results = []
+    for value in (0.0, bad, 0.0):
+        x0 = torch.ones(5, D, requires_grad=True)
+        with torch.no_grad():
+            poison.fill_(value)
+        out, tape = chain(ReversingTape, steps, factors([0.5] * 4), x0)
+        (gradient,) = torch.autograd.grad(out.sum(), x0)
+        results.append((out.detach(), gradient))
+        assert tape.time == 0
+        assert not tape.state.U.any()
+    assert torch.isnan(results[1][0]).all()
+    assert torch.equal(results[0][0], results[2][0])
+    assert torch.equal(results[0][1], results[2][1])
+
+
+def test_a_flipped_bit_in_the_spilled_store_is_found():
+    fs, x0 = functions(40).eval(), torch.randn(5, D, requires_grad=True)
+    out, tape = chain(ReversingTape, fs, factors([0.3] * 40), x0)
+    spilled = [r.u_spill for r in tape.records if r.u_spill is not None]
+    spilled[0].bytes[0, 3] ^= 1
+    with pytest.raises(InversionError, match="the state before step"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("on_drift", ["raise", "warn", "ignore"])
+def test_a_step_that_does_not_repeat_is_reported_as_asked(kind, on_drift, recwarn):
+    count = itertools.count(1)
+    fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
+    steps = [fs[0], fs[1], lambda x: fs[2](x) * next(count), fs[3]]
+    out, _ = chain(kind, steps, factors([0.9] * 4), x0, on_drift=on_drift)
+    if on_drift == "raise":
+        with pytest.raises(InversionError, match="nondeterministic") as caught:
+            out.sum().backward()
+        assert (caught.value.region, caught.value.step) == ("region", 2)
+    else:
+        out.sum().backward()
+        assert bool([w for w in recwarn if issubclass(w.category, MnetWarning)]) == (on_drift == "warn")
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("what", ["parameter", "buffer", "side input"])
+def test_what_changed_between_forward_and_backward_is_named(kind, what):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(D, D)
+            self.register_buffer("mask", torch.ones(D))
+            self.scale = nn.Parameter(torch.zeros(()))  # hides every change from the output
+
+        def forward(self, x, side):
+            return self.scale * (self.inner(x) * self.mask + side)
+
+    fs = nn.ModuleList(Scaled() for _ in range(4))
+    side, x0 = torch.randn(D), torch.randn(5, D, requires_grad=True)
+    out, _ = chain(kind, fs, factors([0.9] * 4), x0, sides=(side,))
+    {"parameter": fs[1].inner.weight, "buffer": fs[1].mask, "side input": side}[what].data[0] += 1
+    with pytest.raises(InversionError, match=what):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [*TAPES, PlainTape])
+def test_a_step_that_writes_to_the_stream_is_refused(kind):
+    with pytest.raises(StreamError, match="step 1: the step writes to the stream in place"):
+        chain(kind, [torch.tanh, torch.relu_], factors([0.9] * 2), torch.randn(5, D, requires_grad=True))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_rerun_that_raises_leaves_the_tape_able_to_go_on(kind):
+    fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
+    trouble = [False]
+
+    def sometimes(x):
+        if trouble[0]:
+            raise MemoryError("no memory")
+        return fs[2](x)
+
+    out, _ = chain(kind, [fs[0], fs[1], sometimes, fs[3]], factors([0.9] * 4), x0)
+    trouble[0] = True
+    with pytest.raises(MemoryError):
+        torch.autograd.grad(out.sum(), x0, retain_graph=True)
+    trouble[0] = False
+    expected, _ = chain(PlainTape, fs, factors([0.9] * 4), x0)
+    assert torch.equal(torch.autograd.grad(out.sum(), x0)[0], torch.autograd.grad(expected.sum(), x0)[0])
+
+
+def test_early_stop_set_by_the_user_does_not_skip_the_end_of_a_step():
+    fs, x0 = functions(4), torch.randn(5, D, requires_grad=True)
+    for stop in (True, False):
+        with torch.utils.checkpoint.set_checkpoint_early_stop(stop):
+            out, tape = chain(ReversingTape, fs, factors([0.9] * 4), x0)
+            out.sum().backward()
+        assert tape.time == 0
+        assert not tape.half
