@@ -28,7 +28,8 @@ def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     (ROOT / "results").mkdir(exist_ok=True)
     (ROOT / "results" / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    table = tabulate([[row[key] for key in columns] for row in rows], headers=list(columns.values()), tablefmt="github", floatfmt=".2f")
+    cells = [[f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows]
+    table = tabulate(cells, headers=list(columns.values()), tablefmt="github", disable_numparse=True)
     print(table)
     if readme:
         path = ROOT.parent / "README.md"

@@ -37,12 +37,13 @@ class Span:
     def add(self) -> fx.Node:
         return self.sums[-1].add
 
-    @property
-    def branch(self) -> fx.Node | None:
-        """The node of f where the step is exactly source + f."""
+    def branch(self, facts: Facts) -> fx.Node | None:
+        """The node of f where the step is exactly source + f, so that the add itself need not run."""
         found = self.sums[0]
         exact = len(self.sums) == 1 and found.add is self.target and found.branch is not None
-        return found.branch if exact and shape_of(found.add) == shape_of(found.branch or found.add) else None
+        if not exact or found.add in facts.stale:  # somebody reads the memory that the add writes to
+            return None
+        return found.branch if shape_of(found.add) == shape_of(found.branch or found.add) else None
 
     def inputs(self) -> tuple[fx.Node, ...]:
         """Nodes outside that the step reads besides the source and the attributes of modules, in order of first use."""
@@ -54,16 +55,16 @@ class Span:
         return copied_adds(self.source, self.nodes, facts)
 
     def named(self, facts: Facts) -> Step:
-        inside = set(self.nodes)
+        inside, branch = set(self.nodes), self.branch(facts)
         extras = (node.name for node in self.nodes if node is not self.target and facts.users_outside(node, inside))
-        form: Form = "block" if self.branch is None else "branch"
+        form: Form = "block" if branch is None else "branch"
         return Step(
             source=self.source.name,
             target=self.target.name,
             nodes=tuple(node.name for node in self.nodes),
             adds=tuple(found.add.name for found in self.sums),
             form=form,
-            branch=self.branch.name if self.branch else None,
+            branch=branch.name if branch else None,
             sides=tuple(node.name for node in self.inputs()),
             extras=tuple(extras),
             path=common_path(owner_path(found.add) for found in self.sums),

@@ -16,23 +16,20 @@ that did it, and carries on; `capture` then traces again with that module as a l
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
 import random
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
 from torch.fx.proxy import Attribute
-from torch.overrides import TorchFunctionMode
 
-from passes.ops import FACTORIES
+from passes.watch import watching
 
 __all__ = ["Blame", "ChainTracer"]
 
@@ -131,7 +128,7 @@ class ChainTracer(fx.Tracer):
         self._attributes: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors)}
         state = self._python_rng = random.getstate()
         try:
-            with _watching(self), _Factories(self):
+            with watching(lambda reason: self.blame("lost_context", reason), self._make):
                 graph = super().trace(root)
                 self._watch_python_rng()
                 return graph
@@ -141,6 +138,10 @@ class ChainTracer(fx.Tracer):
     def blame(self, code: str, reason: str) -> None:
         """Note that the innermost module of the trace must stay opaque; the first reason counts."""
         self.blames.setdefault(self.calls[-1].path, Blame(code, reason))
+
+    def _make(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        """Record the making of a tensor, which would otherwise happen once, while tracing."""
+        return self.create_proxy("call_function", factory, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _InPlace(node, self)
@@ -260,65 +261,3 @@ def replaced_reason(module: nn.Module) -> str | None:
 def hook_reason(module: nn.Module) -> str | None:
     """Which hooks of a module a trace through it would lose or bake in, or None."""
     return next((f"has {name}, which a trace would lose" for hooks, name in _HOOKS.items() if getattr(module, hooks, None)), None)
-
-
-class _Factories(TorchFunctionMode):
-    """Records the making of tensors instead of making them once and for all, and sees gradient modes being set."""
-
-    def __init__(self, tracer: ChainTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
-            self.tracer.blame("lost_context", "sets the gradient mode (no_grad, enable_grad or set_grad_enabled)")
-        elif func in FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass
-class _Watched(threading.local):
-    """The tracer at work in this thread; other threads pass through the watched functions untouched."""
-
-    tracers: list[ChainTracer] = field(default_factory=list)
-
-
-_WATCHED = _Watched()
-_LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces, so only one thread may
-_LOSSES: tuple[tuple[type, str, str], ...] = (
-    (torch.autocast, "__enter__", "enters torch.autocast"),
-    (torch.inference_mode, "__enter__", "enters torch.inference_mode"),
-    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "uses torch.utils.checkpoint or other saved-tensor hooks"),
-    (torch.autograd.Function, "apply", "calls a torch.autograd.Function, whose backward a trace would lose"),
-)
-
-
-@contextlib.contextmanager
-def _watching(tracer: ChainTracer) -> Iterator[None]:
-    """Let `tracer` know of every event of `_LOSSES` in this thread."""
-    with _LOCK, contextlib.ExitStack() as stack:
-        _WATCHED.tracers.append(tracer)
-        stack.callback(_WATCHED.tracers.pop)
-        for owner, name, reason in _LOSSES:
-            stack.callback(setattr, owner, name, owner.__dict__[name])
-            setattr(owner, name, _noting(owner.__dict__[name], reason))
-        yield
-
-
-def _noting(original: Any, reason: str) -> Any:
-    """The same method, which notes its calls; `original` is as found in the class, a function or some kind of class method."""
-
-    def note() -> None:
-        if _WATCHED.tracers:
-            _WATCHED.tracers[-1].blame("lost_context", reason)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note()
-        return original(self, *args, **kwargs)
-
-    def class_method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        note()
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    return method if inspect.isfunction(original) else classmethod(class_method)

@@ -158,6 +158,11 @@ class Applied(nn.Module):
         x *= 0.5
         return x + self.branch(x)
 
+    def _set_item(self, x: Tensor, values: Values) -> Tensor:
+        y = self.branch(x)
+        x[:, :1] = 1.0
+        return x + y
+
     def _mutated_side(self, x: Tensor, values: Values) -> Tensor:
         return x + self.branch(values.side.add_(x) * 0.5)
 
@@ -168,8 +173,8 @@ ADDITIVE = (
     " in_place_add method_in_place_add"
 ).split()
 POST = "post_activation post_norm post_dropout".split()  # a link stands between one add and the next
-BREAKS = "projection plain reads_hidden nested".split()  # the chain, or part of it, stays as it is
-ILLEGAL = {"in_place_relu": "inplace_stream", "in_place_scale": "inplace_stream", "mutated_side": "mutated_side"}
+BREAKS = "projection plain reads_hidden nested in_place_scale".split()  # the chain, or part of it, stays as it is
+ILLEGAL = {"in_place_relu": "inplace_stream", "set_item": "inplace_stream", "mutated_side": "mutated_side"}
 KINDS = (*ADDITIVE, *POST, *BREAKS)
 
 

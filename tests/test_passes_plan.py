@@ -64,6 +64,24 @@ def test_a_side_input_computed_for_one_step_moves_into_it():
     assert found.regions[0].sides == ("memory",)
 
 
+def add_into(x: torch.Tensor, y: torch.Tensor) -> None:
+    x.add_(y)
+
+
+torch.fx.wrap("add_into")
+
+
+def test_an_unknown_function_without_a_reader_has_an_effect():
+    def forward(self, x):
+        for f, g in zip(self.f, self.g, strict=True):
+            h = f(x)
+            add_into(h, x * 2)
+            x = x + g(h)
+        return x
+
+    assert lengths(check_same(program(forward, f=linears(3), g=linears(3)), torch.randn(2, 4))) == [3]
+
+
 def test_in_place_results_that_nobody_names():
     def forward(self, x):
         for f, g in zip(self.f, self.g, strict=True):
@@ -227,8 +245,7 @@ def test_interleaved():
         y = y * 1
         x1 = x + self.f[0](x) * y
         y.mul_(2)
-        x2 = x1 + self.f[1](x1) * y
-        return x2
+        return x1 + self.f[1](x1) * y
 
     model = program(forward, f=linears(2))
     found = check_same(model, torch.randn(2, 4), torch.randn(2, 4), gradients=False)

@@ -1,0 +1,98 @@
+"""Notices, while a module is traced, what passes by the proxies: contexts, gradient modes, custom functions, tensors being made.
+
+Gradient modes and factories are seen by a torch function mode, which is local to the thread. The rest has no such hook: the methods
+of `_LOSSES` are replaced for the time of the trace, by ones that behave the same and act only in the thread that traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from passes.ops import FACTORIES
+
+__all__ = ["watching"]
+
+Note = Callable[[str], None]
+Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_LOSSES: tuple[tuple[type, str, str], ...] = (
+    (torch.autocast, "__enter__", "enters torch.autocast"),
+    (torch.inference_mode, "__enter__", "enters torch.inference_mode"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "uses torch.utils.checkpoint or other saved-tensor hooks"),
+    (torch.autograd.Function, "apply", "calls a torch.autograd.Function, whose backward a trace would lose"),
+)
+_LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces, so only one thread may
+
+
+class _Watchers(threading.local):
+    """Whom to tell in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.notes: list[Note] = []
+
+
+_WATCHERS = _Watchers()
+
+
+@contextlib.contextmanager
+def watching(note: Note, make: Make) -> Iterator[None]:
+    """Watch what this thread does that a symbolic trace would lose.
+
+    Args:
+        note: called with what was seen, such as "enters torch.autocast".
+        make: called instead of a function that makes a tensor, with the function and its arguments; returns what stands for the tensor.
+    """
+    with _LOCK, contextlib.ExitStack() as stack:
+        _WATCHERS.notes.append(note)
+        stack.callback(_WATCHERS.notes.pop)
+        for owner, name, reason in _LOSSES:
+            original = inspect.getattr_static(owner, name)
+            _replace(stack, owner, name, _noting(original, reason))
+        stack.enter_context(_Mode(note, make))
+        yield
+
+
+def _replace(stack: contextlib.ExitStack, owner: type, name: str, method: Any) -> None:
+    if name in owner.__dict__:
+        stack.callback(setattr, owner, name, owner.__dict__[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, method)
+
+
+def _noting(original: Any, reason: str) -> Any:
+    """The same method, which notes its calls; `original` is as found in the class, a function or some kind of class method."""
+
+    def note() -> None:
+        if _WATCHERS.notes:
+            _WATCHERS.notes[-1](reason)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note()
+        return original(self, *args, **kwargs)
+
+    def class_method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        note()
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    return method if inspect.isfunction(original) else classmethod(class_method)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, note: Note, make: Make) -> None:
+        super().__init__()
+        self.note, self.make = note, make
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            self.note("sets the gradient mode (no_grad, enable_grad or set_grad_enabled)")
+        elif func in FACTORIES:
+            return self.make(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
