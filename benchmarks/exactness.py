@@ -3,11 +3,11 @@
     pip install momentumnet revlib
     python benchmarks/exactness.py [--gammas ...] [--steps 2 12 50 300 1000] [--readme]
 
-A chain of residual functions Linear(16, 16), tanh on a batch of 64, float32. For ours: whether the state came back bit for bit, whether the gradients
-equal those of stored activations bit for bit, and the bits per element and step put aside, beside the floor log2(1/gamma). For
-the others: the largest error of a gradient of their reversible mode against autograd through the same recurrence, relative to the gradient's
-largest entry ("nan" where it is not finite). revlib's default mode hands the gradient of the velocity on without the factor gamma, so it is
-off at any depth.
+A chain of residual functions Linear(16, 16), tanh on a batch of 64, float32. For ours: whether the state came back bit for bit,
+whether the gradients equal those of stored activations bit for bit, and the bits per element and step put aside, beside the floor
+log2(1/gamma). For the others: the largest error of a gradient of their reversible mode against autograd through the same recurrence,
+relative to the gradient's largest entry ("nan" where it is not finite). revlib's default mode hands the gradient of the velocity on
+without the factor gamma, so it is off at any depth.
 """
 
 from __future__ import annotations
