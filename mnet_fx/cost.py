@@ -1,9 +1,10 @@
 """What a chain costs in bits and bytes, by theory.
 
 A momentum step v' = g v + b f(x), x' = x + v' maps (x, v) to (x', v'). Its Jacobian has determinant g for each element, whatever f is:
-adding a function of the other variable (the two shears) has determinant 1, and only the factor g of v contracts. So the step maps any set of
-states onto one of g times the volume; on a grid of fixed resolution, states collide. To tell them apart on the way back takes log2(1/g) bits per element and step, and no code can do with less (MacKay et al. 2018, arXiv 1810.10999, say the same of
-reversible recurrent networks that forget). A step with g = 0 forgets v altogether and costs what v holds.
+adding a function of the other variable (the two shears) has determinant 1, and only the factor g of v contracts. So the step maps any
+set of states onto one of g times the volume; on a grid of fixed resolution, states collide. To tell them apart on the way back takes
+log2(1/g) bits per element and step, and no code can do with less (MacKay et al. 2018, arXiv 1810.10999, say the same of reversible
+recurrent networks that forget). A step with g = 0 forgets v altogether and costs what v holds.
 
 The first step costs nothing when v[0] = 0, since then there is nothing to forget.
 """
