@@ -164,7 +164,7 @@ class Applied(nn.Module):
         return x + y
 
     def _mutated_side(self, x: Tensor, values: Values) -> Tensor:
-        return x + self.branch(values.side.add_(x) * 0.5)
+        return x + self.branch(values.side.add_(x.sum_to_size(values.side.shape)) * 0.5)
 
 
 # Steps that are exactly x + f(x, side), whatever way they are written.
