@@ -36,21 +36,17 @@ unit is a power of two that gives max|x[0]| 29 bits (39 for float64): finer than
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import StreamError
+from .loops import EAGER, Kernels, Spill, fill, fingerprint, max_abs, read, spill, strides, unshear_x, unspill
 
-__all__ = ["EAGER", "Format", "Kernels", "Record", "Spill", "State", "fingerprint", "spill", "unspill"]
+__all__ = ["Format", "Record", "State"]
 
 U_LIMIT = 2.0**52  # |U| stays below: sums of two such numbers are exact in float64
-CHUNK_CPU = 1 << 18  # elements per pass: x, u and scratch stay in cache
-CHUNK_DEVICE = 1 << 23
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -82,21 +78,6 @@ class Format:
         return self.dtype.itemsize + 8
 
 
-@dataclass(frozen=True)
-class Spill:
-    """Low bits of an integer tensor, packed into whole bytes.
-
-    T = q * 2**bits + low - 2**(8 * planes - 1), with low = sum of bytes[j] * 256**j.
-
-    Attributes:
-        bits: by how many bits T was shifted right (math.inf: T was emptied).
-        bytes: uint8, shape (planes, numel).
-    """
-
-    bits: float
-    bytes: Tensor
-
-
 @dataclass
 class Record:
     """What the inverse of one step needs besides y: host numbers, and what was spilled.
@@ -114,175 +95,6 @@ class Record:
     dtype: torch.dtype
     x_spill: Spill | None = None
     u_spill: Spill | None = None
-
-
-class _Scratch(threading.local):
-    """Chunk-sized work buffers of the current thread, allocated once."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def get(self, like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-        if like.device.type != "cpu":  # a caching allocator is as quick, and knows about streams
-            return torch.empty(size, dtype=dtype, device=like.device)
-        if dtype not in self.buffers:
-            with torch.inference_mode(False):
-                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype)
-        return self.buffers[dtype][:size]
-
-
-_scratch = _Scratch()
-
-
-def _flat(t: Tensor) -> Tensor:
-    """The elements of a dense tensor in memory order, as a 1-d view."""
-    return t.as_strided((t.numel(),), (1,), t.storage_offset())
-
-
-def _strides(t: Tensor) -> list[tuple[int, int]]:
-    """Strides and sizes of the dimensions in which t has more than one element, in order of dimension."""
-    return [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-
-
-def _is_dense(t: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(_strides(t)):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _chunks(*tensors: Tensor) -> zip:
-    """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
-    size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
-    return zip(*(_flat(t).split(size) for t in tensors), strict=True)
-
-
-def _max_abs(t: Tensor) -> float:
-    """max|t| as a Python float (nan or inf where t has one); 0 for an empty tensor. Synchronises with the device."""
-    if t.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(t)
-    low, high = torch.stack([low, high]).double().tolist()
-    return math.nan if math.isnan(low) else max(-low, high)
-
-
-def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
-    """One step, in place: U += round(y * scale); X += round(U * ratio); out = X * unit.
-
-    Args:
-        X, U, y, out: dense tensors of equal strides.
-        scale, ratio, unit: see the module's text.
-        finite: False where y has inf or nan; these add nothing.
-    """
-    for x, u, part, o in _chunks(X, U, y, out):
-        q = _rounded(part, u, scale, finite)
-        u.add_(q)
-        x.add_(_integers(torch.mul(u, ratio, out=q).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
-
-
-def unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: float, unit: float) -> None:
-    """First half of the inverse, in place: X -= round(U * ratio); out = X * unit."""
-    for x, u, o in _chunks(X, U, out):
-        q = _scratch.get(u, torch.float64, u.numel())
-        x.sub_(_integers(torch.mul(u, ratio, out=q).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
-
-
-def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
-    """Second half of the inverse, in place: U -= round(y * scale)."""
-    for u, part in _chunks(U, y):
-        u.sub_(_rounded(part, u, scale, finite))
-
-
-def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
-    q = _scratch.get(u, torch.float64, u.numel()).copy_(y)
-    return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
-
-
-def _integers(q: Tensor, x: Tensor) -> Tensor:
-    """q in the dtype of x."""
-    return q if x.dtype is torch.float64 else _scratch.get(x, x.dtype, x.numel()).copy_(q)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The three loops over all elements. Any implementation gives the same bits, so they can be mixed freely."""
-
-    shear: Callable[..., None] = shear
-    unshear_x: Callable[..., None] = unshear_x
-    unshear_u: Callable[..., None] = unshear_u
-
-
-EAGER = Kernels()
-
-
-def spill(T: Tensor, bits: float, bound: float) -> Spill:
-    """Shifts the integers of T right by `bits`, rounding to nearest, in place, and returns what fell off.
-
-    Args:
-        T: dense tensor of integers, int32 or float64, any shape.
-        bits: shift, at least 1; math.inf empties T.
-        bound: an upper bound of max|T|; bytes that no |T| <= bound can need are not stored.
-
-    Returns:
-        The spill, `unspill` of which restores T exactly. Holds ceil((log2(min(2**(bits - 1), bound)) + 1) / 8) bytes per element.
-    """
-    reach = math.ceil(math.log2(max(bound, 1.0) + 1))  # |T| < 2**reach
-    if bits > reach:
-        bits = math.inf
-    planes = math.ceil((min(bits - 1, reach) + 1) / 8)
-    store = torch.empty((planes, T.numel()), dtype=torch.uint8, device=T.device)
-    offset, start = 2.0 ** (8 * planes - 1), 0
-    for (part,) in _chunks(T):
-        size = part.numel()
-        whole, low = _scratch.get(part, torch.float64, size), _scratch.get(part, torch.int64, size)
-        if math.isinf(bits):
-            low.copy_(part).add_(int(offset))
-            part.zero_()
-        else:
-            whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
-            low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
-            part.copy_(whole.add_(0.0))  # + 0.0 turns -0.0 into 0.0, so that equal integers have equal bits
-        for plane in range(planes):
-            torch.bitwise_and(low, 255, out=whole.view(torch.int64))
-            store[plane, start : start + size].copy_(whole.view(torch.int64))
-            low.bitwise_right_shift_(8)
-        start += size
-    return Spill(bits, store)
-
-
-def unspill(T: Tensor, spilled: Spill) -> None:
-    """Inverse of `spill`, in place."""
-    planes, start = spilled.bytes.shape[0], 0
-    offset = int(2.0 ** (8 * planes - 1))
-    for (part,) in _chunks(T):
-        size = part.numel()
-        low, whole = _scratch.get(part, torch.int64, size), _scratch.get(part, torch.float64, size).view(torch.int64)
-        low.zero_()
-        for plane in reversed(range(planes)):
-            low.bitwise_left_shift_(8)
-            low.add_(whole.copy_(spilled.bytes[plane, start : start + size]))
-        low.sub_(offset)
-        if not math.isinf(spilled.bits):
-            low.add_(whole.copy_(part), alpha=int(2.0**spilled.bits))
-        part.copy_(low)
-        start += size
-
-
-def fingerprint(t: Tensor) -> Tensor:
-    """Sum of the bits of t read as 64-bit integers, modulo 2**64: a 0-d int64 tensor that changes with any one element."""
-    t = t.detach()
-    t = torch.view_as_real(t) if t.is_complex() else t
-    t = t if _is_dense(t) else t.contiguous()
-    flat = _flat(t).view(_INTEGERS[t.element_size()])
-    per_word = 8 // flat.element_size()
-    flat = flat.clone() if flat.storage_offset() % per_word else flat  # words must be aligned
-    whole = flat.numel() // per_word * per_word
-    total = flat[:whole].view(torch.int64).sum()
-    return total if whole == flat.numel() else total + flat[whole:].sum(dtype=torch.int64)
 
 
 class State:
@@ -312,28 +124,23 @@ class State:
         x0, self.x_bound = self._finite(x0)
         v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
         self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
-        self._fill(self.X, x0, 1 / self.unit)
+        fill(self.X, x0, 1 / self.unit)
         if v0 is not None:
-            self._fill(self.U, v0, 1 / (self.unit * self.ratio))
+            fill(self.U, v0, 1 / (self.unit * self.ratio))
 
     def _finite(self, t: Tensor) -> tuple[Tensor, float]:
         """t in the layout of X and max|t| over its finite elements; the others join the mask."""
-        bound = _max_abs(t)
+        bound = max_abs(t)
         t = self._aligned(t)
         if not math.isfinite(bound):
             bad = ~torch.isfinite(t)
             self.mask = bad if self.mask is None else self.mask | bad
-            bound = _max_abs(t.nan_to_num(0.0, 0.0, 0.0))
+            bound = max_abs(t.nan_to_num(0.0, 0.0, 0.0))
         return t, bound
 
     def _aligned(self, t: Tensor) -> Tensor:
         """t with the strides of X, copied only where it has others."""
-        return t if _strides(t) == _strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
-
-    def _fill(self, T: Tensor, t: Tensor, scale: float) -> None:
-        for integers, part in _chunks(T, t):
-            q = _scratch.get(part, torch.float64, part.numel()).copy_(part).nan_to_num_(0.0, 0.0, 0.0)
-            integers.copy_(q.mul_(scale).round_().add_(0.0))
+        return t if strides(t) == strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
 
     def step(self, y: Tensor, gamma: float, weight: float) -> tuple[Record, Tensor]:
         """One step of the recurrence, in place: v <- gamma * v + weight * y; x <- x + v.
@@ -379,14 +186,12 @@ class State:
         self._swap(record)
         if record.x_spill is not None:
             spill(self.X, record.x_spill.bits, self.format.limit)
-        for x, u in _chunks(self.X, self.U):
-            x.add_(_integers(u.mul(record.ratio).round_(), x))
+        unshear_x(self.X, self.U, torch.empty_like(self.X), -record.ratio, 1.0)
 
     def read(self) -> Tensor:
         """x as a fresh tensor of the stream's dtype, in the layout of X, with NaN where the mask is set."""
         out = torch.empty_like(self.X, dtype=self.dtype)
-        for o, part in _chunks(out, self.X):
-            o.copy_(_scratch.get(part, torch.float64, part.numel()).copy_(part).mul_(self.unit))
+        read(self.X, out, self.unit)
         return self._masked(out)
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -404,8 +209,8 @@ class State:
     def _make_room(self, record: Record, gamma: float, increment: float) -> None:
         """Brings the bounds and the ratio to after the step, spilling what would outgrow X or U."""
         if self.x_bound + gamma * self.v_bound + increment >= self.format.limit * self.unit:
-            self.x_bound = min(self.x_bound, _max_abs(self.X) * self.unit)
-            self.v_bound = min(self.v_bound, _max_abs(self.U) * self.ratio * self.unit)
+            self.x_bound = min(self.x_bound, max_abs(self.X) * self.unit)
+            self.v_bound = min(self.v_bound, max_abs(self.U) * self.ratio * self.unit)
         v_bound = gamma * self.v_bound + increment
         x_bound = self.x_bound + v_bound
         self._room_in_x(record, x_bound)
@@ -442,7 +247,7 @@ class State:
 
     def off_zero(self) -> tuple[int, float]:
         """Number of elements with v other than 0, and max|v| in units of x."""
-        return int(torch.count_nonzero(self.U)), _max_abs(self.U) * self.ratio * self.unit
+        return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
 
     def fingerprint(self) -> Tensor:
         """Fingerprint of X and U together, a 0-d int64 tensor."""

@@ -1,4 +1,4 @@
-"""The loops of `fixed_point`, each compiled by inductor into one pass over the elements. Same bits, about half the time.
+"""The shears of `loops`, each compiled by inductor into one pass over the elements. Same bits, about half the time.
 
 Opt-in, since the first use compiles for some seconds (announced in the log "mnet_fx", and cached on disk by inductor for the next process):
 set the environment variable MNET_FX_FUSED=1. Where inductor has no compiler to work with, a warning says so and the eager loops go on.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import MnetWarning
-from .fixed_point import EAGER, Kernels, _flat
+from .loops import EAGER, Kernels, flat
 
 __all__ = ["kernels"]
 
@@ -60,22 +60,22 @@ class _Fused:
         if tensors[0].numel() < SMALLEST or self.function is self.eager:
             return self.eager(*arguments)
         key = tuple((t.dtype, t.device) for t in tensors)
-        flat = [_flat(t) for t in tensors]
-        flat += [torch.tensor(a, dtype=torch.float64) for a in arguments if isinstance(a, float)]
-        if key not in self.known and not self._compile(key, flat):
+        inputs = [flat(t) for t in tensors]
+        inputs += [torch.tensor(a, dtype=torch.float64) for a in arguments if isinstance(a, float)]
+        if key not in self.known and not self._compile(key, inputs):
             return self.eager(*arguments)
         assert self.compiled is not None
-        with torch.no_grad(), torch.autocast(flat[0].device.type, enabled=False):
-            return self.compiled(*flat)
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            return self.compiled(*inputs)
 
-    def _compile(self, key: Any, flat: list[Tensor]) -> bool:
+    def _compile(self, key: Any, inputs: list[Tensor]) -> bool:
         """Compiles for these dtypes by a call on copies; False if that cannot be done."""
-        with _lock, torch.no_grad(), torch.autocast(flat[0].device.type, enabled=False):
+        with _lock, torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             log.warning("compiling %s for %s (once; MNET_FX_FUSED=0 avoids it)", self.function.__name__, [str(k[0]) for k in key])
             begin = time.perf_counter()
             try:
                 self.compiled = self.compiled or torch.compile(self.function, dynamic=True, fullgraph=True)
-                self.compiled(*[t.clone() for t in flat])
+                self.compiled(*[t.clone() for t in inputs])
             except Exception as error:
                 self.function = self.eager
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

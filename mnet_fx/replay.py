@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .fixed_point import fingerprint
+from .loops import fingerprint
 
 __all__ = ["Conditions"]
 

@@ -35,7 +35,8 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from .errors import InversionError, MnetWarning, StreamError
-from .fixed_point import Record, State, fingerprint
+from .fixed_point import Record, State
+from .loops import fingerprint
 from .replay import Conditions
 
 __all__ = ["PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]

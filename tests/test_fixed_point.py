@@ -10,7 +10,8 @@ from oracles import IntegerState, recurrence, unpack
 
 from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
-from mnet_fx.fixed_point import State, fingerprint, spill, unspill
+from mnet_fx.fixed_point import State
+from mnet_fx.loops import fingerprint, spill, unspill
 from mnet_fx.settings import matched_weights, momentum_weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mnet_fx import MnetWarning, fused
-from mnet_fx.fixed_point import EAGER, State
+from mnet_fx.fixed_point import State
+from mnet_fx.loops import EAGER
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
