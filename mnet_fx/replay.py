@@ -36,10 +36,11 @@ class Conditions:
         module: the step, called as `module(x, *sides)`.
         sides: the side inputs of this call.
         device: device of the stream.
+        proof: whether `changed` is to look; without it, it finds nothing.
     """
 
-    def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device) -> None:
-        self.module, self.sides, self.device = module, sides, device
+    def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True) -> None:
+        self.module, self.sides, self.device, self.proof = module, sides, device, proof
         self.training = [m.training for m in module.modules()]
         self.threads = torch.get_num_threads()
         self.autocast = _autocast_states(device)
@@ -60,13 +61,13 @@ class Conditions:
         was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
         self.buffers = {name: copy for name, copy in copies.items() if after.get(name) is not before[name] or was[name] != now[name]}
         self.unchanged = {name: before[name] for name in copies if name not in self.buffers}
-        self.prints |= {f"buffer '{name}'": was[name] for name in self.unchanged}
+        self.prints |= {f"buffer '{name}'": was[name] for name in self.unchanged if self.proof}
         return result
 
     def changed(self) -> str | None:
         """Which parameter, buffer or side input no longer has the value that the first run saw; None if none."""
         now = self._values()
-        return next((name for name in self.prints if now[name] != self.prints[name]), None)
+        return next((name for name in now if now[name] != self.prints[name]), None)
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
@@ -77,6 +78,8 @@ class Conditions:
             return functional_call(self.module, swapped, (x, *self.sides)) if swapped else self.module(x, *self.sides)
 
     def _values(self) -> dict[str, Any]:
+        if not self.proof:
+            return {}
         named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in self.parameters.items()}
         named |= {f"buffer '{name}'": b for name, b in self.unchanged.items()}
         named |= {f"side input {i}": s for i, s in enumerate(self.sides) if isinstance(s, Tensor)}

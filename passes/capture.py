@@ -85,10 +85,24 @@ def _captured(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Ca
         yield _refusal(blame, _join(path, inner))
     if traced is not None:
         tracer, graph = traced
+        yield from _hiding(module, graph, path)
         yield Captured(path, fx.GraphModule(module, graph), module.training, dict(tracer.pinned))
     for inner in blames:
         for name, child in _forward_children(module.get_submodule(inner)):
             yield from _captured(child, _join(path, inner, name), seen)
+
+
+_HIDING = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _hiding(module: nn.Module, graph: fx.Graph, path: str) -> Iterator[Refusal]:
+    """Leaves of torch.nn that have residual adds inside."""
+    for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
+        leaf = module.get_submodule(target)
+        if isinstance(leaf, _HIDING):
+            yield _refusal(
+                Blame("opaque_module", f"is a torch.nn.{type(leaf).__name__}, whose residual adds are not seen"), _join(path, target)
+            )
 
 
 def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict[str, Blame]]:

@@ -78,8 +78,8 @@ CODES: dict[str, Code] = {
         "Move the context or custom function to a small submodule of its own, so that the rest can be traced.",
     ),
     "opaque_module": Code(
-        "The module has hooks, a forward set on the instance, or is a ScriptModule, so its Python is not all there is to it.",
-        "Remove the hooks or the replaced forward before the rewrite, or put them on submodules.",
+        "The module has hooks or a forward set on the instance, or is a ScriptModule or a transformer of torch.nn, so it stays whole.",
+        "Remove hooks and replaced forwards before the rewrite; name a list of transformer layers for the rewrite without tracing.",
     ),
 }
 
@@ -112,18 +112,19 @@ def check(span: Span, facts: Facts) -> Refusal | None:
 
 def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
     """In-place adds onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
-    memory, aliases = facts.base[span.source], {span.source}
+    memory, shared, copied = facts.base[span.source], {span.source}, set[fx.Node]()
     for node in span.nodes:
-        if not any(value in aliases for value in node.all_input_nodes):
-            continue
+        target = facts.alias.get(node)
         if memory not in facts.writes.get(node, ()):
-            if facts.alias.get(node) in aliases:
-                aliases.add(node)
-        elif not is_add(node) or node in facts.stale:
-            what = "the input of the step" if node not in facts.stale else "the input of the step, which is read again later"
-            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, {what}")
-        elif memory.op in ("placeholder", "get_attr"):
+            (copied if target in copied else shared if target in shared else set()).add(node)
+            continue
+        if node in facts.stale and is_add(node):
+            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, which is read again later")
+        if target not in copied and not (is_add(node) and target in shared):
+            return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, the input of the step")
+        if target not in copied and memory.op in ("placeholder", "get_attr"):
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{memory.name}, which the caller or the module owns")
+        copied.add(node)
     return None
 
 

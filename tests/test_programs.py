@@ -8,6 +8,7 @@ from hypothesis import assume, currently_in_test_context, given, note
 from hypothesis import strategies as st
 from oracles import recurrence
 from strategies import ADDITIVE, ILLEGAL, KINDS, Block, Options, Program, is_chain, options, programs
+from zoo import one_thread  # noqa: F401  (a fixture)
 
 from mnet_fx.settings import Settings
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -146,6 +147,12 @@ class Convolutional(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return x
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For tests of small models: a second thread would only wait, and on a busy machine for long."""
+    torch.set_num_threads(1)
 
 
 def rewritten(model: nn.Module, **options) -> nn.Module:
