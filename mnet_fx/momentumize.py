@@ -63,7 +63,7 @@ def momentumize(
         regions: not built yet.
         backward: "reversible"; or "stored": the same forward, bit for bit, with activations stored by autograd.
         min_steps: shorter chains are left alone.
-        on_drift: what to do when a step does not repeat in the backward pass: "raise" InversionError, "warn", or "ignore" (no check is made).
+        on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
 
     Returns:
         A module of the class of `model` whose `forward` is rewritten; `net.report` says what was done. A model without residual chains

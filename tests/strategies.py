@@ -168,12 +168,25 @@ class Applied(nn.Module):
 
 
 # Steps that are exactly x + f(x, side), whatever way they are written.
-ADDITIVE = (
-    "linear batch_norm dropout two_input scaled scaled_number parallel early_exit shows_branch torch_add method_add alpha into_branch"
-    " in_place_add method_in_place_add"
-).split()
-POST = "post_activation post_norm post_dropout".split()  # a link stands between one add and the next
-BREAKS = "projection plain reads_hidden nested in_place_scale".split()  # the chain, or part of it, stays as it is
+ADDITIVE = [
+    "linear",
+    "batch_norm",
+    "dropout",
+    "two_input",
+    "scaled",
+    "scaled_number",
+    "parallel",
+    "early_exit",
+    "shows_branch",
+    "torch_add",
+    "method_add",
+    "alpha",
+    "into_branch",
+    "in_place_add",
+    "method_in_place_add",
+]
+POST = ["post_activation", "post_norm", "post_dropout"]  # a link stands between one add and the next
+BREAKS = ["projection", "plain", "reads_hidden", "nested", "in_place_scale"]  # the chain, or part of it, stays as it is
 ILLEGAL = {"in_place_relu": "inplace_stream", "set_item": "inplace_stream", "mutated_side": "mutated_side"}
 KINDS = (*ADDITIVE, *POST, *BREAKS)
 
@@ -267,4 +280,3 @@ def is_chain(spec: tuple[Block, ...]) -> bool:
     """All blocks are steps of one chain. (Where the caller gets a value of the stream, nothing may overwrite it later.)"""
     kinds = {block.kind for block in spec}
     return len(spec) >= 2 and kinds <= set(ADDITIVE) and not ("early_exit" in kinds and kinds & {"in_place_add", "method_in_place_add"})
-

@@ -106,7 +106,7 @@ def test_gamma_zero_is_the_original_in_eval_mode(family, model, images):
 
 
 def test_gamma_zero_is_the_original_in_train_mode(model, images):
-    """Dropout, stochastic depth and batch statistics included. Batches of two images make BatchNorm so ill-conditioned that this takes float64."""
+    """Dropout, stochastic depth and batch statistics included. Two images make BatchNorm so ill-conditioned that this takes float64."""
     batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     if batch_norm:
         model, images = copy.deepcopy(model).double(), images.double()
@@ -160,6 +160,6 @@ def test_the_given_model_is_left_as_it_was(model, images):
     net.train()(images)  # a forward of the result moves the shared batch statistics, but no module of the original
     assert snapshot(model)[0] == before[0]
     with torch.no_grad():
-        for (_, b), (_, _, _, old) in zip(model.named_buffers(), [v for k, v in before[1].items() if k in dict(model.named_buffers())], strict=True):
-            b.copy_(old)
+        for name, b in model.named_buffers():
+            b.copy_(before[1][name][-1] if name in before[1] else b)
     assert torch.equal(model.eval()(images), expected)

@@ -87,7 +87,12 @@ class Perceptron(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.fc1, self.drop, self.fc2 = nn.BatchNorm1d(width), nn.Linear(width, 2 * width), nn.Dropout(0.2), nn.Linear(2 * width, width)
+        self.norm, self.fc1, self.drop, self.fc2 = (
+            nn.BatchNorm1d(width),
+            nn.Linear(width, 2 * width),
+            nn.Dropout(0.2),
+            nn.Linear(2 * width, width),
+        )
         self.scale = nn.Parameter(torch.full((width,), 0.7))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,461 @@
+"""The options of `momentumize`, what it says about its work, and what it says where it cannot work."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import numeric_gradient, recurrence
+from torch import nn
+from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
+
+import mnet_fx
+from mnet_fx.settings import matched_weights, momentum_weights
+
+
+class Chain(nn.Module):
+    """x + tanh(linear(x)), several times over; the stream is the caller's tensor."""
+
+    def __init__(self, steps=6, width=6):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(steps)])
+
+    def residual(self, t):
+        return lambda x: torch.tanh(self.blocks[t](x))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+class Layer(nn.Module):
+    """Two residual adds in one block, as in a transformer."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.a(x))
+        return x + torch.tanh(self.b(x))
+
+
+# ---- settings that cannot work
+
+BAD_OPTIONS = [
+    ({"gamma": 1.0}, r"in \[0, 1\), got 1.0: at 1 the residual branch has no weight; use 0.99"),
+    ({"gamma": 1}, r"in \[0, 1\), got 1"),
+    ({"gamma": -0.1}, r"in \[0, 1\), got -0.1"),
+    ({"gamma": 1.5}, r"in \[0, 1\), got 1.5"),
+    ({"gamma": math.nan}, r"in \[0, 1\), got nan"),
+    ({"gamma": math.inf}, r"in \[0, 1\), got inf"),
+    ({"gamma": "0.9"}, r"in \[0, 1\), got '0.9'"),
+    ({"gamma": None}, r"in \[0, 1\), got None"),
+    ({"gamma": True}, r"in \[0, 1\), got True"),
+    ({"gamma": lambda t, steps: t / (steps - 1)}, r"gamma\(5, 6\) must be .* got 1.0"),
+    ({"gamma": lambda t, steps: math.nan}, r"gamma\(0, 6\) must be .* got nan"),
+    ({"gamma": lambda t, steps: "high"}, r"gamma\(0, 6\) must be .* got 'high'"),
+    ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', got 'paper'"),
+    ({"granularity": "block"}, "granularity must be one of 'add', 'module', got 'block'"),
+    ({"backward": "checkpoint"}, "backward must be one of 'reversible', 'stored', got 'checkpoint'"),
+    ({"on_drift": "log"}, "on_drift must be one of 'raise', 'warn', 'ignore', got 'log'"),
+    ({"initial_velocity": "random"}, "initial_velocity must be 'zero', 'first' or a module"),
+    ({"initial_velocity": 0.0}, "initial_velocity must be 'zero', 'first' or a module"),
+    ({"initial_velocity": nn.Linear(6, 6), "weights": "matched"}, r"weights='matched' needs v\[0\] = 0"),
+    ({"min_steps": 0}, "min_steps must be a whole number of steps, 1 or more, got 0"),
+    ({"min_steps": 2.0}, "min_steps must be a whole number of steps, 1 or more, got 2.0"),
+    ({"min_steps": True}, "min_steps must be a whole number of steps, 1 or more, got True"),
+]
+
+
+def facts(model):
+    """All that momentumize could leave behind in a model."""
+    tree = [(name, id(m), m.training, sorted(vars(m)), list(m._modules)) for name, m in model.named_modules()]
+    return tree, [(name, id(t), t._version, t.requires_grad) for name, t in model.state_dict(keep_vars=True).items()]
+
+
+def unchanged(model, before, x):
+    assert facts(model) == before
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_a_setting_that_cannot_work_is_an_error(options, message):
+    model = Chain()
+    before = facts(model)
+    with pytest.raises(mnet_fx.SettingsError, match=message) as raised:
+        mnet_fx.momentumize(model, **options)
+    assert isinstance(raised.value, (mnet_fx.MnetError, ValueError))
+    unchanged(model, before, tokens())
+
+
+@pytest.mark.parametrize("options", [{"example_inputs": (torch.zeros(1, 6),)}, {"regions": ["blocks"]}], ids=list)
+def test_options_that_are_not_built_yet(options):
+    model = Chain()
+    before = facts(model)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(options))} is not built yet: .{{10,}}"):
+        mnet_fx.momentumize(model, **options)
+    unchanged(model, before, tokens())
+
+
+# ---- models that cannot work
+
+
+@pytest.mark.parametrize("thing", ["resnet101", None, torch.tanh, Chain], ids=str)
+def test_something_else_than_a_module_is_an_error(thing):
+    with pytest.raises(mnet_fx.SettingsError, match=r"takes an nn\.Module, got"):
+        mnet_fx.momentumize(thing)
+
+
+def test_a_model_on_meta_is_an_error():
+    model = Chain().to("meta")
+    before = facts(model)
+    with pytest.raises(mnet_fx.MnetError, match=r"meta device.*load it first"):
+        mnet_fx.momentumize(model)
+    assert facts(model) == before
+
+
+def test_one_parameter_on_meta_is_an_error():
+    model = Chain()
+    model.blocks[3].bias = nn.Parameter(torch.empty(6, device="meta"))
+    with pytest.raises(mnet_fx.MnetError, match="meta device"):
+        mnet_fx.momentumize(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, tokens())], ids=["script", "trace"])
+def test_a_script_module_is_an_error(compiled):
+    with pytest.raises(mnet_fx.MnetError, match=r"ScriptModule.*before torch\.jit"):
+        mnet_fx.momentumize(compiled(Layer()))
+
+
+class Unique(Chain):
+    def __deepcopy__(self, memo):
+        raise TypeError("there is only one")
+
+
+def test_a_model_that_cannot_be_copied_is_an_error():
+    model = Unique()
+    before = facts(model)
+    with pytest.raises(mnet_fx.MnetError, match=r"Unique cannot be copied \(TypeError: there is only one\)"):
+        mnet_fx.momentumize(model)
+    unchanged(model, before, tokens())
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": 0}, {"backward": "stored"}, {"granularity": "module"}], ids=str)
+def test_a_model_without_residual_adds_comes_back_working(options):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
+    before = facts(model)
+    with pytest.warns(mnet_fx.MnetWarning, match="Sequential: no residual chain was rewritten"):
+        net = mnet_fx.momentumize(model, **options)
+    assert (net.report.residual_adds, net.report.rewritten_adds, net.report.regions, net.report.refusals) == (0, 0, (), ())
+    assert str(net.report) == "0 of 0 residual adds rewritten, in 0 region(s)"
+    assert facts(model) == before
+    x = torch.randn(4, 6)
+    expected, found = zoo.seeded(copy.deepcopy(model), x), zoo.seeded(net, x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert net[0].weight.grad.any()
+    assert torch.equal(pickle.loads(pickle.dumps(net)).eval()(x), model.eval()(x))
+
+
+def test_chains_that_are_too_short_are_left_alone():
+    model = Chain(4)
+    with pytest.warns(mnet_fx.MnetWarning, match="no residual chain"):
+        net = mnet_fx.momentumize(model, min_steps=5)
+    assert (net.report.residual_adds, net.report.rewritten_adds) == (4, 0)
+    assert [refusal.code for refusal in net.report.refusals] == ["too_short"] * 4
+    assert torch.equal(net(tokens()), model(tokens()))
+    assert mnet_fx.momentumize(model, min_steps=4).report.rewritten_adds == 4
+
+
+def test_one_step_may_be_a_region():
+    model = Chain(1)
+    net = mnet_fx.momentumize(model, min_steps=1, gamma=0.9)
+    assert [region.steps for region in net.report.regions] == [1]
+    torch.testing.assert_close(net(tokens()), tokens() + 0.1 * torch.tanh(model.blocks[0](tokens())))
+
+
+# ---- inputs that cannot work
+
+
+class Counting(nn.Module):
+    """A residual chain on integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(5)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x.float()).to(x.dtype)
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64], ids=str)
+def test_a_stream_that_is_not_real_floating_point_is_an_error(dtype):
+    model = Counting()
+    net = mnet_fx.momentumize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # complex to real
+        assert model(torch.ones(2, 6, dtype=dtype)).dtype is dtype
+    with pytest.raises(mnet_fx.StreamError, match=f"must be real floating point, got {dtype}"):
+        net(torch.ones(2, 6, dtype=dtype))
+    assert net(torch.ones(2, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6), (4, 0, 6)])
+def test_a_zero_size_batch_is_an_error(shape):
+    net = mnet_fx.momentumize(Everyday())
+    buffers = [b.clone() for b in net.buffers()]
+    with pytest.raises(mnet_fx.StreamError, match=r"is empty.*skip zero-size batches"):
+        net(torch.zeros(shape))
+    assert all(map(torch.equal, net.buffers(), buffers))
+    assert net(tokens()).isfinite().all()
+
+
+def test_an_input_on_meta_is_an_error():
+    net = mnet_fx.momentumize(Chain())
+    with pytest.raises(mnet_fx.StreamError, match="meta device"):
+        net(tokens().to("meta"))
+
+
+def test_something_else_than_a_tensor_is_an_error():
+    net = mnet_fx.momentumize(Chain())
+    with pytest.raises(mnet_fx.StreamError, match="must be a tensor, got list"):
+        net([1.0, 2.0])
+
+
+def test_a_step_that_changes_the_shape_of_the_stream_is_an_error():
+    """A stream of width 1 to which residuals of width 6 are added."""
+    model = Chain()
+    model.blocks[0] = nn.Linear(1, 6)
+    assert model(torch.randn(3, 1)).shape == (3, 6)
+    with pytest.raises(mnet_fx.StreamError, match="would change the stream's shape"):
+        mnet_fx.momentumize(model)(torch.randn(3, 1))
+
+
+@pytest.mark.parametrize("velocity", [nn.Linear(6, 3), nn.Linear(6, 1), nn.Flatten(), nn.LSTM(6, 6)], ids=lambda v: type(v).__name__)
+def test_a_velocity_that_does_not_fit_the_stream_is_an_error(velocity):
+    net = mnet_fx.momentumize(Chain(), initial_velocity=velocity)
+    with pytest.raises(mnet_fx.MnetError, match="velocity"):
+        net(tokens())
+
+
+# ---- the recurrence
+
+
+@given(st.lists(st.floats(0, 0.999), min_size=1, max_size=12), st.integers(0, 2**31))
+def test_matched_weights_follow_the_original_recurrence(gammas, seed):
+    """z = x + c v obeys z' = z + f, and ends at x[T]."""
+    weights = matched_weights(gammas)
+    rest = [0.0]
+    for gamma in reversed(gammas):
+        rest.insert(0, gamma * (1 + rest[0]))
+    residuals = torch.randn(len(gammas), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    x = z = 0.7
+    v = 0.0
+    for t, (gamma, weight, f) in enumerate(zip(gammas, weights, residuals, strict=True)):
+        assert z == pytest.approx(x + rest[t] * v, rel=1e-9, abs=1e-9)
+        v = gamma * v + weight * f
+        x, z = x + v, z + f
+    assert x == pytest.approx(z, rel=1e-9, abs=1e-9)
+    assert all(0 < weight <= 1 for weight in weights)
+
+
+def test_weights_by_hand():
+    assert momentum_weights([0.5, 0.0, 0.9]) == pytest.approx([0.5, 1.0, 0.1])
+    assert matched_weights([0.5, 0.5, 0.5]) == pytest.approx([1 / 1.75, 1 / 1.5, 1.0])
+    assert matched_weights([0.0] * 4) == momentum_weights([0.0] * 4) == (1.0,) * 4
+
+
+def rising(t, steps):
+    return 0.2 + 0.79 * t / steps
+
+
+ACCURACY = [(steps, gamma) for steps in (8, 100) for gamma in (0.05, 0.5, 0.9, 0.99, rising)]
+
+
+@pytest.mark.parametrize("weights", ["momentum", "matched"])
+@pytest.mark.parametrize(("steps", "gamma"), ACCURACY, ids=str)
+def test_values_and_gradients_are_as_accurate_as_the_float32_recurrence(steps, gamma, weights):
+    """Against plain autograd of the recurrence in float64; each quantity may be twice as far off as the recurrence in float32 is."""
+    model, x = Chain(steps, 16), torch.randn(32, 16)
+    net = mnet_fx.momentumize(model, gamma=gamma, weights=weights)
+    gammas = [gamma(t, steps) if callable(gamma) else gamma for t in range(steps)]
+    factors = list(zip(gammas, (momentum_weights if weights == "momentum" else matched_weights)(gammas), strict=True))
+
+    def by_hand(dtype):
+        plain, x0 = copy.deepcopy(model).to(dtype), x.clone().to(dtype).requires_grad_()
+        out = recurrence(x0, [plain.residual(t) for t in range(steps)], factors)[-1]
+        out.square().sum().backward()
+        return [out.detach(), x0.grad, torch.cat([p.grad.flatten() for p in plain.parameters()])]
+
+    x0 = x.clone().requires_grad_()
+    out = net(x0)
+    out.square().sum().backward()
+    found = [out.detach(), x0.grad, torch.cat([p.grad.flatten() for p in net.parameters()])]
+    for ours, single, exact in zip(found, by_hand(torch.float32), by_hand(torch.float64), strict=True):
+        allowed = 2 * (single - exact).square().mean().sqrt()
+        assert (ours - exact).square().mean().sqrt() <= allowed
+        assert allowed < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": "matched", "gamma": 0.5}, {"initial_velocity": "first"}, {"initial_velocity": nn.Linear(6, 6)}], ids=str
+)
+def test_the_gradient_is_the_slope(options):
+    """Finite differences in float64, which know nothing of any backward."""
+    net = mnet_fx.momentumize(Chain().double(), **options).double()
+    x = tokens().double().requires_grad_()
+
+    def loss(x):
+        return net(x).sin().sum()
+
+    (grad,) = torch.autograd.grad(loss(x), x)
+    direction = grad + torch.randn(4, 5, 6, dtype=torch.float64)  # some way uphill, so that the slope is not near zero by chance
+    assert (grad * direction).sum().item() == pytest.approx(numeric_gradient(loss, x.detach(), direction, 1e-4), rel=1e-6)
+
+
+def test_the_schedule_is_asked_for_each_step_of_each_region():
+    asked = []
+    model = nn.Sequential(Chain(3), nn.Linear(6, 6), Chain(2))
+    mnet_fx.momentumize(model, gamma=lambda t, steps: asked.append((t, steps)) or 0.5)
+    assert set(asked) == {(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)}
+
+
+def test_first_is_a_first_step_without_momentum():
+    model = Chain()
+    first = mnet_fx.momentumize(model, gamma=0.9, initial_velocity="first")
+    by_schedule = mnet_fx.momentumize(model, gamma=lambda t, steps: 0.9 if t else 0.0)
+    assert torch.equal(first(tokens()), by_schedule(tokens()))
+    assert not torch.equal(first(tokens()), mnet_fx.momentumize(model, gamma=0.9)(tokens()))
+
+
+def test_a_velocity_module_becomes_part_of_the_net():
+    model, velocity = Everyday(), nn.Linear(6, 6)
+    net = mnet_fx.momentumize(model, initial_velocity=velocity)
+    assert net.initial_velocity is velocity
+    assert [*net.state_dict()] == [*model.state_dict(), "initial_velocity.weight", "initial_velocity.bias"]
+    assert "initial_velocity" not in dict(model.named_children())
+    net(tokens()).sum().backward()
+    assert velocity.weight.grad.any()
+
+
+# ---- the report
+
+
+def test_the_report_is_data():
+    model = nn.Sequential(Chain(6), nn.Linear(6, 6), Chain(1), nn.Linear(6, 6), Layer(), Layer())
+    net = mnet_fx.momentumize(model, gamma=0.9)
+    report = mnet_fx.report(net)
+    assert report is net.report
+    assert (report.residual_adds, report.rewritten_adds) == (11, 10)
+    first, second = report.regions
+    assert (first.name, first.path, first.steps, first.adds, first.kind) == ("momentum_region_0", "0", 6, 6, "pre-activation")
+    assert (first.gamma, first.shape, first.storage, first.state_bytes_per_element) == (0.9, None, "reverse", 12.0)
+    assert (second.name, second.path, second.steps, second.adds, second.storage) == ("momentum_region_1", "", 4, 4, "reverse")
+    (refusal,) = report.refusals
+    assert (refusal.code, refusal.path) == ("too_short", "2")
+    assert refusal.explanation
+    assert refusal.hint
+    by_module = mnet_fx.momentumize(model, granularity="module").report.regions
+    assert [(region.steps, region.adds, region.kind) for region in by_module] == [(6, 6, "pre-activation"), (2, 4, "block")]
+
+
+def test_the_report_of_other_settings():
+    def only(**options):
+        (region,) = mnet_fx.momentumize(Chain(), **options).report.regions
+        return region
+
+    assert only(gamma=rising).gamma == pytest.approx((rising(1, 6), rising(5, 6)))
+    assert only(gamma=0.9, initial_velocity="first").gamma == 0.9
+    assert (only(gamma=0).storage, only(gamma=0).state_bytes_per_element) == ("inputs", 24.0)
+    assert (only(backward="stored").storage, only(backward="stored").state_bytes_per_element) == ("autograd", None)
+
+
+def test_the_report_prints_as_tables():
+    model = nn.Sequential(Chain(6), nn.Linear(6, 6), Chain(1))
+    lines = str(mnet_fx.momentumize(model, gamma=0.9).report).splitlines()
+    assert lines[0] == "6 of 7 residual adds rewritten, in 1 region(s)"
+    header, rule, row = (line.split() for line in lines[2:5])
+    assert header == ["region", "path", "steps", "adds", "kind", "gamma", "shape", "storage", "bytes/element"]
+    assert set("".join(rule)) == {"-"}
+    assert row == ["momentum_region_0", "0", "6", "6", "pre-activation", "0.9", "-", "reverse", "12"]
+    assert "Not rewritten" in lines
+    table = lines[lines.index("Not rewritten") + 2 :]
+    assert table[0].split() == ["path", "node", "code", "explanation"]
+    assert table[2].split()[0] == "2"
+    assert table[2].split()[2] == "too_short"
+    assert any(line.startswith("too_short: ") for line in table)
+
+
+def test_a_model_that_was_not_rewritten_has_no_report():
+    with pytest.raises(mnet_fx.MnetError, match="Chain has no report"):
+        mnet_fx.report(Chain())
+
+
+# ---- the result as a module
+
+
+def test_a_second_momentumize_starts_over():
+    model = Everyday().eval()
+    once = mnet_fx.momentumize(model, gamma=0.9)
+    before, expected = facts(once), once(tokens())
+    twice = mnet_fx.momentumize(once, gamma=0)
+    assert [(region.steps, region.gamma) for region in twice.report.regions] == [(6, 0.0)]
+    assert list(twice.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(twice(tokens()), model(tokens()), rtol=1e-5, atol=1e-6)
+    assert torch.equal(mnet_fx.momentumize(twice, gamma=0.9)(tokens()), expected)
+    assert facts(once) == before
+    assert torch.equal(once(tokens()), expected)
+
+
+def test_a_second_momentumize_forgets_the_velocity():
+    model = Everyday().eval()
+    once = mnet_fx.momentumize(model, initial_velocity=nn.Linear(6, 6))
+    twice = mnet_fx.momentumize(once)
+    assert list(twice.state_dict()) == list(model.state_dict())
+    assert torch.equal(twice(tokens()), mnet_fx.momentumize(model)(tokens()))
+
+
+class WithOptions(Everyday):
+    def forward(self, x, mask=None, *, scale=1.0):
+        if mask is not None:
+            x = x * mask
+        return scale * super().forward(x)
+
+
+def test_arguments_are_taken_as_before():
+    model = WithOptions().eval()
+    net = mnet_fx.momentumize(model, gamma=0)
+    expected = model(tokens())
+    for out in [net(tokens()), net(x=tokens()), net(tokens(), None), net(tokens(), mask=None, scale=1.0)]:
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for arguments in [{}, {"x": tokens(), "masks": None}]:
+        with pytest.raises(TypeError):
+            net(**arguments)
+    with pytest.raises(mnet_fx.MnetError, match="mask=None and cannot take mask=a tensor"):
+        net(tokens(), torch.ones(6))
+    with pytest.raises(mnet_fx.MnetError, match=r"scale=1\.0 and cannot take scale=2\.0"):
+        net(tokens(), scale=2.0)
+
+
+def test_stored_is_the_same_forward_bit_for_bit():
+    reversible, stored = zoo.twins(Everyday(), gamma=0.3)
+    assert torch.equal(zoo.seeded(reversible, tokens()), zoo.seeded(stored, tokens()))
+
+
+def test_the_class_and_the_shape_of_the_model_are_kept():
+    model = Everyday()
+    net = mnet_fx.momentumize(model)
+    assert isinstance(net, Everyday)
+    assert isinstance(net.blocks[1], Perceptron)
+    assert [name for name, _ in net.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert sum(1 for _ in net.parameters()) == sum(1 for _ in model.parameters())
