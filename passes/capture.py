@@ -21,6 +21,7 @@ from torch import nn
 from passes.legality import CODES
 from passes.regions import Refusal
 from passes.tracer import Blame, ChainTracer, replaced_reason
+from passes.watch import Attributes
 
 __all__ = ["Capture", "Captured", "capture"]
 
@@ -111,11 +112,15 @@ def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict
     if (reason := replaced_reason(module)) is not None:  # its hooks are in nobody's way: they fire around its graph
         return None, {"": Blame("opaque_module", reason)}
     while True:
-        tracer = ChainTracer(frozenset(blames))
+        tracer, attributes = ChainTracer(frozenset(blames)), Attributes(module)
         try:
             graph = tracer.trace(module)
         except Exception as error:
             tracer.blame("untraceable", f"{type(error).__name__}: {error}"[:200])
+        for inner, name in attributes.restore():
+            while inner and inner in blames:  # a module that stays Python is changed by one that calls it
+                inner = inner.rpartition(".")[0]
+            tracer.blames.setdefault(inner, Blame("lost_context", f"sets its attribute {name}, which a trace would do once and for all"))
         new = {inner: blame for inner, blame in tracer.blames.items() if inner not in blames}
         if not new:
             return (tracer, graph), blames

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from passes.ops import FACTORIES
 
-__all__ = ["watching"]
+__all__ = ["Attributes", "watching"]
 
 Note = Callable[[str], None]
 Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -96,3 +97,52 @@ class _Mode(TorchFunctionMode):
         elif func in FACTORIES:
             return self.make(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+class Attributes:
+    """The Python attributes of all modules of a tree at one moment: a trace runs forwards, which may set some.
+
+    Args:
+        root: the tree's root.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.before = [
+            (path, module, {name: _shallow(value) for name, value in vars(module).items()}) for path, module in root.named_modules()
+        ]
+
+    def restore(self) -> list[tuple[str, str]]:
+        """Puts back what has changed since; returns path and name of each attribute that had."""
+        changed = []
+        for path, module, before in self.before:
+            now = vars(module)
+            for name in [name for name in now if name not in before]:
+                del now[name]
+                changed.append((path, name))
+            for name, (value, copied) in before.items():
+                if name not in now or now[name] is not value:
+                    changed.append((path, name))
+                elif copied is not value and not _same(value, copied):
+                    _refill(value, copied)
+                    changed.append((path, name))
+                now[name] = value
+        return changed
+
+
+def _shallow(value: Any) -> tuple[Any, Any]:
+    """The value, and a copy of it where it is a plain container (else the value itself)."""
+    return value, value.copy() if type(value) in (list, dict, set) else value
+
+
+def _same(value: Any, copied: Any) -> bool:
+    """True if both containers hold the same objects."""
+    if len(value) != len(copied):
+        return False
+    if isinstance(value, dict):
+        return all(name in value and value[name] is item for name, item in copied.items())
+    return value == copied if isinstance(value, set) else all(a is b for a, b in zip(value, copied, strict=True))
+
+
+def _refill(value: Any, copied: Any) -> None:
+    value.clear()
+    value.extend(copied) if isinstance(value, list) else value.update(copied)

@@ -280,3 +280,27 @@ def test_a_captured_graph_can_be_pickled_and_copied():
     for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         assert torch.equal(other(x), gm(x))
         assert plan(other) == plan(gm)
+
+
+class SetsAttributes(nn.Module):
+    """Keeps what it computed on itself, as torchvision's MultiScaleRoIAlign does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.cache, self.seen = None, []
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = x.mean()
+        self.seen.append(x.shape)
+        return self.inner(x) + self.cache
+
+
+def test_a_module_that_sets_attributes_on_itself_stays_python_and_is_left_clean():
+    model = nn.Sequential(SetsAttributes(), nn.Linear(4, 4))
+    found = capture(model)
+    assert [(r.code, r.path) for r in found.refusals] == [("lost_context", "0")]
+    assert "cache" in found.refusals[0].explanation
+    assert (model[0].cache, model[0].seen) == (None, [])
+    assert any(node.op == "call_module" and node.target == "0" for node in found.parts[0].graph_module.graph.nodes)
