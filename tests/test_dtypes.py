@@ -1,0 +1,125 @@
+"""Streams and branches of every floating dtype, autocast, and loss scaling: reversible gradients equal stored ones, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mnet_fx import momentumize
+from mnet_fx.tape import ReversingTape
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.up, self.down, self.dropout = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.dropout(self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, d=8, depth=16):
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(4, d), nn.Sequential(*(Block(d) for _ in range(depth))), nn.Linear(d, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)))
+
+
+def step(net, x, context):
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    with context():
+        loss = net(x).float().square().mean()
+    loss.backward()  # outside the autocast context, as users do
+    return loss.detach(), [x.grad, *(p.grad for p in net.parameters())]
+
+
+def both(model, x, context=torch.enable_grad, **options):
+    runs = [step(momentumize(copy.deepcopy(model), backward=backward, **options), x, context) for backward in ("reversible", "stored")]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+    return runs[0]
+
+
+@pytest.fixture
+def reversing(monkeypatch):
+    """Counts the tapes that work their inputs out again."""
+    made = []
+    original = ReversingTape.__init__
+    monkeypatch.setattr(ReversingTape, "__init__", lambda self, *a, **k: made.append(1) or original(self, *a, **k))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gamma", [0.3, 0.9])
+def test_models_of_every_floating_dtype(dtype, gamma, reversing):
+    loss, gradients = both(Net().to(dtype), torch.randn(5, 4).to(dtype), gamma=gamma)
+    assert reversing
+    assert gradients[0].dtype is dtype
+    assert torch.isfinite(loss)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_autocast_around_the_forward_only(reversing):
+    _, gradients = both(Net(), torch.randn(5, 4), autocast)
+    assert reversing
+    assert all(g.dtype is torch.float32 for g in gradients)
+    float32 = both(Net(), torch.randn(5, 4))[1]
+    assert not torch.equal(gradients[1], float32[1])  # the branches did run in bfloat16
+
+
+class Promoting(nn.Module):
+    """A bfloat16 stream that its first float32 residual turns into a float32 one."""
+
+    def __init__(self, depth=16):
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(4) / 8) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+
+    def forward(self, x):
+        x = x.bfloat16()
+        for scale, block in zip(self.scales, self.blocks, strict=True):
+            x = x + scale * block(x.to(block.weight.dtype))
+        return x
+
+
+def test_a_float32_residual_turns_a_bfloat16_stream_into_float32_as_it_does_in_the_plain_model():
+    model, x = Promoting(), torch.randn(5, 4)
+    plain, net = model(x), momentumize(model, gamma=0.0)(x)
+    assert plain.dtype is net.dtype is torch.float32
+    assert (plain - net).abs().max() <= 1e-6 * plain.abs().max()
+    both(model, x)
+
+
+def test_a_loss_scaler_sees_an_overflow_and_the_next_step_is_clean():
+    model, x = Net(), torch.randn(5, 4)
+    net = momentumize(model, gamma=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [p.detach().clone() for p in net.parameters()]
+    for value, skipped in ((float("inf"), True), (1.0, False)):
+        optimizer.zero_grad()
+        scaler.scale((net(x * value)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(map(torch.equal, before, net.parameters())) == skipped
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("block", [0, 7, 15])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_or_inf_in_any_activation_comes_out(block, bad):
+    net = momentumize(Net().eval(), gamma=0.9)
+    x = torch.randn(5, 4)
+    clean = net(x).detach()
+    handle = net.blocks[block].down.register_forward_hook(lambda m, i, out: out * bad)
+    assert torch.isnan(net(x)).all()
+    handle.remove()
+    assert torch.equal(net(x), clean)
