@@ -16,7 +16,7 @@ __all__ = ["save"]
 ROOT = Path(__file__).parent
 
 
-def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme: bool) -> None:
+def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme: bool, shown: list[dict[str, Any]] | None = None) -> None:
     """Writes `results/<name>.json` (rows and the machine they were measured on) and prints the table.
 
     Args:
@@ -24,17 +24,22 @@ def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme:
         rows: one dictionary per line of the table.
         columns: key of a row -> heading.
         readme: also replace what stands between `<!-- name -->` and `<!-- /name -->` in README.md.
+        shown: the rows that the README shows (default all).
     """
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     (ROOT / "results").mkdir(exist_ok=True)
     (ROOT / "results" / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    cells = [[f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows]
-    table = tabulate(cells, headers=list(columns.values()), tablefmt="github", disable_numparse=True)
-    print(table)
+    print(_table(rows, columns))
     if readme:
         path = ROOT.parent / "README.md"
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        table = _table(rows if shown is None else shown, columns)
         text, found = marks.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text())
         if not found:
             raise SystemExit(f"README.md has no marks <!-- {name} --> and <!-- /{name} -->")
         path.write_text(text)
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    cells = [[f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows]
+    return tabulate(cells, headers=list(columns.values()), tablefmt="github", disable_numparse=True)
