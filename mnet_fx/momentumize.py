@@ -156,17 +156,21 @@ def _copied(model: nn.Module) -> nn.Module:
         raise MnetError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
         ) from error
-    for module in net.modules():  # a second momentumize starts over
-        if isinstance(module.__dict__.get("forward"), Forward):
-            _restore(module)
+    if isinstance(net.__dict__.get("report"), Report):
+        _restore(net)
     return net
 
 
-def _restore(module: nn.Module) -> None:
-    """Takes the forward and the regions of an earlier momentumize out of a module."""
-    del module.__dict__["forward"]
-    for name in [name for name, child in module.named_children() if isinstance(child, MomentumRegion)]:
-        delattr(module, name)
+def _restore(net: nn.Module) -> None:
+    """Takes the result of an earlier momentumize out of a copy, so that a second one starts over."""
+    del net.__dict__["report"]
+    rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), Forward)]
+    for module in rewritten:
+        del module.__dict__["forward"]
+        for name, region in [(name, child) for name, child in module.named_children() if isinstance(child, MomentumRegion)]:
+            delattr(module, name)
+            if region.velocity is not None and net._modules.get("initial_velocity") is region.velocity:
+                del net.initial_velocity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,16 +92,30 @@ class MomentumRegion(nn.Module):
         programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}
         self._programs = [programs[id(step.body)] for step in code.steps]
 
+    @property
+    def velocity(self) -> nn.Module | None:
+        """The module that gives v[0] from x[0]; None for v[0] = 0."""
+        return self._velocity[0]
+
     def forward(self, x: Tensor, *sides: Any) -> Any:
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
-        v0 = None if self._velocity[0] is None else self._velocity[0](x)
+        v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
         steps = [
             (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
             for code, program in zip(self.code, self._programs, strict=True)
         ]
         last, escaped, extras = run_chain(self._tape(x, v0), x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
+
+    def _checked_velocity(self, v0: Any, x: Tensor) -> Tensor:
+        found = f"shape {tuple(v0.shape)} and dtype {v0.dtype}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+        if not isinstance(v0, Tensor) or v0.shape != x.shape or not v0.dtype.is_floating_point:
+            raise StreamError(
+                f"{self.name}: the initial velocity module gave {found} for a stream of shape {tuple(x.shape)} and dtype {x.dtype}; "
+                "it must give a real floating tensor of the stream's shape"
+            )
+        return v0
 
     def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
         horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)

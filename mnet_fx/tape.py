@@ -16,7 +16,8 @@ Rule 4. A step ends in `_Close`, whose forward completes the tape's move and whi
         the last saved tensor is back, hence never before the move is complete. Its backward is the first of the step, so errors of the
         recomputation come up there and are given our words.
 Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward.
-Rule 6. The tape belongs to the autograd graph alone (through the checkpoint's frames) and dies with it. Nothing is freed by hand.
+Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> _Step -> tape -> _Rerun, no way back) and dies with it.
+        Nothing is freed by hand.
 Rule 7. Gradients flow through `_Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves nothing and
         is differentiable, so double backward works.
 Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
@@ -56,7 +57,7 @@ class Tape:
 
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
-        self.steps: list[_Step] = []
+        self.reruns: list[_Rerun] = []
 
     def enter(self) -> Tensor:
         """x[0], on the grid."""
@@ -73,6 +74,12 @@ class Tape:
     def close(self, t: int, y: Tensor) -> None:
         """Ends a rerun of step t, which gave y."""
         raise NotImplementedError
+
+    def rerun(self, t: int, x: Tensor) -> tuple[Any, ...]:
+        """(y, *extras) of step t on x = x[t], once more."""
+        if (what := self.reruns[t].conditions.changed()) is not None:
+            self.drifted(t, what)
+        return self.reruns[t](x)
 
     def fingerprint(self, of: Callable[[], Tensor]) -> int | float:
         """of() as a number, or 0 where nobody wants proof."""
@@ -135,12 +142,17 @@ class ReversingTape(Tape):
             self.half, self.time = False, self.time + 1
         x = self.state.read()
         while self.time < t:
-            x = self._forward(self.steps[self.time].value(x))
+            x = self._forward(self._value(x))
             if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:
                 self.drifted(self.time - 1, f"the state after step {self.time - 1}")
         while self.time > t:
             x = self._halve()
-            self.close(self.time, self.steps[self.time].value(x))
+            self.close(self.time, self._value(x))
+
+    def _value(self, x: Tensor) -> Tensor:
+        """y of a rerun at the present time that keeps no graph."""
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):  # hides the packing from the checkpoint that asked
+            return self.rerun(self.time, x)[0].detach()
 
 
 class StoringTape(Tape):
@@ -184,30 +196,30 @@ class PlainTape(Tape):
         return self.state.step(y, *self.factors[t])[1]
 
 
+class _Rerun:
+    """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
+
+    def __init__(self, conditions: Conditions, requires_grad: bool) -> None:
+        self.conditions, self.requires_grad = conditions, requires_grad
+
+    def __call__(self, x: Tensor) -> tuple[Any, ...]:
+        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
+
+
 class _Step:
     """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
 
     def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor) -> None:
         self.tape, self.t = tape, t
-        self.conditions = Conditions(module, sides, x.device, proof=tape.on_drift != "ignore")
-        self.requires_grad = x.requires_grad
         self.live: Tensor | None = x
+        tape.reruns.append(_Rerun(Conditions(module, sides, x.device, proof=tape.on_drift != "ignore"), x.requires_grad))
 
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:
             x, self.live = self.live, None
-            return _Close.apply(self, False, *checked(self.conditions.first_run, x, (), self.tape.region, self.t))
-        return _Close.apply(self, True, *self._rerun(self.tape.hand_out(self.t)))
-
-    def value(self, x: Tensor) -> Tensor:
-        """y of a rerun on x[t] that keeps no graph; for seeking."""
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):  # hides the packing from the checkpoint that asked
-            return self._rerun(x)[0].detach()
-
-    def _rerun(self, x: Tensor) -> tuple[Any, ...]:
-        if (what := self.conditions.changed()) is not None:
-            self.tape.drifted(self.t, what)
-        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
+            first_run = self.tape.reruns[self.t].conditions.first_run
+            return _Close.apply(self, False, *checked(first_run, x, (), self.tape.region, self.t))
+        return _Close.apply(self, True, *self.tape.rerun(self.t, self.tape.hand_out(self.t)))
 
 
 def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], region: str, t: int) -> tuple[Any, ...]:
@@ -316,8 +328,7 @@ def run_chain(
         if isinstance(tape, PlainTape):
             y, *more = checked(module, x, sides, tape.region, t)
         else:
-            tape.steps.append(_Step(tape, t, module, sides, x))
-            y, *more = checkpoint(tape.steps[t], use_reentrant=False, preserve_rng_state=False)
+            y, *more = checkpoint(_Step(tape, t, module, sides, x), use_reentrant=False, preserve_rng_state=False)
         x, v = _Shear.apply(x, v, y, tape, t)
         extras += more
     return x, escaped, extras

@@ -28,6 +28,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch.fx.proxy import Attribute
+from torch.utils import _pytree as pytree
 
 from passes.watch import watching
 
@@ -190,6 +191,8 @@ class ChainTracer(fx.Tracer):
         if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
             # The base class would store it as a new attribute of the user's model.
             raise fx.proxy.TraceError("forward uses a tensor that is neither a parameter, a buffer nor an attribute of a module")
+        if isinstance(a, (torch.Generator, torch.ScriptObject, pytree.TreeSpec)) and a not in self.tensor_attrs:
+            raise fx.proxy.TraceError(f"forward uses a {type(a).__name__}, which a graph cannot hold")  # stored likewise
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, ([(key, self.create_arg(value)) for key, value in a.items()],), {})
         return super().create_arg(a)

@@ -453,6 +453,38 @@ def test_one_batch_norm_in_eval_mode(gamma):
     assert [found[f"buffer blocks.{t}.norm.num_batches_tracked"].item() for t in (1, 3, 5)] == [1, 0, 1]
 
 
+class Moody(nn.Module):
+    """A branch whose own code depends on the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = nn.functional.dropout(self.a(torch.tanh(x)), 0.4, self.training)
+        return 2 * self.b(y) if self.training else self.b(y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_code_that_depends_on_the_mode(gamma, training):
+    """Each mode has a graph of its own, whichever the model was in when it was rewritten."""
+    model = Everyday(1, [Moody() for _ in range(4)]).double()
+    for rewritten_in in (True, False):
+        net = mnet_fx.momentumize(copy.deepcopy(model).train(rewritten_in), gamma=0).train(training)
+        expected = zoo.seeded(copy.deepcopy(model).train(training), tokens().double())
+        torch.testing.assert_close(zoo.seeded(net, tokens().double()), expected, rtol=1e-9, atol=1e-9)
+        compare(lambda net: step(net.train(training), tokens().double()), model.train(rewritten_in), gamma=gamma)
+
+
+def test_a_mixture_of_modes_that_no_graph_has_is_an_error(gamma):
+    net = mnet_fx.momentumize(Everyday(1, [Moody() for _ in range(4)]), gamma=gamma)
+    net.train().blocks[3].eval()
+    with pytest.raises(mnet_fx.MnetError, match=r"blocks\.3 is in eval mode"):
+        net(tokens())
+    net.train()
+    assert net(tokens()).isfinite().all()
+
+
 def test_training_twenty_steps(gamma):
     x, target = tokens(), torch.sin(tokens()[..., :3] * 2)
 
