@@ -69,7 +69,7 @@ def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zer
         zero_velocity: whether v[0] = 0.
     """
     form = Format.of(dtype)
-    room, shed, spilled = 52.0 - form.bits - 8, 0.0, 0
+    room, shed, spilled = math.log2(form.u_limit) - form.bits - 8, 0.0, 0
     for gamma in gammas[1:] if zero_velocity else gammas:
         if gamma == 0.0:
             spilled += math.ceil((form.bits + 4) / 8)

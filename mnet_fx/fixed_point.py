@@ -23,9 +23,11 @@ low bits of U, whose magnitude grows by 1/g for a given v. When U would outgrow 
 bytes, losslessly, and put back by the inverse. X is re-gridded in the same way when the stream outgrows its range. g = 0 forgets v
 altogether, so the whole of U is spilled: that step is a checkpoint.
 
-**Formats.** U holds integers below 2^53 in a float64: their sums are exact, and no conversion from or to int64 is needed, which makes a
-step twice as fast on CPUs. X is an int32 for streams of up to 32 bits (12 bytes per element for both), a float64 for float64 streams. The
-unit is a power of two that gives max|x[0]| 29 bits (39 for float64): finer than float32 is at that maximum.
+**Formats.** For float32 streams, X is an int32 and U holds integers below 2^53 in a float64 (12 bytes per element for both): sums of such
+numbers are exact, and no conversion from or to int64 is needed, which makes a step twice as fast on CPUs. For float64, X is a float64
+too; for bfloat16 and float16, both are int32 (8 bytes). The unit is a power of two that gives max|x[0]| 29 bits (39 for float64, 18 for
+16-bit streams): several more than the stream's own precision, or than float32's for float64. A stream that is promoted on the way, by a
+residual of a wider dtype, is *widened*, losslessly.
 
 **Never a wrap.** Decisions are taken on the host, from an upper bound of |x| and |v| that follows the recurrence with max|y| of each step
 (one scalar read per step and forward pass; none when going back, since every decision is in the step's `Record`).
@@ -46,43 +48,53 @@ from .loops import EAGER, Kernels, Spill, fill, fingerprint, max_abs, read, spil
 
 __all__ = ["Format", "Record", "State"]
 
-U_LIMIT = 2.0**52  # |U| stays below: sums of two such numbers are exact in float64
-
 
 @dataclass(frozen=True)
 class Format:
     """How a stream of one dtype is held.
 
     Attributes:
-        dtype: dtype of X.
+        dtype, u_dtype: dtypes of X and U.
         bits: bits given to max|x[0]|.
-        limit: |X| stays below.
+        limit, u_limit: |X| and |U| stay below; sums of two such numbers are exact. limit * 2**(fine + 8) <= u_limit, so that
+            spilling a byte always makes room.
         fine: at most this many bits by which the unit of a fresh U is finer than the unit of X.
     """
 
     dtype: torch.dtype
+    u_dtype: torch.dtype
     bits: int
     limit: float
+    u_limit: float
     fine: int
 
     @staticmethod
     def of(dtype: torch.dtype) -> Format:
-        """Format of a stream of floating dtype `dtype`. The bits satisfy limit * 2**(fine + 8) <= U_LIMIT, so that a spill always helps."""
-        if dtype is torch.float64:
-            return Format(torch.float64, bits=39, limit=2.0**41, fine=3)
-        return Format(torch.int32, bits=29, limit=2.0**31 - 2.0**16, fine=13)
+        """Format of a stream of floating dtype `dtype`."""
+        return _FORMATS.get(dtype, _FLOAT32)
 
     @property
     def state_bytes(self) -> int:
         """Resident bytes per element of X and U together."""
-        return self.dtype.itemsize + 8
+        return self.dtype.itemsize + self.u_dtype.itemsize
+
+    def widening(self, wider: Format) -> int:
+        """Bits by which integers of this format are shifted left on the way to a wider one."""
+        return min(wider.bits - self.bits, math.floor(math.log2(wider.limit / self.limit) + 1e-3))
+
+
+_FLOAT64 = Format(torch.float64, torch.float64, bits=39, limit=2.0**41, u_limit=2.0**52, fine=3)
+_FLOAT32 = Format(torch.int32, torch.float64, bits=29, limit=2.0**31 - 2.0**16, u_limit=2.0**52, fine=13)
+_FLOAT16 = Format(torch.int32, torch.int32, bits=18, limit=2.0**20, u_limit=2.0**30, fine=2)
+_FORMATS = {torch.float64: _FLOAT64, torch.float32: _FLOAT32, torch.bfloat16: _FLOAT16, torch.float16: _FLOAT16}
 
 
 @dataclass
 class Record:
     """What the inverse of one step needs besides y: host numbers, and what was spilled.
 
-    `scale`, `ratio`: the two factors of the shears. `unit`, `old_ratio`, `mask`, `dtype`: the state's fields before the step.
+    `scale`, `ratio`: the two factors of the shears. `unit`, `old_ratio`, `bounds`, `mask`, `dtype`, `format`: the state's fields before the
+    step (after it, while `unstep_x` has been done).
     """
 
     scale: float
@@ -93,6 +105,7 @@ class Record:
     bounds: tuple[float, float]
     mask: Tensor | None
     dtype: torch.dtype
+    format: Format
     x_spill: Spill | None = None
     u_spill: Spill | None = None
 
@@ -106,7 +119,7 @@ class State:
         horizon: about how many steps a rounding of v lives on in x, min(steps, 1 / (1 - g)); u gets log2 of it more bits.
 
     Exactness: after `step(y, ...)` gave a record r, `unstep_x(r)` and `unstep_u(r, y)` restore every bit of X, U and every other field.
-    The forward itself errs by half a unit per rounding: 2**-30 of max|x[0]| or less.
+    The forward itself errs by half a unit per rounding: 2**-30 of max|x[0]| for float32, see `Format`.
     """
 
     X: Tensor
@@ -117,10 +130,10 @@ class State:
         self.format = Format.of(x0.dtype)
         self.dtype, self.kernels = x0.dtype, kernels
         self.mask: Tensor | None = None
-        self.fresh = 2.0 ** -min(2 + math.ceil(math.log2(max(horizon, 1.0))), self.format.fine)
-        self.ratio = self.fresh
+        self.fine = 2 + math.ceil(math.log2(max(horizon, 1.0)))
+        self.ratio = self._fresh()
         self.X = torch.empty_like(x0, dtype=self.format.dtype, requires_grad=False)  # dense, whatever the strides of x0
-        self.U = torch.zeros_like(self.X, dtype=torch.float64)
+        self.U = torch.zeros_like(self.X, dtype=self.format.u_dtype)
         x0, self.x_bound = self._finite(x0)
         v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
         self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
@@ -153,10 +166,11 @@ class State:
         Returns:
             What the inverse needs, and the new x as a fresh tensor.
         """
-        record = Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype)
+        record = Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype, self.format)
         y, y_bound = self._finite(y)
         record.finite = self.mask is record.mask
         self.dtype = torch.promote_types(self.dtype, y.dtype)
+        self._widen(Format.of(self.dtype))
         self._make_room(record, gamma, weight * y_bound)
         record.ratio, record.scale = self.ratio, weight / (self.ratio * self.unit)
         out = torch.empty_like(self.X, dtype=self.dtype)
@@ -169,9 +183,11 @@ class State:
         self._swap(record)
         out = torch.empty_like(self.X, dtype=self.dtype)
         self.kernels.unshear_x(self.X, self.U, out, record.ratio, self.unit)
-        if record.x_spill is None:
+        if record.x_spill is None and record.format == self.format:
             return self._masked(out)
-        unspill(self.X, record.x_spill)
+        if record.x_spill is not None:
+            unspill(self.X, record.x_spill)
+        self.X = _shifted(self.X, self.format.dtype, -self.format.widening(record.format))
         return self.read()
 
     def unstep_u(self, record: Record, y: Tensor) -> None:
@@ -180,10 +196,13 @@ class State:
         kernels.unshear_u(self.U, self._aligned(y), record.scale, record.finite)
         if record.u_spill is not None:
             unspill(self.U, record.u_spill)
+        if self.U.dtype != self.format.u_dtype:
+            self.U = _shifted(self.U, self.format.u_dtype, -self.format.widening(record.format))
 
     def restep_x(self, record: Record) -> None:
         """Takes `unstep_x` back, for a step whose second half never ran (its f raised)."""
         self._swap(record)
+        self.X = _shifted(self.X, self.format.dtype, record.format.widening(self.format))
         if record.x_spill is not None:
             spill(self.X, record.x_spill.bits, self.format.limit)
         unshear_x(self.X, self.U, torch.empty_like(self.X), -record.ratio, 1.0)
@@ -205,6 +224,24 @@ class State:
         (self.x_bound, self.v_bound), record.bounds = record.bounds, bounds
         self.mask, record.mask = record.mask, self.mask
         self.dtype, record.dtype = record.dtype, self.dtype
+        self.format, record.format = record.format, self.format
+
+    def _widen(self, wider: Format) -> None:
+        """Goes over to a format with more bits, losslessly."""
+        if wider == self.format:
+            return
+        bits = self.format.widening(wider)
+        self.X = _shifted(self.X, wider.dtype, bits)
+        self.unit *= 2.0**-bits
+        if self.format.u_dtype == wider.u_dtype:
+            self.ratio *= 2.0**bits
+        else:
+            self.U = _shifted(self.U, wider.u_dtype, bits)
+        self.format = wider
+
+    def _fresh(self) -> float:
+        """Ratio of the units of U and X where U starts from 0 or has been spilled."""
+        return 2.0 ** -min(self.fine, self.format.fine)
 
     def _make_room(self, record: Record, gamma: float, increment: float) -> None:
         """Brings the bounds and the ratio to after the step, spilling what would outgrow X or U."""
@@ -232,12 +269,12 @@ class State:
         held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|
         self.ratio *= gamma
         if self.v_bound == 0.0:
-            self.ratio = self.fresh
+            self.ratio = self._fresh()
         elif gamma == 0.0 or self.ratio < 2.0**-300:
             record.u_spill = spill(self.U, math.inf, held)
-            self.ratio = self.fresh
-        elif v_bound >= U_LIMIT * self.ratio * self.unit:
-            bits = 8 * math.floor(math.log2(self.fresh / self.ratio) / 8)
+            self.ratio = self._fresh()
+        elif v_bound >= self.format.u_limit * self.ratio * self.unit:
+            bits = 8 * math.floor(math.log2(self._fresh() / self.ratio) / 8)
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 
@@ -252,6 +289,11 @@ class State:
     def fingerprint(self) -> Tensor:
         """Fingerprint of X and U together, a 0-d int64 tensor."""
         return fingerprint(self.X).add_(fingerprint(self.U), alpha=3)
+
+
+def _shifted(T: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+    """T * 2**bits in another dtype; T itself where there is nothing to do."""
+    return T if bits == 0 and T.dtype is dtype else T.double().mul_(2.0**bits).to(dtype)
 
 
 def _exponent(bound: float) -> int:

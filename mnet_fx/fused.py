@@ -33,18 +33,18 @@ def kernels() -> Kernels:
 
 
 def _shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: Tensor, ratio: Tensor, unit: Tensor) -> None:
-    U.add_((y.double() * scale).round())
-    X.add_((U * ratio).round().to(X.dtype))
+    U.add_((y.double() * scale).round().to(U.dtype))
+    X.add_((U.double() * ratio).round().to(X.dtype))
     out.copy_(X.double() * unit)
 
 
 def _unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: Tensor, unit: Tensor) -> None:
-    X.sub_((U * ratio).round().to(X.dtype))
+    X.sub_((U.double() * ratio).round().to(X.dtype))
     out.copy_(X.double() * unit)
 
 
 def _unshear_u(U: Tensor, y: Tensor, scale: Tensor) -> None:
-    U.sub_((y.double() * scale).round())
+    U.sub_((y.double() * scale).round().to(U.dtype))
 
 
 class _Fused:

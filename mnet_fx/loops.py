@@ -113,23 +113,23 @@ def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: flo
     """
     for x, u, part, o in _chunks(X, U, y, out):
         q = _rounded(part, u, scale, finite)
-        u.add_(q)
-        x.add_(_integers(torch.mul(u, ratio, out=q).round_(), x))
+        u.add_(_integers(q, u))
+        x.add_(_integers(q.copy_(u).mul_(ratio).round_(), x))
         o.copy_(q.copy_(x).mul_(unit))
 
 
 def unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: float, unit: float) -> None:
     """First half of the inverse, in place: X -= round(U * ratio); out = X * unit."""
     for x, u, o in _chunks(X, U, out):
-        q = _scratch.get(u, torch.float64, u.numel())
-        x.sub_(_integers(torch.mul(u, ratio, out=q).round_(), x))
+        q = _scratch.get(u, torch.float64, u.numel()).copy_(u)
+        x.sub_(_integers(q.mul_(ratio).round_(), x))
         o.copy_(q.copy_(x).mul_(unit))
 
 
 def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
     """Second half of the inverse, in place: U -= round(y * scale)."""
     for u, part in _chunks(U, y):
-        u.sub_(_rounded(part, u, scale, finite))
+        u.sub_(_integers(_rounded(part, u, scale, finite), u))
 
 
 def read(X: Tensor, out: Tensor, unit: float) -> None:
@@ -150,9 +150,9 @@ def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
     return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
 
 
-def _integers(q: Tensor, x: Tensor) -> Tensor:
-    """q in the dtype of x."""
-    return q if x.dtype is torch.float64 else _scratch.get(x, x.dtype, x.numel()).copy_(q)
+def _integers(q: Tensor, like: Tensor) -> Tensor:
+    """q in the dtype of `like`."""
+    return q if like.dtype is torch.float64 else _scratch.get(like, like.dtype, like.numel()).copy_(q)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def test_what_makes_no_sense_is_an_error(arguments, words):
     [
         (0.9, 3, torch.float32, ("inputs", 12)),  # three float32 inputs take no more than x and u
         (0.9, 4, torch.float32, ("reverse", 12)),
-        (0.9, 6, torch.bfloat16, ("inputs", 12)),
-        (0.9, 7, torch.bfloat16, ("reverse", 12)),
+        (0.9, 4, torch.bfloat16, ("inputs", 8)),
+        (0.9, 5, torch.bfloat16, ("reverse", 8)),
         (0.9, 2, torch.float64, ("inputs", 16)),
         (0.0, 50, torch.float32, ("inputs", 200)),  # gamma 0 is a checkpoint
         (0.9, 1000, torch.float32, ("reverse", state_bytes([0.9] * 1000))),

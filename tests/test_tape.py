@@ -8,7 +8,7 @@ import torch
 from oracles import numeric_gradient, recurrence
 from torch import nn
 
-from mnet_fx import InversionError, MnetWarning, StreamError
+from mnet_fx import InversionError, MnetWarning, StreamError, state_bits
 from mnet_fx.fixed_point import State
 from mnet_fx.tape import PlainTape, ReversingTape, StoringTape, run_chain
 
@@ -56,6 +56,22 @@ def test_gradients_are_those_of_the_recurrence_in_float64(kind, with_velocity):
     assert (out - expected).abs().max() < 1e-9
     for a, b in zip(torch.autograd.grad(out.exp().sum(), inputs), torch.autograd.grad(expected.exp().sum(), inputs), strict=True):
         assert (a - b).abs().max() <= 1e-8 * b.abs().max()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1 / 256, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("steps", [2, 12, 50, 300, 1000])
+def test_state_comes_back_and_bits_stay_at_the_floor_for_every_gamma_and_depth(gamma, steps):
+    torch.manual_seed(2)
+    fs = [nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(steps)]
+    x0, parameters = torch.randn(32, D, requires_grad=True), [p for f in fs for p in f.parameters()]
+    out, tape = chain(ReversingTape, fs, factors([gamma] * steps), x0)
+    spilled = [s.bytes.numel() for r in tape.records for s in (r.u_spill, r.x_spill) if s is not None]
+    gradients = torch.autograd.grad(out.square().mean(), [x0, *parameters])
+    assert tape.time == 0
+    assert not tape.state.U.any()
+    stored, _ = chain(PlainTape, fs, factors([gamma] * steps), x0)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(stored.square().mean(), [x0, *parameters])))
+    assert 8 * sum(spilled) / x0.numel() <= 1.1 * state_bits(gamma, steps) + 16  # 16: whole bytes, and a stream that grows
 
 
 @pytest.mark.parametrize("kind", TAPES)
