@@ -176,6 +176,9 @@ class State:
         out = torch.empty_like(self.X, dtype=self.dtype)
         kernels = self.kernels if record.finite else EAGER
         kernels.shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
+        if self.x_bound > torch.finfo(self.dtype).max:  # what the dtype cannot hold would be inf in the plain model, and stay so
+            beyond = torch.isinf(out)
+            self.mask = beyond if self.mask is None else self.mask | beyond
         return record, self._masked(out)
 
     def unstep_x(self, record: Record) -> Tensor:

@@ -33,6 +33,7 @@ __all__ = [
 
 CHUNK_CPU = 1 << 18  # elements per pass
 CHUNK_DEVICE = 1 << 23
+_ROW = 127  # words, an odd number
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,7 +63,7 @@ class _Scratch(threading.local):
             return torch.empty(size, dtype=dtype, device=like.device)
         if dtype not in self.buffers:
             with torch.inference_mode(False):
-                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype)
+                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype, device="cpu")
         return self.buffers[dtype][:size]
 
 
@@ -221,13 +222,28 @@ def unspill(T: Tensor, spilled: Spill) -> None:
 
 
 def fingerprint(t: Tensor) -> Tensor:
-    """Sum of the bits of t read as 64-bit integers, modulo 2**64: a 0-d int64 tensor that changes with any one element."""
-    t = t.detach()
+    """A 0-d int64 tensor that depends on every bit of t and on its place: equal tensors give equal numbers, others all but surely not.
+
+    The bits are read as 64-bit words in rows of 127. Sums along both directions are cheap; mixing each with its place, by multiplications
+    and shifts that no cancellation survives, makes their total depend on order and sign as well.
+    """
+    t = t.detach().resolve_conj().resolve_neg()
     t = torch.view_as_real(t) if t.is_complex() else t
     t = t if _is_dense(t) else t.contiguous()
     elements = flat(t).view(_INTEGERS[t.element_size()])
     per_word = 8 // t.element_size()
     elements = elements.clone() if elements.storage_offset() % per_word else elements  # words must be aligned
     whole = elements.numel() // per_word * per_word
-    total = elements[:whole].view(torch.int64).sum()
-    return total if whole == elements.numel() else total + elements[whole:].sum(dtype=torch.int64)
+    words = elements[:whole].view(torch.int64)
+    rows = words.numel() // _ROW
+    table, rest = words[: rows * _ROW].view(rows, _ROW), words[rows * _ROW :]
+    parts = [table.sum(0), table.sum(1), rest, elements[whole:].to(torch.int64)]
+    return _mixed(torch.cat([part for part in parts if part.numel()])) if elements.numel() else words.sum()
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """Sum of the words of z, each mixed with its place (the finaliser of splitmix64: Steele, Lea, Flood 2014)."""
+    z = z + torch.arange(1, z.numel() + 1, device=z.device).mul_(-7046029254386353131)
+    z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
+    z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
+    return z.bitwise_xor_(z >> 31).sum()

@@ -24,7 +24,7 @@ from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
 from .program import Program
 from .region import MomentumRegion
-from .report import RegionReport, Report
+from .report import REPORT, RegionReport, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Settings, Weights
 
 __all__ = ["momentumize"]
@@ -66,7 +66,8 @@ def momentumize(
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
 
     Returns:
-        A module of the class of `model` whose `forward` is rewritten; `net.report` says what was done. A model without residual chains
+        A module of the class of `model` whose `forward` is rewritten; `net.report`, or `mnet_fx.report(net)` where the model has an
+        attribute of that name, says what was done. A model without residual chains
         comes back working, with a warning.
 
     Raises:
@@ -86,9 +87,13 @@ def momentumize(
     net = _copied(model)
     parts = _rewritten_parts(net, settings)
     if settings.velocity is not None:
+        if hasattr(net, "initial_velocity"):
+            raise SettingsError(f"{type(model).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
         net.add_module("initial_velocity", settings.velocity)
     report = _report(parts, settings, _stream_dtype(model))
-    net.__dict__["report"] = report
+    net.__dict__[REPORT] = report
+    if not hasattr(net, "report"):
+        net.__dict__["report"] = report
     if not report.regions:
         warnings.warn(
             f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2
@@ -156,19 +161,20 @@ def _copied(model: nn.Module) -> nn.Module:
         raise MnetError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
         ) from error
-    if isinstance(net.__dict__.get("report"), Report):
+    if REPORT in net.__dict__:
         _restore(net)
     return net
 
 
 def _restore(net: nn.Module) -> None:
     """Takes the result of an earlier momentumize out of a copy, so that a second one starts over."""
-    del net.__dict__["report"]
+    if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
+        del net.__dict__["report"]
     rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), Forward)]
     for module in rewritten:
         del module.__dict__["forward"]
-        for name, region in [(name, child) for name, child in module.named_children() if isinstance(child, MomentumRegion)]:
-            delattr(module, name)
+        for name, region in [(name, value) for name, value in vars(module).items() if isinstance(value, MomentumRegion)]:
+            del module.__dict__[name]
             if region.velocity is not None and net._modules.get("initial_velocity") is region.velocity:
                 del net.initial_velocity
 
@@ -198,7 +204,7 @@ def _rewritten_parts(net: nn.Module, settings: Settings) -> tuple[list[_Part], t
         evaluate = train if same else _rewritten(in_eval, owner, settings, "_eval")
         if train.regions or evaluate.regions:
             for region in dict.fromkeys([*train.regions, *evaluate.regions]):
-                owner.add_module(region.name, region)
+                owner.__dict__[region.name] = region  # no submodule: code that loops over the children must not meet it
             programs = {True: train.program, False: evaluate.program}
             owner.forward = Forward(owner, programs, in_train.pinned, () if same else _moded(owner))
         parts.append(train)
@@ -218,7 +224,8 @@ def _moded(owner: nn.Module) -> tuple[str, ...]:
 def _captured(net: nn.Module, training: bool) -> passes.Capture:
     flags = {module: module.training for module in net.modules()}
     try:
-        return passes.capture(net.train(training))
+        net.train(training)  # not passed on: people's own train() may return nothing
+        return passes.capture(net)
     finally:
         for module, flag in flags.items():
             module.training = flag

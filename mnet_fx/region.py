@@ -28,11 +28,17 @@ class _Step(nn.Module):
 
     def __init__(self, owner: nn.Module, code: StepCode, program: Program) -> None:
         super().__init__()
-        self._program, self._is_block = program, code.form == "block"
+        self._program, self._code = program, code
         for i, path in enumerate(code.modules):
             self._modules[f"m{i}"] = owner.get_submodule(path)
         for i, path in enumerate(code.attributes):
             self._bind(f"a{i}", owner, path)
+
+    def path_of(self, name: str) -> str:
+        """Path in the model of a parameter or buffer of this step."""
+        first, _, rest = name.partition(".")
+        path = (self._code.modules if first[0] == "m" else self._code.attributes)[int(first[1:])]
+        return f"{path}.{rest}" if rest else path
 
     def _bind(self, name: str, owner: nn.Module, path: str) -> None:
         parent, _, leaf = path.rpartition(".")
@@ -46,7 +52,7 @@ class _Step(nn.Module):
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         y, *extras = self._program(self, x, *sides)
-        if self._is_block:
+        if self._code.form == "block":
             y = y - x
         if y.shape != x.shape:
             y = self._expanded(y, x)

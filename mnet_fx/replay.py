@@ -15,6 +15,7 @@ hidden state (Python's `random`, a generator object of the step's own) is not re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,10 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from .loops import fingerprint
 
 __all__ = ["Conditions"]
+
+
+_LOCK = threading.RLock()  # reruns swap buffers and flags of live modules, and steps share generators: one thread at a time
 
 
 class Conditions:
@@ -41,6 +46,7 @@ class Conditions:
 
     def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True) -> None:
         self.module, self.sides, self.device, self.proof = module, sides, device, proof
+        self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
         self.training = [m.training for m in module.modules()]
         self.threads = torch.get_num_threads()
         self.autocast = _autocast_states(device)
@@ -52,6 +58,10 @@ class Conditions:
 
     def first_run(self, x: Tensor) -> Any:
         """Runs the step on the live module, and notes what it drew and which buffers it changed."""
+        with _LOCK:
+            return self._first_run(x)
+
+    def _first_run(self, x: Tensor) -> Any:
         before = dict(self.module.named_buffers(remove_duplicate=False))
         copies = {name: b.detach().clone() for name, b in before.items()}
         generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
@@ -61,7 +71,7 @@ class Conditions:
         was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
         self.buffers = {name: copy for name, copy in copies.items() if after.get(name) is not before[name] or was[name] != now[name]}
         self.unchanged = {name: before[name] for name in copies if name not in self.buffers}
-        self.prints |= {f"buffer '{name}'": was[name] for name in self.unchanged if self.proof}
+        self.prints |= {f"buffer '{self.path_of(name)}'": was[name] for name in self.unchanged if self.proof}
         return result
 
     def changed(self) -> str | None:
@@ -71,7 +81,7 @@ class Conditions:
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
-        with self._restored():
+        with _LOCK, self._restored():
             live = dict(self.module.named_parameters(remove_duplicate=False))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= {name: b.clone() for name, b in self.buffers.items()}
@@ -80,9 +90,9 @@ class Conditions:
     def _values(self) -> dict[str, Any]:
         if not self.proof:
             return {}
-        named: dict[str, Tensor] = {f"parameter '{name}'": p for name, p in self.parameters.items()}
-        named |= {f"buffer '{name}'": b for name, b in self.unchanged.items()}
-        named |= {f"side input {i}": s for i, s in enumerate(self.sides) if isinstance(s, Tensor)}
+        named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
+        named |= {f"buffer '{self.path_of(name)}'": b for name, b in self.unchanged.items()}
+        named |= {f"side input {i}": s for i, s in enumerate(tree_leaves(self.sides)) if isinstance(s, Tensor)}
         return _fingerprints(named)
 
     @contextmanager

@@ -11,7 +11,9 @@ from passes import Refusal
 
 from .errors import MnetError
 
-__all__ = ["RegionReport", "Report", "report"]
+REPORT = "_mnet_fx_report"  # where a rewritten model keeps its report
+
+__all__ = ["REPORT", "RegionReport", "Report", "report"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def report(net: nn.Module) -> Report:
     Raises:
         MnetError: `net` is not such a model.
     """
-    found = getattr(net, "report", None)
-    if not isinstance(found, Report):
+    found = net.__dict__.get(REPORT) if isinstance(net, nn.Module) else None
+    if found is None:
         raise MnetError(f"{type(net).__name__} has no report: it is not the result of mnet_fx.momentumize")
     return found
