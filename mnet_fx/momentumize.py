@@ -22,6 +22,7 @@ from passes import Captured, Plan, PlannedRegion, Refusal, RegionCode
 
 from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
+from .guard import Guard
 from .program import Program
 from .region import MomentumRegion
 from .report import REPORT, RegionReport, Report
@@ -108,11 +109,11 @@ class Forward:
         owner: the module whose forward this is.
         programs: by training flag.
         pinned: arguments that the graphs were captured for one value of, by name.
-        moded: paths of the modules whose own code, which the programs replace, reads their `training` flag.
+        guard: what the programs take for granted.
     """
 
-    def __init__(self, owner: nn.Module, programs: dict[bool, Program], pinned: dict[str, Any], moded: tuple[str, ...]) -> None:
-        self.owner, self.programs, self.pinned, self.moded = owner, programs, pinned, moded
+    def __init__(self, owner: nn.Module, programs: dict[bool, Program], pinned: dict[str, Any], guard: Guard) -> None:
+        self.owner, self.programs, self.pinned, self.guard = owner, programs, pinned, guard
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
@@ -122,14 +123,8 @@ class Forward:
                     f"{type(self.owner).__name__}.forward was captured with {name}={value!r} and cannot take {name}={_brief(given)}: "
                     "leave that argument out, or momentumize the submodules that do not depend on it"
                 )
-        training = self.owner.training
-        for path in self.moded:
-            if self.owner.get_submodule(path).training != training:
-                raise MnetError(
-                    f"{path} is in {'eval' if training else 'train'} mode and {type(self.owner).__name__} is not; its forward was captured "
-                    "for one mode of the whole: put both in the same mode, or freeze parameters with requires_grad_(False) instead"
-                )
-        return self.programs[training](self.owner, *bound.args, **bound.kwargs)
+        self.guard.check(self.owner)
+        return self.programs[self.owner.training](self.owner, *bound.args, **bound.kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -206,19 +201,15 @@ def _rewritten_parts(net: nn.Module, settings: Settings) -> tuple[list[_Part], t
             for region in dict.fromkeys([*train.regions, *evaluate.regions]):
                 owner.__dict__[region.name] = region  # no submodule: code that loops over the children must not meet it
             programs = {True: train.program, False: evaluate.program}
-            owner.forward = Forward(owner, programs, in_train.pinned, () if same else _moded(owner))
+            graphs = [in_train.graph_module] if same else [in_train.graph_module, in_eval.graph_module]
+            owner.forward = Forward(owner, programs, in_train.pinned, _guard(owner, graphs))
         parts.append(train)
     return parts, captures[True].refusals
 
 
-def _moded(owner: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules with children whose class reads `training`; those without children are called as they are."""
-
-    def reads_training(module: nn.Module) -> bool:
-        functions = (f for kind in type(module).__mro__ if not kind.__module__.startswith("torch.nn.") for f in vars(kind).values())
-        return any("training" in f.__code__.co_names for f in functions if inspect.isfunction(f))
-
-    return tuple(path for path, module in owner.named_modules() if next(module.children(), None) is not None and reads_training(module))
+def _guard(owner: nn.Module, graphs: Sequence[fx.GraphModule]) -> Guard:
+    leaves = {str(node.target) for gm in graphs for node in gm.graph.nodes if node.op == "call_module"}
+    return Guard(owner, leaves, one_mode=len(graphs) > 1)
 
 
 def _captured(net: nn.Module, training: bool) -> passes.Capture:

@@ -52,11 +52,29 @@ class _Step(nn.Module):
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         y, *extras = self._program(self, x, *sides)
+        dtype = self._sum_dtype(x, y)
         if self._code.form == "block":
             y = y - x
         if y.shape != x.shape:
             y = self._expanded(y, x)
+        if torch.promote_types(x.dtype, y.dtype) != dtype:
+            y = y.to(dtype)
         return y, *extras
+
+    def _sum_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        """The dtype that x[t+1] has in the original model."""
+        if self._code.form == "block" or self._code.written == "branch":
+            dtype = y.dtype
+        else:
+            dtype = x.dtype if self._code.written == "skip" else torch.result_type(x, y)
+        if torch.promote_types(x.dtype, dtype) == dtype:
+            return dtype
+        if torch.is_autocast_enabled(x.device.type):  # autocast brings about any mixture; the wider dtype does no harm
+            return x.dtype
+        raise StreamError(
+            f"a step turns a stream of {x.dtype} into one of {dtype}; a momentum chain keeps its dtype or widens it: "
+            "cast the input of the chain, or cast inside the branch"
+        )
 
     def _expanded(self, y: Tensor, x: Tensor) -> Tensor:
         try:

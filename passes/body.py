@@ -6,7 +6,6 @@ exactly if they call the same operations with the same constants in the same pat
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable
 from enum import Enum
 from typing import Any
@@ -16,13 +15,13 @@ import torch.fx as fx
 from torch.fx.node import map_arg
 
 from passes.facts import Facts
+from passes.ops import OUT_OF_PLACE
 from passes.regions import PlannedRegion, RegionCode, Step, StepCode
 from passes.steps import copied_adds
 
 __all__ = ["region_code"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
-_OUT_OF_PLACE = {operator.iadd: operator.add, torch.Tensor.add_: torch.Tensor.add, "add_": "add", "__iadd__": "__add__"}
 
 
 def region_code(region: PlannedRegion, facts: Facts, bodies: dict[Hashable, fx.Graph]) -> RegionCode:
@@ -69,6 +68,7 @@ class _Writer:
             sides=tuple(position[name] for name in self.step.sides),
             extras=len(self.step.extras),
             path=self.step.path,
+            written=self.step.written,
         )
 
     def structure(self) -> Hashable:
@@ -79,7 +79,7 @@ class _Writer:
     def operation(self, node: fx.Node) -> tuple[str, Any]:
         if node.op == "call_module":
             return node.op, f"m{self.modules[str(node.target)]}"
-        return node.op, _OUT_OF_PLACE[node.target] if node in self.copied else node.target
+        return node.op, OUT_OF_PLACE[node.target] if node in self.copied else node.target
 
     def frozen(self, value: Any) -> Hashable:
         """An argument as a value that is equal for equal code; constants keep their type, since 1 == 1.0 == True."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch.fx as fx
 from torch import nn
 
+from passes.facts import owner_path
 from passes.legality import CODES
 from passes.regions import Refusal
 from passes.tracer import Blame, ChainTracer, replaced_reason
@@ -109,6 +111,7 @@ def _hiding(module: nn.Module, graph: fx.Graph, path: str) -> Iterator[Refusal]:
 def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict[str, Blame]]:
     """Trace until no new leaf is needed; the number of rounds is bounded, since each adds a leaf."""
     blames: dict[str, Blame] = {}
+    repeated: fx.Graph | None = None
     if (reason := replaced_reason(module)) is not None:  # its hooks are in nobody's way: they fire around its graph
         return None, {"": Blame("opaque_module", reason)}
     while True:
@@ -122,11 +125,26 @@ def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict
                 inner = inner.rpartition(".")[0]
             tracer.blames.setdefault(inner, Blame("lost_context", f"sets its attribute {name}, which a trace would do once and for all"))
         new = {inner: blame for inner, blame in tracer.blames.items() if inner not in blames}
+        if not new and repeated is not None and (where := _difference(repeated, graph)) is not None and where not in blames:
+            new = {where: Blame("lost_context", "does not trace to the same graph twice: it has state that a trace would bake in")}
+            repeated = None
+        elif not new and repeated is None:
+            repeated = graph  # sound so far; the same must come once more
+            continue
         if not new:
             return (tracer, graph), blames
         if "" in new and len(new) == 1:
             return None, {"": new[""]}
         blames |= {inner: blame for inner, blame in new.items() if inner}
+        repeated = None
+
+
+def _difference(a: fx.Graph, b: fx.Graph) -> str | None:
+    """Path of the module that made the first node in which two traces of it differ; None if they are the same."""
+    for first, second in zip_longest(a.nodes, b.nodes):
+        if first is None or second is None or first.format_node() != second.format_node():
+            return owner_path(second or first)
+    return None
 
 
 def _forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -160,6 +160,10 @@ _FACTORY_WORDS = _words("""
     """) | frozenset(f.__name__ for f in FACTORIES)
 
 
+OUT_OF_PLACE = {operator.iadd: operator.add, torch.Tensor.add_: torch.Tensor.add, "add_": "add", "__iadd__": "__add__"}
+"""The in-place adds, and what does the same out of place."""
+
+
 def is_add(node: fx.Node) -> bool:
     """True for every way to write `a + b`, in place or not."""
     return node.target in (_ADD_METHODS if node.op == "call_method" else _ADDS) and node.op in ("call_function", "call_method")

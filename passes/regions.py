@@ -77,6 +77,7 @@ class Step:
         sides: names of the nodes outside the step that it reads besides `source`, in order of first use.
         extras: names of the nodes inside the step, other than target, that are read outside it.
         path: path of the module that owns the step.
+        written: which term an in-place add of form "branch" writes to, and so gives the sum its dtype: "skip", "branch", or None.
     """
 
     source: str
@@ -88,6 +89,7 @@ class Step:
     sides: tuple[str, ...]
     extras: tuple[str, ...]
     path: str
+    written: Literal["skip", "branch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class StepCode:
         attributes: path of each of a0, a1, ... (parameters, buffers, constants) from that root.
         sides: for each side input of the body, its index in the region's side inputs.
         extras: number of extra outputs.
-        path: as in `Step`.
+        path, written: as in `Step`.
     """
 
     body: fx.Graph = field(compare=False, repr=False)
@@ -165,6 +167,7 @@ class StepCode:
     sides: tuple[int, ...]
     extras: int
     path: str
+    written: Literal["skip", "branch"] | None = None
 
 
 @dataclass(frozen=True)

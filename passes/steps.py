@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch.fx as fx
 
 from passes.facts import Facts, owner_keys, owner_path, shape_of
 from passes.match import Chain, ResidualSum, is_link
-from passes.ops import is_add
+from passes.ops import OUT_OF_PLACE, is_add, operands
 from passes.regions import Form, Granularity, Step
 
 __all__ = ["Span", "common_path", "copied_adds", "dead_ends_of", "spans_of"]
@@ -68,7 +69,13 @@ class Span:
             sides=tuple(node.name for node in self.inputs()),
             extras=tuple(extras),
             path=common_path(owner_path(found.add) for found in self.sums),
+            written=self._written() if form == "branch" else None,
         )
+
+    def _written(self) -> Literal["skip", "branch"] | None:
+        if self.target.target not in OUT_OF_PLACE:
+            return None
+        return "branch" if operands(self.target)[0] is self.sums[0].branch else "skip"
 
 
 def copied_adds(source: fx.Node, nodes: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ class _InPlace(fx.Proxy):
 
     def __getattr__(self, name: str) -> Attribute:
         return _Attribute(self, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """`isinstance` asks for this where the real type is not the one it looks for: user code that does would get a wrong answer."""
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "is_tensor":
+            frame = frame.f_back or frame
+        if not frame.f_globals.get("__name__", "").startswith(("torch.", "torch", "passes.", "inspect", "copy", "typing")):
+            object.__getattribute__(self, "tracer").blame("lost_context", "asks for the type of a value, which is another while tracing")
+        return type(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -127,14 +138,18 @@ class ChainTracer(fx.Tracer):
         assert isinstance(root, nn.Module)
         tensors = [*root.named_parameters(), *root.named_buffers()]
         self._attributes: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors)}
-        state = self._python_rng = random.getstate()
+        self._python_rng = _python_rng_state()
+        python, numpy = random.getstate(), _numpy_random()
+        numpy_state = None if numpy is None else numpy.get_state()
         try:
             with watching(lambda reason: self.blame("lost_context", reason), self._make):
                 graph = super().trace(root)
                 self._watch_python_rng()
                 return graph
         finally:
-            random.setstate(state)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.set_state(numpy_state)
 
     def blame(self, code: str, reason: str) -> None:
         """Note that the innermost module of the trace must stay opaque; the first reason counts."""
@@ -228,10 +243,23 @@ class ChainTracer(fx.Tracer):
         return parameter.default
 
     def _watch_python_rng(self) -> None:
-        state = random.getstate()
+        state = _python_rng_state()
         if state != self._python_rng:
             self._python_rng = state
-            self.blame("lost_context", "draws from Python's random module, whose result a trace would bake in")
+            self.blame("lost_context", "draws from Python's random module or NumPy's, whose result a trace would bake in")
+
+
+def _numpy_random() -> Any:
+    """numpy.random, if anybody has imported it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
+def _python_rng_state() -> tuple[Any, ...]:
+    numpy = _numpy_random()
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.get_state()
+    return random.getstate(), keys.tobytes(), rest
 
 
 def _first_line(error: Exception) -> str:

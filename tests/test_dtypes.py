@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnet_fx import momentumize
+from mnet_fx import StreamError, momentumize
 from mnet_fx.tape import ReversingTape
 
 
@@ -123,3 +123,72 @@ def test_nan_or_inf_in_any_activation_comes_out(block, bad):
     assert torch.isnan(net(x)).all()
     handle.remove()
     assert torch.equal(net(x), clean)
+
+
+class Sum(nn.Module):
+    """Four residual adds in bfloat16 with float32 residuals, written in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.blocks = how, nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        x = 1 * x.bfloat16()
+        for block in self.blocks:
+            y = block(x.float())
+            if self.how == "in place on the stream":
+                x += y
+            elif self.how == "in place on the branch":
+                y += x
+                x = y
+            elif self.how == "0-d residual":
+                x = x + y.mean()
+            else:
+                x = torch.tanh(x + y).to(torch.bfloat16)
+        return x
+
+
+@pytest.mark.parametrize("how", ["in place on the stream", "in place on the branch", "0-d residual", "cast"])
+def test_the_stream_has_the_dtype_that_it_has_in_the_original(how):
+    model, x = Sum(how), torch.randn(5, 4)
+    net = momentumize(model, gamma=0.0)
+    assert net.report.rewritten_adds == 4
+    plain, ours = model(x), net(x)
+    assert ours.dtype is plain.dtype
+    assert (ours - plain).abs().max() <= 2 * torch.finfo(plain.dtype).eps * plain.abs().max()
+    both(model, x)
+
+
+class Narrowing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = (x + block(x.float())).to(torch.bfloat16)
+        return x
+
+
+def test_a_stream_that_a_step_narrows_is_an_error_that_says_so():
+    with pytest.raises(StreamError, match=r"torch\.float32 into one of torch\.bfloat16"):
+        momentumize(Narrowing())(torch.randn(5, 4))
+    assert momentumize(Narrowing(), gamma=0.0)(torch.randn(5, 4).bfloat16()).dtype is torch.bfloat16
+
+
+def test_what_the_dtype_cannot_hold_comes_out_as_nan_also_when_it_would_come_back():
+
+    class Residual(nn.Module):
+        def __init__(self, amount):
+            super().__init__()
+            self.amount, self.linear = amount, nn.Linear(1, 1)
+
+        def forward(self, x):
+            return x + (0 * self.linear(x.clamp(-1, 1)) + self.amount)
+
+    model = nn.Sequential(*(Residual(a) for a in (2e38, 2e38, -2e38, -2e38)))
+    x = torch.tensor([[2e38], [-2e38]])
+    plain, ours = model(x), momentumize(model, gamma=0.0)(x)
+    assert torch.isinf(plain[0]).all()
+    assert torch.isnan(ours[0]).all()
+    assert torch.isfinite(ours[1]).all()

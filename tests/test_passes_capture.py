@@ -304,3 +304,50 @@ def test_a_module_that_sets_attributes_on_itself_stays_python_and_is_left_clean(
     assert "cache" in found.refusals[0].explanation
     assert (model[0].cache, model[0].seen) == (None, [])
     assert any(node.op == "call_module" and node.target == "0" for node in found.parts[0].graph_module.graph.nodes)
+
+
+class AsksForType(nn.Module):
+    def __init__(self, question):
+        super().__init__()
+        self.inner, self.question = nn.Linear(4, 4), question
+
+    def forward(self, x):
+        return self.inner(x * 3) if self.question(x) else self.inner(x)
+
+
+@pytest.mark.parametrize("question", [lambda x: isinstance(x, torch.Tensor), torch.is_tensor], ids=["isinstance", "is_tensor"])
+def test_a_module_that_asks_for_the_type_of_a_value_stays_python(question):
+    found = capture(nn.Sequential(AsksForType(question), nn.Linear(4, 4)))
+    assert [(r.code, r.path) for r in found.refusals] == [("lost_context", "0")]
+
+
+class Counting(nn.Module):
+    """State that neither an attribute of the module nor a generator shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.state = nn.Linear(4, 4), type("State", (), {"calls": 0})()
+
+    def forward(self, x):
+        self.state.calls += 1
+        return self.inner(x) / self.state.calls
+
+
+def test_a_module_that_does_not_trace_to_the_same_graph_twice_stays_python():
+    found = capture(nn.Sequential(Counting(), nn.Linear(4, 4)))
+    assert [(r.code, r.path) for r in found.refusals] == [("lost_context", "0")]
+
+
+def test_a_draw_from_numpy_is_noticed_and_taken_back():
+    numpy = pytest.importorskip("numpy")
+
+    class Draws(AsksForType):
+        def forward(self, x):
+            return self.inner(x) * float(numpy.random.rand())
+
+    numpy.random.seed(3)
+    found = capture(nn.Sequential(Draws(None), nn.Linear(4, 4)))
+    assert [(r.code, r.path) for r in found.refusals] == [("lost_context", "0")]
+    drawn = numpy.random.rand()
+    numpy.random.seed(3)
+    assert drawn == numpy.random.rand()

@@ -82,8 +82,8 @@ def test_reversible_is_stored(spec, conv, training, choice):
 @given(programs(ADDITIVE, 5), convs, modes, options())
 def test_long_chains_reversible_is_stored(spec, conv, training, choice):
     """Long enough to spill bits, which short chains never do."""
-    plain(spec * 4, conv, training)
-    assert_exact(spec * 4, conv, training, choice)
+    plain(spec * 3, conv, training)
+    assert_exact(spec * 3, conv, training, choice)
 
 
 @given(programs(ADDITIVE).filter(is_chain), convs, modes, options())
@@ -146,11 +146,10 @@ def test_a_forbidden_block_in_a_chain_is_refused_by_name(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("conv", [False, True])
 def test_every_kind_of_block(kind, conv):
-    """What hypothesis might miss: each kind, three of them and one among others, at a gamma that has an effect."""
-    for spec in [(Block(kind),) * 3, (Block("linear"), Block(kind), Block("linear"), Block(kind, back=1), Block("linear"))]:
-        assert_oracle(spec, conv, training=True)
-        assert_exact(spec, conv, True, Options(0.5, "matched"))
-        assert_exact(spec, conv, True, Options(0.99, "momentum", "module"))
+    """What hypothesis might miss: each kind among others, at a gamma that has an effect and in a chain that is long enough to be reversed."""
+    spec = (Block("linear"), Block(kind), Block("linear"), Block(kind, back=1), Block("linear"), Block(kind))
+    assert_oracle(spec, conv, training=True)
+    assert_exact(spec, conv, True, Options(0.5, "momentum", "module") if conv else Options(0.9, "matched"))
 
 
 def test_programs_shrink_to_one_block():

@@ -178,9 +178,9 @@ def seeded(run: Callable, *args):
     return run(*args)
 
 
-def leftovers(net: nn.Module) -> dict[str, Tensor | None]:
-    """What a training step leaves in a model: gradients and buffers, as copies."""
-    grads = {f"grad of {name}": None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+def leftovers(net: nn.Module, copied: bool = True) -> dict[str, Tensor | None]:
+    """What a training step leaves in a model: gradients and buffers, both as copies (gradients only where asked for)."""
+    grads = {f"grad of {name}": p.grad.clone() if copied and p.grad is not None else p.grad for name, p in net.named_parameters()}
     return grads | {f"buffer {name}": b.detach().clone() for name, b in net.named_buffers()}
 
 

@@ -1,0 +1,115 @@
+"""What a rewritten forward takes for granted about the model, checked at every call.
+
+A captured graph calls the leaves of the model live, by path, but the Python of the modules above them ran once, while tracing. If such a
+module is replaced, gets a hook, loses or gains a child, changes an attribute that its forward reads, or is in another mode than the
+whole, the graph no longer is what the model's Python would do. Then the call is an error, not a silent difference.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import MnetError
+
+__all__ = ["Guard"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_SINCE = "since momentumize, whose graph stands for its forward: momentumize the model as it is now"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One module that a trace went through, as it was: its children by name, and the plain attributes that its forward may read."""
+
+    path: str
+    module: nn.Module
+    children: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+class Guard:
+    """Snapshot of the modules of `owner` whose Python a graph replaces.
+
+    Args:
+        owner: the captured module.
+        leaves: paths of the modules that its graphs call.
+        one_mode: whether the graphs of train and eval mode differ, so that all modules must be in the same.
+    """
+
+    def __init__(self, owner: nn.Module, leaves: Collection[str], one_mode: bool) -> None:
+        self.one_mode = one_mode
+        self.seen = [
+            _Seen(path, module, tuple(module._modules), {name: vars(module)[name] for name in _read_attributes(module)})
+            for path, module in _traced_through(owner, frozenset(leaves), "")
+        ]
+
+    def check(self, owner: nn.Module) -> None:
+        """Compares with what is there now.
+
+        Raises:
+            MnetError: something that the graph replaces has changed since.
+        """
+        for seen in self.seen:
+            if (found := self._difference(seen, owner)) is not None:
+                where = seen.path or type(owner).__name__
+                raise MnetError(f"{where} {found}")
+
+    def _difference(self, seen: _Seen, owner: nn.Module) -> str | None:
+        module = seen.module
+        if seen.path:
+            parent, _, name = seen.path.rpartition(".")
+            if owner.get_submodule(parent)._modules.get(name) is not module:
+                return f"was replaced or removed {_SINCE}"
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                return f"got a hook {_SINCE}, or put the hook on the layers inside, which are called as they are"
+        if tuple(module._modules) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
+            return f"lost or gained a submodule {_SINCE}"
+        for name, value in seen.attributes.items():
+            now = vars(module).get(name, _HOOKS)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return f"had its attribute {name} changed from {value!r} {_SINCE}"
+        if self.one_mode and module.training != owner.training and not isinstance(module, _CONTAINERS):
+            mode = "train" if module.training else "eval"
+            return (
+                f"is in {mode} mode and {type(owner).__name__} is not, whose forward was captured for one mode of the whole: "
+                "put both in the same mode, or freeze parameters with requires_grad_(False) instead"
+            )
+        return None
+
+
+def _traced_through(module: nn.Module, leaves: frozenset[str], path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module and those inside whose forward ran while tracing; everything that is no leaf and under none."""
+    yield path, module
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if (inner not in leaves and not type(child).__module__.startswith("torch.nn.modules.")) or isinstance(child, _CONTAINERS):
+            yield from _traced_through(child, leaves, inner)
+
+
+def _read_attributes(module: nn.Module) -> list[str]:
+    """Names of the plain instance attributes that the module's forward, or a method that it calls, reads."""
+    read: set[str] = set()
+    pending = ["forward"]
+    while pending:
+        function = inspect.unwrap(getattr(type(module), pending.pop(), None))  # type: ignore[arg-type]
+        names = set(_names(getattr(function, "__code__", None))) - read
+        read |= names
+        pending += [name for name in names if inspect.isfunction(getattr(type(module), name, None))]
+    own = vars(module)
+    return sorted(name for name in read if name != "training" and isinstance(own.get(name, own), _PLAIN))
+
+
+def _names(code: Any) -> Iterator[str]:
+    """Names that code refers to, that of nested functions included."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if inspect.iscode(constant):
+                yield from _names(constant)
