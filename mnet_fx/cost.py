@@ -82,11 +82,15 @@ def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zer
     return float(form.state_bytes + spilled)
 
 
-def storage(gammas: Sequence[float], dtype: torch.dtype, zero_velocity: bool = True) -> tuple[str, float]:
+def storage(gammas: Sequence[float], dtype: torch.dtype, zero_velocity: bool = True, held: torch.dtype | None = None) -> tuple[str, float]:
     """How a chain is taken back with the fewest bytes, and how many that are.
+
+    Args:
+        gammas, dtype, zero_velocity: as in `state_bytes`.
+        held: dtype as which the state holds the stream, default its own.
 
     Returns:
         "reverse" (keep x, u and what u spills) or "inputs" (keep each x[t], as a checkpoint does), and bytes per stream element.
     """
-    reverse, inputs = state_bytes(gammas, dtype, zero_velocity), float(len(gammas) * dtype.itemsize)
+    reverse, inputs = state_bytes(gammas, held or dtype, zero_velocity), float(len(gammas) * dtype.itemsize)
     return ("inputs", inputs) if inputs <= reverse else ("reverse", reverse)

@@ -117,6 +117,8 @@ class State:
         x0: the stream, real floating dtype, any shape and strides.
         v0: initial velocity, shape of x0, or None for zero.
         horizon: about how many steps a rounding of v lives on in x, min(steps, 1 / (1 - g)); u gets log2 of it more bits.
+        kernels: the loops to use.
+        held: hold the stream as one of this dtype, because it will be promoted to it; default its own.
 
     Exactness: after `step(y, ...)` gave a record r, `unstep_x(r)` and `unstep_u(r, y)` restore every bit of X, U and every other field.
     The forward itself errs by half a unit per rounding: 2**-30 of max|x[0]| for float32, see `Format`.
@@ -125,9 +127,11 @@ class State:
     X: Tensor
     U: Tensor
 
-    def __init__(self, x0: Tensor, v0: Tensor | None = None, horizon: float = 1.0, kernels: Kernels = EAGER) -> None:
+    def __init__(
+        self, x0: Tensor, v0: Tensor | None = None, horizon: float = 1.0, kernels: Kernels = EAGER, held: torch.dtype | None = None
+    ) -> None:
         _check_stream(x0)
-        self.format = Format.of(x0.dtype)
+        self.format = Format.of(held or x0.dtype)
         self.dtype, self.kernels = x0.dtype, kernels
         self.mask: Tensor | None = None
         self.fine = 2 + math.ceil(math.log2(max(horizon, 1.0)))
@@ -230,8 +234,8 @@ class State:
         self.format, record.format = record.format, self.format
 
     def _widen(self, wider: Format) -> None:
-        """Goes over to a format with more bits, losslessly."""
-        if wider == self.format:
+        """Goes over to a format, losslessly, if it has more bits."""
+        if wider.bits <= self.format.bits:
             return
         bits = self.format.widening(wider)
         self.X = _shifted(self.X, wider.dtype, bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import reduce
 from typing import Any
 
 import torch
@@ -129,7 +130,9 @@ class MomentumRegion(nn.Module):
             (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
             for code, program in zip(self.code, self._programs, strict=True)
         ]
-        last, escaped, extras = run_chain(self._tape(x, v0), x, v0, steps, self.escapes)
+        widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
+        tape = self._tape(x, v0, reduce(torch.promote_types, widest, x.dtype))
+        last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 
     def _checked_velocity(self, v0: Any, x: Tensor) -> Tensor:
@@ -141,13 +144,15 @@ class MomentumRegion(nn.Module):
             )
         return v0
 
-    def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
+    def _tape(self, x: Tensor, v0: Tensor | None, held: torch.dtype) -> Tape:
         horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)
         with torch.no_grad():
-            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)), kernels())
+            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)), kernels(), held)
         kind: type[Tape] = PlainTape
         if torch.is_grad_enabled() and self.backward == "reversible":
-            kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage([gamma for gamma, _ in self.factors], x.dtype, v0 is None)[0]]
+            kind = {"reverse": ReversingTape, "inputs": StoringTape}[
+                storage([gamma for gamma, _ in self.factors], x.dtype, v0 is None, held)[0]
+            ]
         log.debug("%s: %d steps of %s %s, %s", self.name, len(self.factors), x.dtype, tuple(x.shape), kind.__name__)
         return kind(self.name, state, self.factors, self.on_drift)
 
