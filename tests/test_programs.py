@@ -146,7 +146,7 @@ def test_a_forbidden_block_in_a_chain_is_refused_by_name(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("conv", [False, True])
 def test_every_kind_of_block(kind, conv):
-    """What hypothesis might miss: each kind among others, at a gamma that has an effect and in a chain that is long enough to be reversed."""
+    """What hypothesis might miss: each kind among others, in a chain long enough to be reversed."""
     spec = (Block("linear"), Block(kind), Block("linear"), Block(kind, back=1), Block("linear"), Block(kind))
     assert_oracle(spec, conv, training=True)
     assert_exact(spec, conv, True, Options(0.5, "momentum", "module") if conv else Options(0.9, "matched"))
