@@ -1,0 +1,47 @@
+"""Two threads that train one model at once do not mix tapes, and lose no statistics."""
+
+import threading
+
+import torch
+from torch import nn
+
+from mnet_fx import momentumize
+
+ROUNDS = 20
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+def test_two_threads_on_one_model():
+    torch.set_num_threads(1)
+    net = momentumize(nn.Sequential(*(Block() for _ in range(8))), gamma=0.9).train()
+    batches = torch.randn(2, ROUNDS, 16, 8)
+
+    def gradients(x):
+        return torch.autograd.grad(net(x).square().sum(), [net[3].linear.weight, net[0].norm.bias])
+
+    expected = [[gradients(x) for x in batch] for batch in batches]
+    found, errors = [[], []], []
+
+    def work(i):
+        try:
+            found[i] = [gradients(x) for x in batches[i]]
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for ours, alone in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for g, e in zip(ours, alone, strict=True) for a, b in zip(g, e, strict=True))
+    assert [block.norm.num_batches_tracked.item() for block in net] == [4 * ROUNDS] * 8
