@@ -12,6 +12,7 @@ GENERATOR_STATE = 5056  # bytes of a CPU generator's state, kept by a step that 
 
 
 def memory(layers: int, dropout: float):
+    torch.set_num_threads(2)
     net = momentumize(Encoder(layers, dropout=dropout), gamma=0.9)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
