@@ -33,7 +33,7 @@ __all__ = [
 
 CHUNK_CPU = 1 << 18  # elements per pass
 CHUNK_DEVICE = 1 << 23
-_ROW = 127  # words, an odd number
+_ROW = 8191  # words, an odd number
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -224,7 +224,7 @@ def unspill(T: Tensor, spilled: Spill) -> None:
 def fingerprint(t: Tensor) -> Tensor:
     """A 0-d int64 tensor that depends on every bit of t and on its place: equal tensors give equal numbers, others all but surely not.
 
-    The bits are read as 64-bit words in rows of 127. Sums along both directions are cheap; mixing each with its place, by multiplications
+    The bits are read as 64-bit words in rows of 8191. Sums along both directions are cheap; mixing each with its place, by multiplications
     and shifts that no cancellation survives, makes their total depend on order and sign as well.
     """
     t = t.detach().resolve_conj().resolve_neg()
