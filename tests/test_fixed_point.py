@@ -101,7 +101,11 @@ def test_spill_is_lossless(numbers, bits, dtype):
 
 
 @pytest.mark.parametrize("weights", [momentum_weights, matched_weights])
-@pytest.mark.parametrize("gamma", [0.0, 0.05, 0.5, 0.9, 0.99, 0.999, lambda t, T: t / T, lambda t, T: 0.0 if t == 0 else 0.9], ids=str)
+@pytest.mark.parametrize(
+    "gamma",
+    [0.0, 0.05, 0.5, 0.9, 0.99, 0.999, lambda t, T: t / T, lambda t, T: 0.0 if t == 0 else 0.9],
+    ids=["0", "0.05", "0.5", "0.9", "0.99", "0.999", "rising", "first"],
+)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_forward_errs_no_more_than_twice_the_float32_recurrence(weights, gamma, scale):
     steps = 40

@@ -107,7 +107,7 @@ def test_options_that_are_not_built_yet(options):
 # ---- models that cannot work
 
 
-@pytest.mark.parametrize("thing", ["resnet101", None, torch.tanh, Chain], ids=str)
+@pytest.mark.parametrize("thing", ["resnet101", None, torch.tanh, Chain], ids=["name", "None", "function", "class"])
 def test_something_else_than_a_module_is_an_error(thing):
     with pytest.raises(mnet_fx.SettingsError, match=r"takes an nn\.Module, got"):
         mnet_fx.momentumize(thing)
@@ -283,7 +283,7 @@ ACCURACY = [(steps, gamma) for steps in (8, 100) for gamma in (0.05, 0.5, 0.9, 0
 
 
 @pytest.mark.parametrize("weights", ["momentum", "matched"])
-@pytest.mark.parametrize(("steps", "gamma"), ACCURACY, ids=str)
+@pytest.mark.parametrize(("steps", "gamma"), ACCURACY, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_values_and_gradients_are_as_accurate_as_the_float32_recurrence(steps, gamma, weights):
     """Against plain autograd of the recurrence in float64; each quantity may be twice as far off as the recurrence in float32 is."""
     model, x = Chain(steps, 16), torch.randn(32, 16)
