@@ -285,10 +285,6 @@ class State:
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 
-    def velocity(self) -> Tensor:
-        """v as a fresh float64 tensor in the layout of X."""
-        return self.U * (self.ratio * self.unit)
-
     def off_zero(self) -> tuple[int, float]:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
