@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -41,13 +42,15 @@ class Guard:
         owner: the captured module.
         leaves: paths of the modules that its graphs call.
         one_mode: whether the graphs of train and eval mode differ, so that all modules must be in the same.
+        whole: whether the graphs stand for the insides of torch.nn's modules too, and for one dtype and device of the parameters.
     """
 
-    def __init__(self, owner: nn.Module, leaves: Collection[str], one_mode: bool) -> None:
-        self.one_mode = one_mode
+    def __init__(self, owner: nn.Module, leaves: Collection[str], one_mode: bool, whole: bool = False) -> None:
+        self.one_mode, self.whole = one_mode, whole
+        self.kinds = _kinds(owner) if whole else {}
         self.seen = [
             _Seen(path, module, tuple(module._modules), {name: vars(module)[name] for name in _read_attributes(module)})
-            for path, module in _traced_through(owner, frozenset(leaves), "")
+            for path, module in _traced_through(owner, frozenset(leaves), "", whole)
         ]
 
     def check(self, owner: nn.Module) -> None:
@@ -60,6 +63,9 @@ class Guard:
             if (found := self._difference(seen, owner)) is not None:
                 where = seen.path or type(owner).__name__
                 raise MnetError(f"{where} {found}")
+        if self.whole and (now := _kinds(owner)) != self.kinds:
+            name = next(name for name in now if now[name] != self.kinds.get(name))
+            raise MnetError(f"{name} went from {self.kinds.get(name, 'nothing')} to {now[name]} {_SINCE}")
 
     def _difference(self, seen: _Seen, owner: nn.Module) -> str | None:
         module = seen.module
@@ -84,13 +90,19 @@ class Guard:
         return None
 
 
-def _traced_through(module: nn.Module, leaves: frozenset[str], path: str) -> Iterator[tuple[str, nn.Module]]:
+def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Dtype and device of every parameter and buffer, which an exported graph may have fixed."""
+    return {name: (t.dtype, t.device) for name, t in chain(owner.named_parameters(), owner.named_buffers())}
+
+
+def _traced_through(module: nn.Module, leaves: frozenset[str], path: str, whole: bool) -> Iterator[tuple[str, nn.Module]]:
     """The module and those inside whose forward ran while tracing; everything that is no leaf and under none."""
     yield path, module
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        if (inner not in leaves and not type(child).__module__.startswith("torch.nn.modules.")) or isinstance(child, _CONTAINERS):
-            yield from _traced_through(child, leaves, inner)
+        called = inner in leaves or (type(child).__module__.startswith("torch.nn.modules.") and not whole)
+        if not called or isinstance(child, _CONTAINERS):
+            yield from _traced_through(child, leaves, inner, whole)
 
 
 def _read_attributes(module: nn.Module) -> list[str]:

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.fx as fx
-from torch import Tensor, nn
+from torch import nn
 
 import passes
-from passes import Captured, Plan, PlannedRegion, Refusal, RegionCode
+from passes import Call, ExportError, PlannedRegion, RegionCode
 
 from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
+from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard
+from .parts import Part, Parts, exported, parts_of
 from .program import Program
 from .region import MomentumRegion
-from .report import REPORT, RegionReport, Report
+from .report import REPORT, CapturedPart, RegionReport, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Settings, Weights
 
 __all__ = ["momentumize"]
@@ -53,7 +53,9 @@ def momentumize(
 
     Args:
         model: any module; left as it was. The result shares its parameters and buffers, and has the same `state_dict` keys.
-        example_inputs: not used yet.
+        example_inputs: a call of the model, as a tuple of positional arguments or a dict of keyword arguments, of which only structure,
+            shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export, and calls with
+            other sizes or other arguments are captured again when they come, or are an error.
         gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
             network stays closest to the original.
         initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or
@@ -79,14 +81,11 @@ def momentumize(
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
     settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift)
-    if example_inputs is not None:
-        raise NotImplementedError(
-            "example_inputs is not built yet: models are captured by symbolic trace, which needs no inputs; leave it out"
-        )
     if regions is not None:
         raise NotImplementedError("regions is not built yet: leave it out, and residual chains are found by dataflow")
     net = _copied(model)
-    parts = _rewritten_parts(net, settings)
+    parts = parts_of(net, settings, example_inputs)
+    _rewrite(net, parts, settings)
     if settings.velocity is not None:
         if hasattr(net, "initial_velocity"):
             raise SettingsError(f"{type(model).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
@@ -100,44 +99,6 @@ def momentumize(
             f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2
         )
     return net
-
-
-class Forward:
-    """The `forward` of a rewritten module: one program for train mode, one for eval mode.
-
-    Args:
-        owner: the module whose forward this is.
-        programs: by training flag.
-        pinned: arguments that the graphs were captured for one value of, by name.
-        guard: what the programs take for granted.
-    """
-
-    def __init__(self, owner: nn.Module, programs: dict[bool, Program], pinned: dict[str, Any], guard: Guard) -> None:
-        self.owner, self.programs, self.pinned, self.guard = owner, programs, pinned, guard
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.__signature__.bind(*args, **kwargs)
-        for name, value in self.pinned.items():
-            if not _same(given := bound.arguments.pop(name, value), value):
-                raise MnetError(
-                    f"{type(self.owner).__name__}.forward was captured with {name}={value!r} and cannot take {name}={_brief(given)}: "
-                    "leave that argument out, or momentumize the submodules that do not depend on it"
-                )
-        self.guard.check(self.owner)
-        return self.programs[self.owner.training](self.owner, *bound.args, **bound.kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        parameters = list(inspect.signature(type(self.owner).forward).parameters.values())[1:]
-        return inspect.Signature(parameters)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
-
-
-def _brief(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -165,94 +126,107 @@ def _restore(net: nn.Module) -> None:
     """Takes the result of an earlier momentumize out of a copy, so that a second one starts over."""
     if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
         del net.__dict__["report"]
-    rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), Forward)]
+    rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), (Forward, ExportedForward))]
     for module in rewritten:
         del module.__dict__["forward"]
-        for name, region in [(name, value) for name, value in vars(module).items() if isinstance(value, MomentumRegion)]:
+        for name, ours in [(name, value) for name, value in vars(module).items() if isinstance(value, (MomentumRegion, Constants))]:
             del module.__dict__[name]
-            if region.velocity is not None and net._modules.get("initial_velocity") is region.velocity:
+            velocity = getattr(ours, "velocity", None)
+            if velocity is not None and net._modules.get("initial_velocity") is velocity:
                 del net.initial_velocity
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """One captured module after rewriting, in one mode."""
-
-    captured: Captured
-    plan: Plan
-    program: Program
-    regions: tuple[MomentumRegion, ...]
-
-
-def _rewritten_parts(net: nn.Module, settings: Settings) -> tuple[list[_Part], tuple[Refusal, ...]]:
-    """Captures `net` in both modes and rewrites in place what both captured; returns train mode's parts and refusals."""
-    captures = {mode: _captured(net, mode) for mode in (True, False)}
-    both = [{part.path: part for part in captures[mode].parts} for mode in (True, False)]
-    parts = []
-    for path, in_train in both[0].items():
-        if path not in both[1]:
-            continue
+def _rewrite(net: nn.Module, parts: Parts, settings: Settings) -> None:
+    """Gives every captured module that has regions its new forward."""
+    for path, both in parts.both.items():
         owner = net.get_submodule(path)
-        train = _rewritten(in_train, owner, settings, "")
-        in_eval = both[1][path]
-        same = in_eval.graph_module.code == in_train.graph_module.code
-        evaluate = train if same else _rewritten(in_eval, owner, settings, "_eval")
-        if train.regions or evaluate.regions:
-            for region in dict.fromkeys([*train.regions, *evaluate.regions]):
-                owner.__dict__[region.name] = region  # no submodule: code that loops over the children must not meet it
-            programs = {True: train.program, False: evaluate.program}
-            graphs = [in_train.graph_module] if same else [in_train.graph_module, in_eval.graph_module]
-            owner.forward = Forward(owner, programs, in_train.pinned, _guard(owner, graphs))
-        parts.append(train)
-    return parts, captures[True].refusals
+        if not (both[True].adds or both[False].adds):
+            continue
+        programs = _programs(owner, both, settings)
+        captured, modes_differ = both[True].captured, _modes_differ(both)
+        variants = [] if captured.interface is None else [_variant(both, programs)]
+        exported = ExportedForward(
+            owner, variants, Guard(owner, (), one_mode=modes_differ or not variants, whole=True), _Again(both, settings)
+        )
+        if captured.interface is not None:
+            owner.forward = exported
+            continue
+        leaves = {str(n.target) for part in both.values() for n in part.captured.graph_module.graph.nodes if n.op == "call_module"}
+        owner.forward = Forward(owner, programs, captured.pinned, Guard(owner, leaves, one_mode=modes_differ), exported)
 
 
-def _guard(owner: nn.Module, graphs: Sequence[fx.GraphModule]) -> Guard:
-    leaves = {str(node.target) for gm in graphs for node in gm.graph.nodes if node.op == "call_module"}
-    return Guard(owner, leaves, one_mode=len(graphs) > 1)
+def _modes_differ(both: dict[bool, Part]) -> bool:
+    return both[True].plan is not both[False].plan
 
 
-def _captured(net: nn.Module, training: bool) -> passes.Capture:
-    flags = {module: module.training for module in net.modules()}
-    try:
-        net.train(training)  # not passed on: people's own train() may return nothing
-        return passes.capture(net)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+def _programs(owner: nn.Module, both: dict[bool, Part], settings: Settings) -> dict[bool, Program]:
+    """The program of each mode; its regions and constants become attributes of `owner`."""
+    train = _program(owner, both[True], settings)
+    return {True: train, False: _program(owner, both[False], settings) if _modes_differ(both) else train}
 
 
-def _rewritten(captured: Captured, owner: nn.Module, settings: Settings, suffix: str) -> _Part:
-    plan = passes.plan(captured.graph_module, granularity=settings.granularity, min_steps=settings.min_steps)
-    named = tuple(dataclasses.replace(region, name=region.name + suffix) for region in plan.regions)
-    plan = dataclasses.replace(plan, regions=named)
-    regions: list[MomentumRegion] = []
+def _program(owner: nn.Module, part: Part, settings: Settings) -> Program:
+    if part.captured.constants:
+        holder = part.captured.holder
+        owner.__dict__[holder] = Constants(part.captured.constants)
 
     def build_region(code: RegionCode) -> nn.Module:
-        regions.append(MomentumRegion(code, settings, owner))
-        return regions[-1]
+        region = owner.__dict__[code.region.name] = MomentumRegion(code, settings, owner)
+        return region  # no submodule: code that loops over the children must not meet it
 
-    graph: fx.Graph = passes.rewrite(captured.graph_module, plan, build_region).graph_module.graph
-    return _Part(captured, plan, Program(graph), tuple(regions))
+    return Program(passes.rewrite(part.captured.graph_module, part.plan, build_region).graph_module.graph)
+
+
+def _variant(both: dict[bool, Part], programs: dict[bool, Program]) -> Variant:
+    return {mode: (programs[mode], both[mode].captured.interface) for mode in both}  # type: ignore[misc]
+
+
+class _Again:
+    """Captures an exported module for another kind of call, and sees that it is the same momentum network."""
+
+    def __init__(self, both: dict[bool, Part], settings: Settings) -> None:
+        self.chains, self.settings = {mode: _chains(part) for mode, part in both.items()}, settings
+
+    def __call__(self, owner: nn.Module, call: Call, number: int) -> Variant:
+        forward = owner.__dict__.pop("forward")
+        try:
+            both = exported(owner, call, self.settings, number=number)
+        finally:
+            owner.__dict__["forward"] = forward
+        for mode, part in both.items():
+            if _chains(part) != self.chains[mode]:
+                raise ExportError(
+                    f"its residual chains would have {_chains(part)} steps, not {self.chains[mode]}, which is another momentum network"
+                )
+        return _variant(both, _programs(owner, both, self.settings))
+
+
+def _chains(part: Part) -> list[int]:
+    return [len(region.steps) for region in part.plan.regions]
 
 
 def _stream_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def _report(found: tuple[list[_Part], tuple[Refusal, ...]], settings: Settings, dtype: torch.dtype) -> Report:
-    parts, refused = found
-
+def _report(parts: Parts, settings: Settings, dtype: torch.dtype) -> Report:
     def under(path: str, inner: str) -> str:
         return ".".join(p for p in (path, inner) if p)
 
-    regions, refusals = [], list(refused)
-    for part in parts:
-        prefix = part.captured.path
-        regions += [_region_report(r, under(prefix, r.path), settings, dtype) for r in part.plan.regions]
-        refusals += [dataclasses.replace(r, path=under(prefix, r.path)) for r in part.plan.refusals]
-    found_adds = sum(len(part.plan.residual_adds) for part in parts)
-    return Report(found_adds, sum(len(part.plan.rewritten_adds) for part in parts), tuple(regions), tuple(refusals))
+    captured, regions, refusals = [], [], list(parts.refusals)
+    for path, both in parts.both.items():
+        plan = both[True].plan
+        regions += [_region_report(r, under(path, r.path), settings, dtype) for r in plan.regions]
+        refusals += [dataclasses.replace(r, path=under(path, r.path)) for r in plan.refusals]
+        front_end = "symbolic trace" if both[True].captured.interface is None else "torch.export"
+        captured.append(CapturedPart(path, front_end, len(plan.residual_adds), len(plan.rewritten_adds)))
+    return Report(
+        sum(part.residual_adds for part in captured),
+        sum(part.rewritten_adds for part in captured),
+        tuple(regions),
+        tuple(refusals),
+        tuple(captured),
+    )
 
 
 def _region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import reduce
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
@@ -22,6 +24,8 @@ from .tape import PlainTape, ReversingTape, StoringTape, Tape, run_chain
 __all__ = ["MomentumRegion"]
 
 log = logging.getLogger("mnet_fx")
+
+_COMPILED = fx.Graph()  # in place of a body of which there is a program: a graph of torch.ops does not pickle
 
 
 class _Step(nn.Module):
@@ -111,7 +115,8 @@ class MomentumRegion(nn.Module):
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift = settings.backward, settings.on_drift
-        self.escapes, self.code = code.region.escapes, code.steps
+        self.escapes = code.region.escapes
+        self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._owner = (owner,)  # in tuples, so as not to be submodules: a cycle, and a second path to the same parameters
         self._velocity = (settings.velocity,)
         programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}

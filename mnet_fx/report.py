@@ -13,7 +13,7 @@ from .errors import MnetError
 
 REPORT = "_mnet_fx_report"  # where a rewritten model keeps its report
 
-__all__ = ["REPORT", "RegionReport", "Report", "report"]
+__all__ = ["REPORT", "CapturedPart", "RegionReport", "Report", "report"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,23 @@ class RegionReport:
 
 
 @dataclass(frozen=True)
+class CapturedPart:
+    """One part of the model that was captured.
+
+    Attributes:
+        path: path of the module, "" for the whole model.
+        front_end: "symbolic trace" (submodules inside stay live: replacing one, hooks, and parametrisations have their effect) or
+            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call).
+        residual_adds, rewritten_adds: number of residual-looking adds found in it, and of those rewritten.
+    """
+
+    path: str
+    front_end: str
+    residual_adds: int
+    rewritten_adds: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What `momentumize` did; `str(report)` prints it.
 
@@ -54,17 +71,21 @@ class Report:
         rewritten_adds: number of those that lie in a region.
         regions: the regions, in order.
         refusals: why each other add, or a whole module, was left as it was.
+        captured: which parts of the model were captured, and how.
     """
 
     residual_adds: int
     rewritten_adds: int
     regions: tuple[RegionReport, ...]
     refusals: tuple[Refusal, ...]
+    captured: tuple[CapturedPart, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
+        if any(part.front_end != "symbolic trace" for part in self.captured):
+            parts.append(_table("path captured-by adds rewritten", map(_captured_row, self.captured)))
         if self.refusals:
             grouped: dict[tuple[str, str], list[Refusal]] = {}
             for refusal in self.refusals:
@@ -77,6 +98,10 @@ class Report:
 
 def _table(headers: str, rows: object) -> str:
     return tabulate(list(rows), headers=headers.split(), tablefmt="simple", disable_numparse=True, maxcolwidths=60)  # type: ignore[call-overload]
+
+
+def _captured_row(part: CapturedPart) -> tuple[str, ...]:
+    return part.path or "(root)", part.front_end, str(part.residual_adds), str(part.rewritten_adds)
 
 
 def _region_row(r: RegionReport) -> tuple[str, ...]:

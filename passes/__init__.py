@@ -7,7 +7,8 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 (between the stages: `verify`)
 """
 
-from passes.capture import Capture, Captured, capture
+from passes.capture import Call, Capture, Captured, capture, capture_by_export, forward_children, inner_calls
+from passes.exporting import ExportError, Interface
 from passes.legality import CODES
 from passes.plan import plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
@@ -16,10 +17,13 @@ from passes.verify import InvariantError
 
 __all__ = [
     "CODES",
+    "Call",
     "Capture",
     "Captured",
+    "ExportError",
     "Form",
     "Granularity",
+    "Interface",
     "InvariantError",
     "PassResult",
     "Plan",
@@ -30,6 +34,9 @@ __all__ = [
     "Step",
     "StepCode",
     "capture",
+    "capture_by_export",
+    "forward_children",
+    "inner_calls",
     "plan",
     "rewrite",
 ]

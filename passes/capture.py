@@ -16,16 +16,21 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from passes.exporting import ExportError, Interface, export
 from passes.facts import owner_path
 from passes.legality import CODES
 from passes.regions import Refusal
 from passes.tracer import Blame, ChainTracer, replaced_reason
-from passes.watch import Attributes
+from passes.watch import Attributes, keeping_python_rng
 
-__all__ = ["Capture", "Captured", "capture"]
+__all__ = ["Call", "Capture", "Captured", "capture", "capture_by_export", "forward_children", "inner_calls"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,18 @@ class Captured:
         training: the `training` flag of the module while it was traced.
         pinned: arguments of forward that were fixed, by name, and to what; the graph has an unused placeholder for each named one, and
             none for `*args` (pinned to `()`) and `**kwargs` (pinned to `{}`).
+        interface: None for a symbolic trace, whose graph has the signature of forward; for an export, how calls map to its flat inputs.
+        constants: what the graph of an export reads and the module does not have, by name.
+        holder: attribute of the module under which the graph looks for them.
     """
 
     path: str
     graph_module: fx.GraphModule
     training: bool
     pinned: dict[str, Any] = field(default_factory=dict)
+    interface: Interface | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
+    holder: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def _captured(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Ca
         yield from _hiding(module, graph, path)
         yield Captured(path, fx.GraphModule(module, graph), module.training, dict(tracer.pinned))
     for inner in blames:
-        for name, child in _forward_children(module.get_submodule(inner)):
+        for name, child in forward_children(module.get_submodule(inner)):
             yield from _captured(child, _join(path, inner, name), seen)
 
 
@@ -147,14 +158,14 @@ def _difference(a: fx.Graph, b: fx.Graph) -> str | None:
     return None
 
 
-def _forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Children worth tracing on their own; lists and dictionaries of modules have no forward, so their children stand for them.
 
     The insides of torch.nn's own modules are left alone: they hold nothing but single layers.
     """
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _forward_children(child))
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in forward_children(child))
         elif next(child.children(), None) is not None and (
             isinstance(child, nn.Sequential) or not type(child).__module__.startswith("torch.")
         ):
@@ -173,3 +184,60 @@ def _refusal(blame: Blame, path: str) -> Refusal:
         f"the module {blame.reason}" if blame.code != "untraceable" else f"tracing it failed: {blame.reason}",
         CODES[blame.code].hint,
     )
+
+
+def capture_by_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, path: str = "") -> Captured:
+    """Capture a whole module in its current mode by `torch.export`.
+
+    Args:
+        model: any module, which is not changed.
+        args, kwargs: a call of it, as `Interface` describes.
+        holder: attribute name under which the graph looks for its constants.
+        path: path of `model` from the root that the result should name.
+
+    Raises:
+        ExportError: it cannot be exported, or the graph would lose something.
+    """
+    if (reason := replaced_reason(model)) is not None:
+        raise ExportError(f"the module {reason}")
+    graph_module, interface, constants = export(model, args, kwargs, holder)
+    return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder)
+
+
+def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Call]]:
+    """Runs a model once, in its current mode and without a trace of it, and notes how its submodules are called.
+
+    Args:
+        model: any module.
+        args, kwargs: a call of it.
+
+    Returns:
+        For the path of each submodule that ran, its calls; tensors are replaced by empty ones of the same kind.
+    """
+    calls: dict[str, list[Call]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: calls.setdefault(path, []).append(_hollow((args, kwargs))), with_kwargs=True
+        )
+        for path, module in model.named_modules()
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    attributes = Attributes(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), keeping_python_rng():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        attributes.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return calls
+
+
+def _hollow(call: Call) -> Call:
+    def empty(leaf: Any) -> Any:
+        return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(empty, call)

@@ -15,8 +15,9 @@
     "input"             placeholder, get_attr, output
     "convolution", "linear", "pool", "mix"                  yes                no                    no
 
-Whatever is in no table is "mix": an unknown operation may do anything to a value but hide a write. Only the dialect of symbolic
-tracing is described: functions, tensor methods, and leaf modules.
+Whatever is in no table is "mix": an unknown operation may do anything to a value but hide a write. Three dialects are described: that
+of symbolic tracing (functions, tensor methods, leaf modules), that of Dynamo (the same without leaf modules), and that of torch.export
+(operations of torch.ops.aten before decomposition, whose schema says what they write to).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_ADDS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
+_ATEN = torch.ops.aten
+_ADDS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_, _ATEN.add.Tensor, _ATEN.add_.Tensor}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -64,10 +66,10 @@ _WORDS: dict[str, str] = {
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout stochastic_depth drop_path
     """,
     "identity": """
-        contiguous clone alias requires_grad
+        contiguous clone alias requires_grad lift_fresh_copy lift_fresh
     """,
     "cast": """
-        to float half bfloat16 double type type_as cuda cpu
+        to float half bfloat16 double type type_as cuda cpu _to_copy
     """,
     "scale": """
         mul sub rsub div truediv true_divide multiply subtract divide neg pos
@@ -83,7 +85,8 @@ _WORDS: dict[str, str] = {
         ravel squeeze unsqueeze getitem narrow select slice chunk split tensor_split unbind cat concat concatenate stack hstack
         vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim masked_select setitem detach
         pixel_shuffle pixel_unshuffle channel_shuffle unfold as_strided diagonal real imag view_as_real view_as_complex adjoint
-        rot90 tril triu diag broadcast_to meshgrid index_add index_copy scatter
+        rot90 tril triu diag broadcast_to meshgrid index_add index_copy scatter split_with_sizes unsafe_split unsafe_chunk _unsafe_view
+        _reshape_alias constant_pad_nd native_channel_shuffle
     """,
     "reduce": """
         mean sum norm vector_norm amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp
@@ -91,6 +94,8 @@ _WORDS: dict[str, str] = {
     """,
     "shape": """
         size dim numel nelement stride ndimension element_size is_floating_point is_complex len is_contiguous _assert get_device
+        sym_size sym_stride sym_numel sym_storage_offset sym_constrain_range sym_constrain_range_for_size _assert_tensor_metadata
+        _assert_scalar _assert_async
     """,
     "convolution": """
         conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
@@ -160,7 +165,13 @@ _FACTORY_WORDS = _words("""
     """) | frozenset(f.__name__ for f in FACTORIES)
 
 
-OUT_OF_PLACE = {operator.iadd: operator.add, torch.Tensor.add_: torch.Tensor.add, "add_": "add", "__iadd__": "__add__"}
+OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    torch.Tensor.add_: torch.Tensor.add,
+    _ATEN.add_.Tensor: _ATEN.add.Tensor,
+    "add_": "add",
+    "__iadd__": "__add__",
+}
 """The in-place adds, and what does the same out of place."""
 
 
@@ -208,6 +219,8 @@ def _module_kind(cls: type) -> str:
 @cache
 def _word(target: Any) -> str:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.partition("::")[2]
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
     if target in _IN_PLACE_OPERATORS:
@@ -237,6 +250,8 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, .
     Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, and `out=`. An unknown function
     or module whose result nobody reads is taken to write to all its inputs, since it must have been called for some effect.
     """
+    if isinstance(node.target, torch._ops.OpOverload):
+        return tuple(value for value, argument in _arguments(node) if argument.alias_info is not None and argument.alias_info.is_write)
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return (out,)
@@ -245,6 +260,13 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, .
     if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
         return tuple(value for value in node.all_input_nodes if value.op != "get_attr")
     return ()
+
+
+def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
+    """The nodes among the arguments of an operation of torch.ops, each with what the schema says about it."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = [*zip(node.args, arguments, strict=False), *((node.kwargs[a.name], a) for a in arguments if a.name in node.kwargs)]
+    return [(value, argument) for value, argument in given if isinstance(value, fx.Node)]
 
 
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -267,6 +289,8 @@ def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         )
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     if node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem:
         return True
     name = getattr(node.target, "__name__", "")
@@ -286,6 +310,7 @@ def _inplace_position(target: Any) -> int | None:
 
 
 _COPIES = _words("""
+    lift_fresh_copy _to_copy constant_pad_nd native_channel_shuffle
     clone cat concat concatenate stack hstack vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim
     masked_select pixel_shuffle pixel_unshuffle channel_shuffle rot90 tril triu index_add index_copy scatter
 """)

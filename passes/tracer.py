@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from torch import nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
-from passes.watch import watching
+from passes.watch import keeping_python_rng, python_rng_state, watching
 
 __all__ = ["Blame", "ChainTracer"]
 
@@ -138,18 +137,11 @@ class ChainTracer(fx.Tracer):
         assert isinstance(root, nn.Module)
         tensors = [*root.named_parameters(), *root.named_buffers()]
         self._attributes: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors)}
-        self._python_rng = _python_rng_state()
-        python, numpy = random.getstate(), _numpy_random()
-        numpy_state = None if numpy is None else numpy.get_state()
-        try:
-            with watching(lambda reason: self.blame("lost_context", reason), self._make):
-                graph = super().trace(root)
-                self._watch_python_rng()
-                return graph
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.set_state(numpy_state)
+        self._python_rng = python_rng_state()
+        with keeping_python_rng(), watching(lambda reason: self.blame("lost_context", reason), self._make):
+            graph = super().trace(root)
+            self._watch_python_rng()
+            return graph
 
     def blame(self, code: str, reason: str) -> None:
         """Note that the innermost module of the trace must stay opaque; the first reason counts."""
@@ -243,23 +235,10 @@ class ChainTracer(fx.Tracer):
         return parameter.default
 
     def _watch_python_rng(self) -> None:
-        state = _python_rng_state()
+        state = python_rng_state()
         if state != self._python_rng:
             self._python_rng = state
             self.blame("lost_context", "draws from Python's random module or NumPy's, whose result a trace would bake in")
-
-
-def _numpy_random() -> Any:
-    """numpy.random, if anybody has imported it."""
-    return getattr(sys.modules.get("numpy"), "random", None)
-
-
-def _python_rng_state() -> tuple[Any, ...]:
-    numpy = _numpy_random()
-    if numpy is None:
-        return (random.getstate(),)
-    _, keys, *rest = numpy.get_state()
-    return random.getstate(), keys.tobytes(), rest
 
 
 def _first_line(error: Exception) -> str:

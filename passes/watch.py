@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.ops import FACTORIES
 
-__all__ = ["Attributes", "watching"]
+__all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "watching", "watching_functions"]
 
 Note = Callable[[str], None]
 Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -58,6 +60,48 @@ def watching(note: Note, make: Make) -> Iterator[None]:
             _replace(stack, owner, name, _noting(original, reason))
         stack.enter_context(_Mode(note, make))
         yield
+
+
+@contextlib.contextmanager
+def watching_functions(note: Note) -> Iterator[None]:
+    """Watch for custom autograd functions only, the one thing that torch.export loses too.
+
+    Args:
+        note: called with what was seen.
+    """
+    with _LOCK, contextlib.ExitStack() as stack:
+        _WATCHERS.notes.append(note)
+        stack.callback(_WATCHERS.notes.pop)
+        owner, name, reason = next(loss for loss in _LOSSES if loss[0] is torch.autograd.Function)
+        _replace(stack, owner, name, _noting(inspect.getattr_static(owner, name), reason))
+        yield
+
+
+def _numpy_random() -> Any:
+    """numpy.random, if anybody has imported it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
+def python_rng_state() -> tuple[Any, ...]:
+    """State of Python's random module and of NumPy's, comparable."""
+    numpy = _numpy_random()
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.get_state()
+    return random.getstate(), keys.tobytes(), rest
+
+
+@contextlib.contextmanager
+def keeping_python_rng() -> Iterator[None]:
+    """Puts the state of both generators back in the end."""
+    state, numpy = random.getstate(), _numpy_random()
+    numpy_state = None if numpy is None else numpy.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.set_state(numpy_state)
 
 
 def _replace(stack: contextlib.ExitStack, owner: type, name: str, method: Any) -> None:
@@ -120,7 +164,7 @@ class Attributes:
                 del now[name]
                 changed.append((path, name))
             for name, (value, copied) in before.items():
-                if name not in now or now[name] is not value:
+                if name not in now or not _alike(now[name], value):
                     changed.append((path, name))
                 elif copied is not value and not _same(value, copied):
                     _refill(value, copied)
@@ -132,6 +176,17 @@ class Attributes:
 def _shallow(value: Any) -> tuple[Any, Any]:
     """The value, and a copy of it where it is a plain container (else the value itself)."""
     return value, value.copy() if type(value) in (list, dict, set) else value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """True for the same object, and for equal plain values and containers of such (torch.export leaves copies of containers behind)."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return isinstance(a, (bool, int, float, str, set)) and a == b
 
 
 def _same(value: Any, copied: Any) -> bool:

@@ -1,0 +1,163 @@
+"""The `forward` that a rewritten module gets: a call is matched with what was captured, checked, and run as a program."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes import Call, ExportError, Interface
+
+from .errors import MnetError
+from .guard import Guard
+from .program import Program
+
+__all__ = ["Constants", "ExportedForward", "Forward", "Variant", "canonical"]
+
+log = logging.getLogger("mnet_fx")
+
+Variant = dict[bool, tuple[Program, Interface]]  # by training flag
+_MOST_VARIANTS = 16
+
+
+class Forward:
+    """The `forward` of a module that was captured by symbolic trace: one program for train mode, one for eval mode.
+
+    Args:
+        owner: the module whose forward this is.
+        programs: by training flag.
+        pinned: arguments that the graphs were captured for one value of, by name.
+        guard: what the programs take for granted.
+        otherwise: runs the calls that set a pinned argument to something else.
+    """
+
+    def __init__(
+        self, owner: nn.Module, programs: dict[bool, Program], pinned: dict[str, Any], guard: Guard, otherwise: ExportedForward
+    ) -> None:
+        self.owner, self.programs, self.pinned, self.guard, self.otherwise = owner, programs, pinned, guard, otherwise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        for name, value in self.pinned.items():
+            if not _same(given := bound.arguments.pop(name, value), value):
+                return self.otherwise.run(f"{name}={value!r}", f"{name}={_brief(given)}", args, kwargs)
+        self.guard.check(self.owner)
+        return self.programs[self.owner.training](self.owner, *bound.args, **bound.kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _signature(self.owner)
+
+
+class ExportedForward:
+    """The `forward` of a module that was captured by torch.export: programs on flat inputs, for each kind of call.
+
+    A call that fits none of the variants (another set of arguments, a size that the export had to fix) makes a new one.
+
+    Args:
+        owner: the module whose forward this is.
+        variants: programs and interfaces of the captures so far.
+        guard: what the programs take for granted.
+        capture: makes the variant for a call, `capture(owner, call, number) -> Variant`; not kept by pickle.
+    """
+
+    def __init__(
+        self, owner: nn.Module, variants: Sequence[Variant], guard: Guard, capture: Callable[[nn.Module, Call, int], Variant] | None
+    ) -> None:
+        self.owner, self.variants, self.guard, self.capture = owner, list(variants), guard, capture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run("other arguments", "these", args, kwargs)
+
+    def run(self, captured: str, given: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a call.
+
+        Args:
+            captured, given: what the error says about the captures so far and this call, where the variants say no more.
+            args, kwargs: the call.
+        """
+        self.guard.check(self.owner)
+        program, interface, flat = self._fitting(
+            canonical(self.__signature__, args, kwargs), f"it was captured with {captured}, not {given}"
+        )
+        return pytree.tree_unflatten(list(program(self.owner, *flat)), interface.out_spec)
+
+    def _fitting(self, call: Call, reason: str) -> tuple[Program, Interface, list[Any]]:
+        for variant in self.variants:
+            program, interface = variant[self.owner.training]
+            try:
+                return program, interface, interface.flat(*call)
+            except ExportError as error:
+                reason = str(error)
+        name = f"{type(self.owner).__name__}.forward"
+        if self.capture is None or len(self.variants) == _MOST_VARIANTS:
+            raise MnetError(f"{name} was captured for other calls than this one: {reason}; give momentumize example_inputs like this call")
+        log.info("%s is captured again: %s", name, reason)
+        try:
+            self.variants.append(self.capture(self.owner, call, len(self.variants)))
+        except ExportError as error:
+            raise MnetError(
+                f"{name} was captured for other calls than this one ({reason}) and cannot be captured for this one: {error}; "
+                "call it as when it was captured, or name its list of layers with regions=[...], which needs no capture"
+            ) from error
+        program, interface = self.variants[-1][self.owner.training]
+        return program, interface, interface.flat(*call)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _signature(self.owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"capture": None}
+
+
+class Constants(nn.Module):
+    """What an exported graph reads and its module does not have: literals, and the bodies of no_grad and autocast blocks.
+
+    No submodule of the model, so it is in no state_dict.
+
+    Args:
+        values: by attribute name.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+def _signature(owner: nn.Module) -> inspect.Signature:
+    return inspect.Signature(list(inspect.signature(inspect.unwrap(type(owner).forward)).parameters.values())[1:])
+
+
+def canonical(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call of that signature in the form that all equal calls share: positions before keywords, defaults left out.
+
+    Raises:
+        TypeError: the arguments do not fit the signature.
+    """
+    bound = signature.bind(*args, **kwargs)
+    for name, value in list(bound.arguments.items()):
+        if _same(value, signature.parameters[name].default):
+            del bound.arguments[name]
+    return bound.args, dict(sorted(bound.kwargs.items()))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, (Tensor, torch.Generator)) and _equal(a, b))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # the comparison of a user's type
+        return False
+
+
+def _brief(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

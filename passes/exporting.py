@@ -1,0 +1,278 @@
+"""Model and example inputs -> graph, by `torch.export`, for what symbolic tracing cannot read.
+
+    forward(ids, mask=None, *, scale=1.0)        called as forward(ids, scale=2.0)
+      | torch.export, non-strict, every size that may vary left free
+    graph(flat_0, flat_1)                        leaves of (args, kwargs); scale=2.0 is fixed, and checked at each call
+      | parameters and buffers read from the model by path, constants of the trace kept in `constants`
+
+What export itself would lose is looked for and makes a refusal: custom autograd functions (their backward would be gone), Python's and
+NumPy's random numbers, attributes that forward sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
+
+__all__ = ["ExportError", "Interface", "export"]
+
+_SPLIT = "module"  # name of the captured module inside `_Flat`
+_CHECKS = ("_assert_tensor_metadata",)  # say what autocast or another capture may change, and nothing else
+
+
+class ExportError(Exception):
+    """A module cannot be exported, or the graph would lose something; the message says what."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a call of the module maps to the flat inputs and outputs of its graph.
+
+    Attributes:
+        in_spec: structure of `(args, kwargs)` that the graph takes.
+        leaves: for each leaf what it must be: dtype, device and sizes of a tensor, or the one value of anything else.
+        conditions: Python conditions on the leaves `L['flat'][i]` that the graph takes for granted.
+        out_spec: structure of what forward returns.
+    """
+
+    in_spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    conditions: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+
+    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs of the graph for a call.
+
+        Raises:
+            ExportError: the graph does not stand for a call like this one.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise ExportError(f"the arguments have the structure {_short(spec)}, the example inputs had {_short(self.in_spec)}")
+        for i, (leaf, expected) in enumerate(zip(leaves, self.leaves, strict=True)):
+            if (found := _unlike(leaf, expected)) is not None:
+                raise ExportError(f"{self._name(i)} {found}")
+        for condition in self.conditions:
+            if not _holds(condition, leaves):
+                raise ExportError(f"the sizes of the inputs must satisfy {condition}, which held for the example inputs")
+        return leaves
+
+    def _name(self, i: int) -> str:
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec)
+        paths = [*pytree.tree_leaves_with_path(list(args)), *pytree.tree_leaves_with_path(kwargs)]
+        return next(f"argument {pytree.keystr(path)}" for path, leaf in paths if leaf == i)
+
+
+@dataclass(frozen=True)
+class _Free:
+    """A tensor leaf as the graph expects it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int | None, ...]
+
+
+def _unlike(leaf: Any, expected: Any) -> str | None:
+    if not isinstance(expected, _Free):
+        same = leaf is expected or (type(leaf) is type(expected) and not isinstance(leaf, Tensor) and bool(leaf == expected))
+        return None if same else f"is {_brief(leaf)}, the example inputs had {expected!r}"
+    if not isinstance(leaf, Tensor):
+        return f"is {_brief(leaf)}, the example inputs had a tensor"
+    found = (leaf.dtype, leaf.device, leaf.dim())
+    if found != (wanted := (expected.dtype, expected.device, len(expected.sizes))):
+        return "has dtype {}, device {} and {} dimensions, the example inputs had {}, {} and {}".format(*found, *wanted)
+    fixed = [(i, size) for i, size in enumerate(expected.sizes) if size is not None and leaf.shape[i] != size]
+    return None if not fixed else "has size {} in dimension {}, which must be {}".format(leaf.shape[fixed[0][0]], *fixed[0])
+
+
+def _brief(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+
+
+def _short(spec: pytree.TreeSpec) -> str:
+    return repr(pytree.tree_unflatten(["*"] * spec.num_leaves, spec)).replace("'*'", "*")
+
+
+def _holds(condition: str, leaves: list[Any]) -> bool:
+    scope = {"L": {"flat": leaves}, "math": math, "torch": torch}
+    try:
+        return bool(eval(condition, scope))  # written by torch.export
+    except ArithmeticError:
+        return False
+
+
+class _Flat(nn.Module):
+    """The module as a function of the leaves of its arguments; keeps the structure of its result."""
+
+    def __init__(self, module: nn.Module, in_spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.module, self.training = module, module.training
+        self.specs = SimpleNamespace(input=in_spec, output=None)  # opaque to export, which puts attributes back as they were
+
+    def forward(self, *flat: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(flat), self.specs.input)
+        leaves, self.specs.output = pytree.tree_flatten(self.module(*args, **kwargs))
+        return tuple(leaves)
+
+
+def export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str
+) -> tuple[fx.GraphModule, Interface, dict[str, Any]]:
+    """Export a module in its current mode; the module is not changed.
+
+    Args:
+        module: any module; its parameters keep their names in the graph.
+        args, kwargs: a call of it. Sizes of tensors may vary later where the model allows it; everything else is fixed.
+        holder: attribute name under which the graph will look for its constants.
+
+    Returns:
+        The graph, with flat placeholders and a flat tuple as its output, that reads attributes by their path in the module; how calls map
+        to it; and by name what it reads as `<holder>.<name>`, since the module does not have it.
+
+    Raises:
+        ExportError: torch.export fails, or the graph would lose something.
+    """
+    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    flat = _Flat(module, in_spec)
+    free = tuple(dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None for leaf in leaves)
+    with _watched(module):
+        try:
+            program = torch.export.export(flat, tuple(leaves), dynamic_shapes={"flat": free}, strict=False)
+            gm = program.module(check_guards=False)
+        except Exception as error:
+            raise ExportError(f"torch.export failed with {type(error).__name__}: {_first_line(error)}") from error
+    _require_pure_subgraphs(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    expected = tuple(_expected(leaf, node.meta["val"]) for leaf, node in zip(leaves, placeholders, strict=True))
+    conditions = (*program._guards_code, *_relations(placeholders, program.range_constraints))
+    graph, constants = _rebuilt(gm, module, holder)
+    values = {str(node.target): _value(node, module, constants, holder) for node in graph.find_nodes(op="get_attr")}
+    interface = Interface(in_spec, expected, conditions, flat.specs.output)
+    return fx.GraphModule(values, graph, class_name=type(module).__name__), interface, constants
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module) -> Iterator[None]:
+    """Quiet, with gradients on; raises if something happened that the graph cannot hold."""
+    attributes, seen = Attributes(module), list[str]()
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for logger, level in zip(loggers, levels, strict=True):
+            stack.callback(logger.setLevel, level)
+            logger.setLevel(logging.CRITICAL)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(keeping_python_rng())
+        stack.enter_context(watching_functions(seen.append))
+        before = python_rng_state()
+        try:
+            yield
+        finally:
+            drew, changed = python_rng_state() != before, attributes.restore()
+    if seen:
+        raise ExportError(f"the module {seen[0]}")
+    if drew:
+        raise ExportError("the module draws from Python's random module or NumPy's, whose result a graph would bake in")
+    if changed:
+        where, name = " ".join(filter(None, ("the module", changed[0][0]))), changed[0][1]
+        raise ExportError(f"{where} sets its attribute {name}, which a graph would not do again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+def _expected(leaf: Any, recorded: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return _Free(leaf.dtype, leaf.device, tuple(size if isinstance(size, int) else None for size in recorded.shape))
+
+
+def _relations(placeholders: list[fx.Node], ranges: dict[Any, Any]) -> Iterator[str]:
+    """Conditions on the sizes of the inputs that their symbols stand for: equal ones, and ranges."""
+    first: dict[Any, str] = {}
+    for i, node in enumerate(placeholders):
+        for d, size in enumerate(getattr(node.meta["val"], "shape", ())):
+            if isinstance(size, int):
+                continue
+            expression, text = size.node.expr, f"L['flat'][{i}].size()[{d}]"
+            if expression in first:
+                yield f"{text} == {first[expression]}"
+                continue
+            first[expression] = text
+            if (known := ranges.get(expression)) is not None:
+                if int(known.lower) > 2:  # 0 and 1 are excluded by convention, not by the model
+                    yield f"{text} >= {int(known.lower)}"
+                if not math.isinf(float(known.upper)) and int(known.upper) < 2**31:
+                    yield f"{text} <= {int(known.upper)}"
+
+
+def _require_pure_subgraphs(gm: fx.GraphModule) -> None:
+    """A no_grad or autocast block is one node of the graph, which the passes take to write to nothing."""
+    for path, inner in gm.named_modules():
+        for node in inner.graph.nodes if path and isinstance(inner, fx.GraphModule) else ():
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                raise ExportError(f"a no_grad or autocast block writes in place ({node.target})")
+
+
+def _rebuilt(gm: fx.GraphModule, module: nn.Module, holder: str) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph without the wrapper's traces: flat output, paths from the module, constants under the holder."""
+    graph, constants, values = fx.Graph(), dict[str, Any](), dict[fx.Node, fx.Node]()
+    for node in gm.graph.nodes:
+        if node.op == "call_module" or _is_check(node):
+            continue
+        if node.op == "output":
+            graph.output(tuple(values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]))
+            continue
+        new = values[node] = graph.node_copy(node, values.__getitem__)
+        if stack := node.meta.get("nn_module_stack"):
+            inner = [(key, (_path(value[0]), value[1])) for key, value in stack.items() if str(value[0]).startswith(_SPLIT)]
+            new.meta["nn_module_stack"] = dict(inner)
+        if node.op == "get_attr":
+            new.target = _path(str(node.target))
+            if not _has(module, str(new.target)):
+                constants[name := str(node.target).replace(".", "_")] = _attribute(gm, str(node.target))
+                new.target = f"{holder}.{name}"
+    return graph, constants
+
+
+def _is_check(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in _CHECKS
+
+
+def _path(path: str) -> str:
+    return path.removeprefix(_SPLIT).removeprefix(".")
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        _attribute(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _value(node: fx.Node, module: nn.Module, constants: dict[str, Any], holder: str) -> Any:
+    target = str(node.target)
+    return constants[target.removeprefix(holder + ".")] if target.startswith(holder + ".") else _attribute(module, target)
