@@ -12,6 +12,7 @@ NumPy's random numbers, attributes that forward sets.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import warnings
@@ -176,6 +177,7 @@ def _watched(module: nn.Module) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             stack.callback(logger.setLevel, level)
             logger.setLevel(logging.CRITICAL)
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # a failed export prints its graph there
         stack.enter_context(torch.enable_grad())
         stack.enter_context(keeping_python_rng())
         stack.enter_context(watching_functions(seen.append))
