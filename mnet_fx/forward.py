@@ -17,7 +17,7 @@ from .errors import MnetError
 from .guard import Guard
 from .program import Program
 
-__all__ = ["Constants", "ExportedForward", "Forward", "Variant", "canonical"]
+__all__ = ["Constants", "ExportedForward", "Forward", "Variant", "canonical", "signature"]
 
 log = logging.getLogger("mnet_fx")
 
@@ -51,7 +51,7 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return _signature(self.owner)
+        return signature(self.owner)
 
 
 class ExportedForward:
@@ -110,7 +110,7 @@ class ExportedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return _signature(self.owner)
+        return signature(self.owner)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"capture": None}
@@ -131,19 +131,20 @@ class Constants(nn.Module):
             setattr(self, name, value)
 
 
-def _signature(owner: nn.Module) -> inspect.Signature:
+def signature(owner: nn.Module) -> inspect.Signature:
+    """Signature of the forward of a module's class, without self."""
     return inspect.Signature(list(inspect.signature(inspect.unwrap(type(owner).forward)).parameters.values())[1:])
 
 
-def canonical(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def canonical(form: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call of that signature in the form that all equal calls share: positions before keywords, defaults left out.
 
     Raises:
         TypeError: the arguments do not fit the signature.
     """
-    bound = signature.bind(*args, **kwargs)
+    bound = form.bind(*args, **kwargs)
     for name, value in list(bound.arguments.items()):
-        if _same(value, signature.parameters[name].default):
+        if _same(value, form.parameters[name].default):
             del bound.arguments[name]
     return bound.args, dict(sorted(bound.kwargs.items()))
 

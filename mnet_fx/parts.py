@@ -8,7 +8,6 @@ torch.export          the whole model if it can be exported and that rewrites mo
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import passes
 from passes import Call, Captured, ExportError, Plan, Refusal
 
 from .errors import SettingsError
-from .forward import canonical
+from .forward import canonical, signature
 from .settings import Settings
 
 __all__ = ["Part", "Parts", "exported", "in_mode", "parts_of"]
@@ -75,20 +74,17 @@ def parts_of(net: nn.Module, settings: Settings, example_inputs: Any) -> Parts:
         SettingsError: `example_inputs` do not fit the model's signature.
     """
     traced = _traced(net, settings)
-    if example_inputs is None or not _leaves_over(traced):
-        return traced
-    return _Exporter(net, settings, _call(net, example_inputs), traced).parts()
+    return traced if example_inputs is None else _Exporter(net, settings, _call(net, example_inputs), traced).parts()
 
 
 def _call(net: nn.Module, example_inputs: Any) -> Call:
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     kwargs = dict(example_inputs) if isinstance(example_inputs, dict) else {}
-    parameters = list(inspect.signature(inspect.unwrap(type(net).forward)).parameters.values())[1:]
     try:
-        return canonical(inspect.Signature(parameters), () if kwargs or args == ({},) else args, kwargs)
+        return canonical(signature(net), () if isinstance(example_inputs, dict) else args, kwargs)
     except TypeError as error:
         raise SettingsError(
-            f"example_inputs do not fit {type(net).__name__}.forward{inspect.Signature(parameters)}: {error}; "
+            f"example_inputs do not fit {type(net).__name__}.forward{signature(net)}: {error}; "
             "give a tuple of positional arguments or a dict of keyword arguments"
         ) from error
 
@@ -146,27 +142,47 @@ def exported(module: nn.Module, call: Call, settings: Settings, path: str = "", 
 
 
 class _Exporter:
-    """Tries torch.export from the root downwards, wherever the traced parts leave something over."""
+    """Tries torch.export from the root downwards, wherever the traced parts leave something over or do not fit the calls they get."""
 
     def __init__(self, net: nn.Module, settings: Settings, call: Call, traced: Parts) -> None:
         self.net, self.settings, self.call, self.traced = net, settings, call, traced
         self.refusals: list[Refusal] = []
         self.calls: dict[str, list[Call]] | None = None
+        self.unfit = {path: other for path, both in traced.both.items() if (other := self._other_call(path, both[True])) is not None}
 
     def parts(self) -> Parts:
+        if not self.unfit and not _leaves_over(self.traced):
+            return self.traced
         chosen = dict(self._chosen("", self.net))
 
         def inside(path: str) -> bool:
-            return any(path == top or path.startswith(f"{top}.") or not top for top in chosen)
+            return any(_under(path, top) for top in chosen)
 
-        kept = {path: both for path, both in self.traced.both.items() if not inside(path)}
+        kept = {path: both for path, both in self.traced.both.items() if not inside(path) and path not in self.unfit}
         refusals = [refusal for refusal in self.traced.refusals if not inside(refusal.path)]
+        hint = passes.CODES["untraceable"].hint
+        refusals += [
+            Refusal("untraceable", "", path, f"example_inputs call it with {other}, for which it cannot be captured", hint)
+            for path, other in self.unfit.items()
+            if not inside(path)
+        ]
         return Parts(kept | chosen, (*refusals, *self.refusals))
 
+    def _other_call(self, path: str, part: Part) -> str | None:
+        """The argument that a traced part is called with although its trace fixed it to something else; None if there is none."""
+        if not part.captured.pinned or (path and not part.adds):
+            return None
+        try:
+            args, kwargs = self._example(path)
+        except ExportError:
+            return None
+        given = signature(self.net.get_submodule(path)).bind(*args, **kwargs).arguments
+        return next((name for name in given if name in part.captured.pinned), None)
+
     def _chosen(self, path: str, module: nn.Module) -> Iterator[tuple[str, dict[bool, Part]]]:
-        below = [both[True] for inner, both in self.traced.both.items() if _under(inner, path)]
-        refused = [refusal for refusal in self.traced.refusals if _under(refusal.path, path)]
-        if path and not refused and path not in self._touched():
+        below = [both[True] for inner, both in self.traced.both.items() if _under(inner, path) and inner not in self.unfit]
+        refused = any(_under(other, path) for other in (*self.unfit, *(refusal.path for refusal in self.traced.refusals)))
+        if path and not refused:
             return  # traced as part of something larger, or completely
         try:
             both = exported(module, self._example(path), self.settings, path)
@@ -177,10 +193,6 @@ class _Exporter:
             return
         if _gain([both[True]]) > _gain(below):
             yield path, both
-
-    def _touched(self) -> set[str]:
-        """Paths that a refusal lies under, or that are refused themselves."""
-        return {".".join(parts[:n]) for r in self.traced.refusals for parts in [r.path.split(".")] for n in range(1, len(parts) + 1)}
 
     def _example(self, path: str) -> Call:
         if not path:
@@ -193,8 +205,7 @@ class _Exporter:
         seen = self.calls.get(path, [])
         if not seen:
             raise ExportError("example_inputs do not reach the module")
-        signature = inspect.Signature(list(inspect.signature(type(self.net.get_submodule(path)).forward).parameters.values())[1:])
-        return canonical(signature, *seen[0])
+        return canonical(signature(self.net.get_submodule(path)), *seen[0])
 
 
 def _gain(parts: Sequence[Part]) -> tuple[int, int]:

@@ -26,12 +26,10 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from passes.exported_graph import WRAPPED, rebuilt
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "export"]
-
-_SPLIT = "module"  # name of the captured module inside `_Flat`
-_CHECKS = ("_assert_tensor_metadata",)  # say what autocast or another capture may change, and nothing else
 
 
 class ExportError(Exception):
@@ -120,12 +118,13 @@ class _Flat(nn.Module):
 
     def __init__(self, module: nn.Module, in_spec: pytree.TreeSpec) -> None:
         super().__init__()
-        self.module, self.training = module, module.training
+        self.add_module(WRAPPED, module)
+        self.training = module.training
         self.specs = SimpleNamespace(input=in_spec, output=None)  # opaque to export, which puts attributes back as they were
 
     def forward(self, *flat: Any) -> Any:
         args, kwargs = pytree.tree_unflatten(list(flat), self.specs.input)
-        leaves, self.specs.output = pytree.tree_flatten(self.module(*args, **kwargs))
+        leaves, self.specs.output = pytree.tree_flatten(self._modules[WRAPPED](*args, **kwargs))  # type: ignore[misc]
         return tuple(leaves)
 
 
@@ -159,10 +158,9 @@ def export(
     placeholders = gm.graph.find_nodes(op="placeholder")
     expected = tuple(_expected(leaf, node.meta["val"]) for leaf, node in zip(leaves, placeholders, strict=True))
     conditions = (*program._guards_code, *_relations(placeholders, program.range_constraints))
-    graph, constants = _rebuilt(gm, module, holder)
-    values = {str(node.target): _value(node, module, constants, holder) for node in graph.find_nodes(op="get_attr")}
+    graph_module, constants = rebuilt(gm, module, holder)
     interface = Interface(in_spec, expected, conditions, flat.specs.output)
-    return fx.GraphModule(values, graph, class_name=type(module).__name__), interface, constants
+    return graph_module, interface, constants
 
 
 @contextlib.contextmanager
@@ -230,51 +228,3 @@ def _require_pure_subgraphs(gm: fx.GraphModule) -> None:
         for node in inner.graph.nodes if path and isinstance(inner, fx.GraphModule) else ():
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 raise ExportError(f"a no_grad or autocast block writes in place ({node.target})")
-
-
-def _rebuilt(gm: fx.GraphModule, module: nn.Module, holder: str) -> tuple[fx.Graph, dict[str, Any]]:
-    """The graph without the wrapper's traces: flat output, paths from the module, constants under the holder."""
-    graph, constants, values = fx.Graph(), dict[str, Any](), dict[fx.Node, fx.Node]()
-    for node in gm.graph.nodes:
-        if node.op == "call_module" or _is_check(node):
-            continue
-        if node.op == "output":
-            graph.output(tuple(values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]))
-            continue
-        new = values[node] = graph.node_copy(node, values.__getitem__)
-        if stack := node.meta.get("nn_module_stack"):
-            inner = [(key, (_path(value[0]), value[1])) for key, value in stack.items() if str(value[0]).startswith(_SPLIT)]
-            new.meta["nn_module_stack"] = dict(inner)
-        if node.op == "get_attr":
-            new.target = _path(str(node.target))
-            if not _has(module, str(new.target)):
-                constants[name := str(node.target).replace(".", "_")] = _attribute(gm, str(node.target))
-                new.target = f"{holder}.{name}"
-    return graph, constants
-
-
-def _is_check(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in _CHECKS
-
-
-def _path(path: str) -> str:
-    return path.removeprefix(_SPLIT).removeprefix(".")
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        _attribute(module, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _value(node: fx.Node, module: nn.Module, constants: dict[str, Any], holder: str) -> Any:
-    target = str(node.target)
-    return constants[target.removeprefix(holder + ".")] if target.startswith(holder + ".") else _attribute(module, target)

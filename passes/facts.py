@@ -19,7 +19,7 @@ from torch import nn
 
 from passes.ops import kind, may_alias, written
 
-__all__ = ["Facts", "dtype_of", "owner_keys", "owner_path", "shape_of"]
+__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,26 @@ def _find_edges(facts: Facts) -> None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape that the capture recorded for a node; None if it recorded none, -1 for a dynamic dimension."""
-    value = _recorded(node)
-    shape = getattr(value, "shape", None)
+    """Shape that a node had for the inputs of the capture; None if it recorded none, -1 for a size that depends on values.
+
+    Sizes are compared by these: a symbol of a capture may stand for a size that is known elsewhere, as in `s2 == 32`.
+    """
+    shape = _shape(node)
+    return None if shape is None else tuple(size if isinstance(size, int) else _hint(size) for size in shape)
+
+
+def free_shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """As `shape_of`, with -1 for every size that may vary."""
+    shape = _shape(node)
     return None if shape is None else tuple(size if isinstance(size, int) else -1 for size in shape)
+
+
+def _shape(node: fx.Node) -> Any:
+    return getattr(_recorded(node), "shape", None)
+
+
+def _hint(size: torch.SymInt) -> int:
+    return int(size.node.hint) if size.node.has_hint() else -1  # type: ignore[arg-type]
 
 
 def dtype_of(node: fx.Node) -> str | None:

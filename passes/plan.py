@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from passes.facts import Facts, dtype_of, shape_of
+from passes.facts import Facts, dtype_of, free_shape_of
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
@@ -209,7 +209,7 @@ def _region(piece: Piece, name: str, facts: Facts) -> PlannedRegion:
         kind=_kind(piece),
         steps=steps,
         escapes=tuple(escapes),
-        shape=shape_of(piece[0].source),
+        shape=free_shape_of(piece[0].source),
         dtype=dtype_of(piece[0].source),
     )
 

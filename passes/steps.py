@@ -114,7 +114,7 @@ def spans_of(
     spans: list[Span] = []
     for group in _groups(chain, granularity):
         source, target = chain.sums[group[0]].skip, ends[group[-1]]
-        nodes = _with_checks(_cone(source, target, facts, sums), source, target, facts, dead_ends)
+        nodes = _with_checks(_cone(source, target, facts, sums, first=group[0] == 0), source, target, facts, dead_ends)
         link = tuple(facts.kinds[node] for node in links[group[-1]])
         spans.append(Span(source, target, nodes, tuple(chain.sums[t] for t in group), link))
     return tuple(spans)
@@ -148,8 +148,11 @@ def _tail(chain: Chain, facts: Facts) -> tuple[fx.Node, ...]:
     return tuple(tail)
 
 
-def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> set[fx.Node]:
-    """Nodes between source and target, and the side computations that serve them alone."""
+def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], first: bool) -> set[fx.Node]:
+    """Nodes between source and target, and the side computations that serve them alone.
+
+    What reads the shape of the first step's source stays outside unless it serves this step alone: other steps may use the same sizes.
+    """
     lowest = facts.index[source]
     seen, stack = {target}, [target]
     while stack:
@@ -160,7 +163,8 @@ def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, Re
     in_order = sorted(seen, key=facts.index.__getitem__)
     cone: set[fx.Node] = set()
     for node in in_order:
-        if any(before is source or before in cone for before in facts.flow[node]):
+        inside = any(before in cone for before in facts.flow[node])
+        if inside or (source in facts.flow[node] and not (first and facts.kinds[node] == "shape")):
             cone.add(node)
     return cone | _serving(cone, in_order, facts, sums)
 

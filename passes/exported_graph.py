@@ -1,0 +1,124 @@
+"""A graph of `torch.export` in the form the passes want.
+
+before                                          after
+forward(x) through pytree specs                 flat placeholders, a flat tuple as output
+self.module.conv.weight                         self.conv.weight, by its path in the captured module
+self.lifted_tensor_0                            self.<holder>.lifted_tensor_0
+n = sym_size(norm_1, 0)  inside some block      n = sym_size(x, 0), right after the first value that has this size
+assertions about dtypes                         gone: autocast around a later call may change them
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+__all__ = ["WRAPPED", "rebuilt"]
+
+WRAPPED = "module"  # attribute of the wrapper under which torch.export saw the captured module
+_CHECKS = ("_assert_tensor_metadata",)
+
+
+def rebuilt(gm: fx.GraphModule, module: nn.Module, holder: str) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Bring an exported graph into that form.
+
+    Args:
+        gm: what `ExportedProgram.module()` gave for the wrapped module.
+        module: the module itself.
+        holder: name under which the new graph looks for what the module does not have.
+
+    Returns:
+        The new graph over the module's own parameters, and what belongs under `holder`, by name.
+    """
+    rebuilder = _Rebuilder(gm, module, holder)
+    for node in gm.graph.nodes:
+        rebuilder.copy(node)
+    result = fx.GraphModule(rebuilder.attributes, rebuilder.graph, class_name=type(module).__name__)
+    return result, rebuilder.constants
+
+
+class _Rebuilder:
+    def __init__(self, gm: fx.GraphModule, module: nn.Module, holder: str) -> None:
+        self.gm, self.module, self.holder = gm, module, holder
+        self.graph = fx.Graph()
+        self.constants: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = {}  # by target in the new graph
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.first: dict[Any, tuple[fx.Node, int]] = {}  # by symbolic size: the first value that has it, and in which dimension
+        self.sizes: dict[Any, fx.Node] = {}
+        self.last_input: fx.Node | None = None
+
+    def copy(self, node: fx.Node) -> None:
+        if node.op == "call_module" or _is_check(node):
+            return
+        if node.op == "output":
+            self.graph.output(tuple(self.values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]))  # type: ignore[union-attr]
+            return
+        if node.target is torch.ops.aten.sym_size.int and (known := self._size(node)) is not None:
+            self.values[node] = known
+            return
+        new = self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+        self._note_sizes(new)
+        if node.op == "placeholder":
+            self.last_input = new
+        if stack := node.meta.get("nn_module_stack"):
+            inner = [(key, (_path(value[0]), value[1])) for key, value in stack.items() if str(value[0]).startswith(WRAPPED)]
+            new.meta["nn_module_stack"] = dict(inner)
+        if node.op == "get_attr":
+            self._bind(new)
+
+    def _bind(self, node: fx.Node) -> None:
+        """Points a get_attr node to the module's own attribute, or to the holder."""
+        old = str(node.target)
+        node.target = path = _path(old)
+        if not _has(self.module, path):
+            name = old.replace(".", "_")
+            self.constants[name] = _attribute(self.gm, old)
+            node.target = f"{self.holder}.{name}"
+            self.attributes[node.target] = self.constants[name]
+        else:
+            self.attributes[path] = _attribute(self.module, path)
+
+    def _note_sizes(self, node: fx.Node) -> None:
+        for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if isinstance(size, torch.SymInt):
+                self.first.setdefault(size.node.expr, (node, dim))
+
+    def _size(self, node: fx.Node) -> fx.Node | None:
+        """The one node that reads this size, so that no block depends on the inside of another for the shape of a view."""
+        size = node.meta.get("val")
+        if not isinstance(size, torch.SymInt) or size.node.expr not in self.first:
+            return None
+        expression = size.node.expr
+        if expression not in self.sizes:
+            source, dim = self.first[expression]
+            after = self.last_input if source.op == "placeholder" else source
+            with self.graph.inserting_after(after):
+                self.sizes[expression] = self.graph.create_node("call_function", torch.ops.aten.sym_size.int, (source, dim))
+            self.sizes[expression].meta = {"val": size}
+        return self.sizes[expression]
+
+
+def _is_check(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in _CHECKS
+
+
+def _path(path: str) -> str:
+    return path.removeprefix(WRAPPED).removeprefix(".")
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        _attribute(module, path)
+    except AttributeError:
+        return False
+    return True
