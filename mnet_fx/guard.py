@@ -27,12 +27,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class _Seen:
-    """One module that a trace went through, as it was: its children by name, and the plain attributes that its forward may read."""
+    """One module that a trace went through, as it was: its children by name, what its forward may read, and its hooks."""
 
     path: str
     module: nn.Module
     children: tuple[str, ...]
     attributes: dict[str, Any]
+    hooks: int
 
 
 class Guard:
@@ -49,7 +50,7 @@ class Guard:
         self.one_mode, self.whole = one_mode, whole
         self.kinds = _kinds(owner) if whole else {}
         self.seen = [
-            _Seen(path, module, tuple(module._modules), {name: vars(module)[name] for name in _read_attributes(module)})
+            _Seen(path, module, tuple(module._modules), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
             for path, module in _traced_through(owner, frozenset(leaves), "", whole)
         ]
 
@@ -73,7 +74,7 @@ class Guard:
             parent, _, name = seen.path.rpartition(".")
             if owner.get_submodule(parent)._modules.get(name) is not module:
                 return f"was replaced or removed {_SINCE}"
-            if any(getattr(module, hooks) for hooks in _HOOKS):
+            if _hooks(module) != seen.hooks:
                 return f"got a hook {_SINCE}, or put the hook on the layers inside, which are called as they are"
         if tuple(module._modules) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
             return f"lost or gained a submodule {_SINCE}"
@@ -88,6 +89,10 @@ class Guard:
                 "put both in the same mode, or freeze parameters with requires_grad_(False) instead"
             )
         return None
+
+
+def _hooks(module: nn.Module) -> int:
+    return sum(len(getattr(module, hooks)) for hooks in _HOOKS)
 
 
 def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:

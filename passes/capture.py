@@ -21,7 +21,7 @@ import torch.fx as fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.exporting import ExportError, Interface, export
+from passes.exporting import ExportError, Interface, SetsAttribute, export
 from passes.facts import owner_path
 from passes.legality import CODES
 from passes.regions import Refusal
@@ -190,7 +190,7 @@ def capture_by_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """Capture a whole module in its current mode by `torch.export`.
 
     Args:
-        model: any module, which is not changed.
+        model: any module, which is not changed, except that one which sets itself up at its first call has done so.
         args, kwargs: a call of it, as `Interface` describes.
         holder: attribute name under which the graph looks for its constants.
         path: path of `model` from the root that the result should name.
@@ -200,16 +200,21 @@ def capture_by_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """
     if (reason := replaced_reason(model)) is not None:
         raise ExportError(f"the module {reason}")
-    graph_module, interface, constants = export(model, args, kwargs, holder)
+    try:
+        graph_module, interface, constants = export(model, args, kwargs, holder)
+    except SetsAttribute:
+        inner_calls(model, args, kwargs, warm_up=True)
+        graph_module, interface, constants = export(model, args, kwargs, holder)
     return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder)
 
 
-def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Call]]:
-    """Runs a model once, in its current mode and without a trace of it, and notes how its submodules are called.
+def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], warm_up: bool = False) -> dict[str, list[Call]]:
+    """Runs a model once, in its current mode, and notes how its submodules are called; leaves no trace.
 
     Args:
         model: any module.
         args, kwargs: a call of it.
+        warm_up: whether what the model sets up at its first call (hooks, flags) stays, as some models do once and for all.
 
     Returns:
         For the path of each submodule that ran, its calls; tensors are replaced by empty ones of the same kind.
@@ -229,7 +234,8 @@ def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     finally:
         for hook in hooks:
             hook.remove()
-        attributes.restore()
+        if not warm_up:
+            attributes.restore()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -29,11 +29,15 @@ from torch import Tensor, nn
 from passes.exported_graph import WRAPPED, rebuilt
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
-__all__ = ["ExportError", "Interface", "export"]
+__all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
 
 
 class ExportError(Exception):
     """A module cannot be exported, or the graph would lose something; the message says what."""
+
+
+class SetsAttribute(ExportError):
+    """Forward sets an attribute of a module; if only at the first call, another try after one may work."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def _watched(module: nn.Module) -> Iterator[None]:
         raise ExportError("the module draws from Python's random module or NumPy's, whose result a graph would bake in")
     if changed:
         where, name = " ".join(filter(None, ("the module", changed[0][0]))), changed[0][1]
-        raise ExportError(f"{where} sets its attribute {name}, which a graph would not do again")
+        raise SetsAttribute(f"{where} sets its attribute {name}, which a graph would not do again")
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import inspect
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,7 +176,7 @@ class Attributes:
 
 def _shallow(value: Any) -> tuple[Any, Any]:
     """The value, and a copy of it where it is a plain container (else the value itself)."""
-    return value, value.copy() if type(value) in (list, dict, set) else value
+    return value, value.copy() if type(value) in (list, dict, set, OrderedDict) else value  # ordered ones hold the hooks
 
 
 def _alike(a: Any, b: Any) -> bool:
