@@ -27,6 +27,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from passes.exported_graph import WRAPPED, rebuilt
+from passes.facts import Facts
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -124,11 +125,13 @@ class _Flat(nn.Module):
         super().__init__()
         self.add_module(WRAPPED, module)
         self.training = module.training
-        self.specs = SimpleNamespace(input=in_spec, output=None)  # opaque to export, which puts attributes back as they were
+        self.specs = SimpleNamespace(input=in_spec, output=None, changed=[])  # opaque to export, which puts attributes back as they were
 
     def forward(self, *flat: Any) -> Any:
         args, kwargs = pytree.tree_unflatten(list(flat), self.specs.input)
+        attributes = Attributes(self)  # compared here, since export puts most of them back by itself, and says nothing
         leaves, self.specs.output = pytree.tree_flatten(self._modules[WRAPPED](*args, **kwargs))  # type: ignore[misc]
+        self.specs.changed = attributes.restore()
         return tuple(leaves)
 
 
@@ -152,7 +155,7 @@ def export(
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     flat = _Flat(module, in_spec)
     free = tuple(dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None for leaf in leaves)
-    with _watched(module):
+    with _watched(module, flat):
         try:
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes={"flat": free}, strict=False)
             gm = program.module(check_guards=False)
@@ -168,7 +171,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _watched(module: nn.Module) -> Iterator[None]:
+def _watched(module: nn.Module, flat: _Flat) -> Iterator[None]:
     """Quiet, with gradients on; raises if something happened that the graph cannot hold."""
     attributes, seen = Attributes(module), list[str]()
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
@@ -187,13 +190,14 @@ def _watched(module: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            drew, changed = python_rng_state() != before, attributes.restore()
+            drew = python_rng_state() != before
+            attributes.restore()
     if seen:
         raise ExportError(f"the module {seen[0]}")
     if drew:
         raise ExportError("the module draws from Python's random module or NumPy's, whose result a graph would bake in")
-    if changed:
-        where, name = " ".join(filter(None, ("the module", changed[0][0]))), changed[0][1]
+    for path, name in flat.specs.changed:
+        where = " ".join(filter(None, ("the module", path.removeprefix(WRAPPED).removeprefix("."))))
         raise SetsAttribute(f"{where} sets its attribute {name}, which a graph would not do again")
 
 
@@ -227,8 +231,10 @@ def _relations(placeholders: list[fx.Node], ranges: dict[Any, Any]) -> Iterator[
 
 
 def _require_pure_subgraphs(gm: fx.GraphModule) -> None:
-    """A no_grad or autocast block is one node of the graph, which the passes take to write to nothing."""
+    """A no_grad or autocast block is one node of the graph, which the passes take to write to nothing that it is given."""
     for path, inner in gm.named_modules():
-        for node in inner.graph.nodes if path and isinstance(inner, fx.GraphModule) else ():
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                raise ExportError(f"a no_grad or autocast block writes in place ({node.target})")
+        if not path or not isinstance(inner, fx.GraphModule):
+            continue
+        for node, memories in Facts.of(inner).writes.items():
+            if any(memory.op in ("placeholder", "get_attr") for memory in memories):
+                raise ExportError(f"a no_grad or autocast block writes in place to a tensor from outside ({node.target})")
