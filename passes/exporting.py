@@ -131,7 +131,8 @@ class _Flat(nn.Module):
         args, kwargs = pytree.tree_unflatten(list(flat), self.specs.input)
         attributes = Attributes(self)  # compared here, since export puts most of them back by itself, and says nothing
         leaves, self.specs.output = pytree.tree_flatten(self._modules[WRAPPED](*args, **kwargs))  # type: ignore[misc]
-        self.specs.changed = attributes.restore()
+        changed = attributes.restore()
+        self.specs.changed = [(path, name) for path, name in changed if not _is_torch(self.get_submodule(path))]
         return tuple(leaves)
 
 
@@ -154,7 +155,7 @@ def export(
     """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     flat = _Flat(module, in_spec)
-    free = tuple(dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None for leaf in leaves)
+    free = tuple(map(_free_sizes, leaves))
     with _watched(module, flat):
         try:
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes={"flat": free}, strict=False)
@@ -168,6 +169,19 @@ def export(
     graph_module, constants = rebuilt(gm, module, holder)
     interface = Interface(in_spec, expected, conditions, flat.specs.output)
     return graph_module, interface, constants
+
+
+def _free_sizes(leaf: Any) -> dict[int, Any] | None:
+    """All sizes of token and sequence inputs; of images and videos the batch alone, since windows and strides make height and width
+    costly to reason about (minutes for one DaViT), and a call with others is captured again."""
+    if not isinstance(leaf, Tensor):
+        return None
+    return dict.fromkeys(range(leaf.dim() if leaf.dim() < 4 else 1), torch.export.Dim.AUTO)
+
+
+def _is_torch(module: nn.Module) -> bool:
+    """torch.nn's own modules, whose attributes are caches (as the `_flat_weights` of an LSTM)."""
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 @contextlib.contextmanager
