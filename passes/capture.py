@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from passes.exporting import ExportError, Interface, SetsAttribute, export
 from passes.facts import owner_path
+from passes.layout import level_layouts
 from passes.legality import CODES
 from passes.regions import Refusal
 from passes.tracer import Blame, ChainTracer, replaced_reason
@@ -205,6 +206,7 @@ def capture_by_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     except SetsAttribute:
         inner_calls(model, args, kwargs, warm_up=True)
         graph_module, interface, constants = export(model, args, kwargs, holder)
+    level_layouts(graph_module)
     return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder)
 
 
