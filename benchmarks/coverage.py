@@ -6,7 +6,7 @@ Each model runs in a process of its own, with a time limit. Results are kept lin
 interrupted sweep goes on where it stopped. Three checks per model:
 
 - oracle: with gamma=0, outputs and gradients are those of the original, in train mode (same random numbers) and eval mode. Errors are
-  relative to the largest output and the largest gradient; BatchNorm over few values amplifies rounding, so both models run in float64;
+  relative to the largest element of each tensor. BatchNorm over few values amplifies rounding, so both models run in float64 where they can;
 - exactness: with gamma=0.9, gradients of backward="reversible" are those of "stored", bit for bit, in float32;
 - coverage: residual adds rewritten, of those that lie in chains of two or more (all found but projection shortcuts, single adds, and
   adds inside the branch of another).
@@ -15,6 +15,7 @@ interrupted sweep goes on where it stopped. Three checks per model:
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from zoos import ZOOS
 
 LINES = ROOT / "results" / "coverage.jsonl"
-TOLERANCE = 1e-5
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
 _NOT_IN_CHAINS = ("projection_shortcut", "too_short", "nested")
 
 
@@ -155,13 +156,25 @@ def _measure(row: dict[str, Any], model: nn.Module, call: dict[str, Any]) -> Non
     row["exact"] = _exact(list(nets.values()), call)
     del nets
     row["stage"] = "oracle"
-    model, call = model.double(), tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, call)
+    model, call, row["oracle_dtype"] = _doubled(model, call)
     net = mnet_fx.momentumize(model, call, gamma=0.0)
     for mode in ("train", "eval"):
         expected, found = _from_same_state([model, net], call, training=mode == "train")
         row[f"oracle_{mode}"] = _error(found, expected)
-    row["oracle"] = max(row["oracle_train"], row["oracle_eval"]) <= TOLERANCE
+    row["oracle"] = max(row["oracle_train"], row["oracle_eval"]) <= TOLERANCE[row["oracle_dtype"]]
     row["stage"] = "done"
+
+
+def _doubled(model: nn.Module, call: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], str]:
+    """The model in float64, in which rounding cannot be taken for a mistake; in float32 if its own code does not allow it."""
+    doubled = copy.deepcopy(model).double()
+    inputs = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, call)
+    try:
+        with torch.no_grad():
+            doubled(**inputs)
+    except Exception:
+        return model, call, "float32"
+    return doubled, inputs, "float64"
 
 
 def _exact(nets: list[nn.Module], call: dict[str, Any]) -> bool:

@@ -71,15 +71,15 @@ CODES: dict[str, Code] = {
     ),
     "untraceable": Code(
         "Tracing the module failed, so what is inside it is not seen.",
-        "Make its forward free of control flow on tensor values, or name its module list for the rewrite without tracing.",
+        "Give example inputs, so that torch.export can try; or make its forward free of control flow on tensor values.",
     ),
     "lost_context": Code(
         "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",
-        "Move the context or custom function to a small submodule of its own, so that the rest can be traced.",
+        "Give example inputs, with which contexts are kept; move a custom function to a small submodule of its own.",
     ),
     "opaque_module": Code(
         "The module has hooks or a forward set on the instance, or is a ScriptModule or a transformer of torch.nn, so it stays whole.",
-        "Remove hooks and replaced forwards before the rewrite; name a list of transformer layers for the rewrite without tracing.",
+        "Give example inputs, with which transformers of torch.nn are exported; remove hooks and replaced forwards before the rewrite.",
     ),
 }
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from passes.facts import Facts, owner_path
+from passes.facts import Facts, free_shape_of, owner_path, shape_of
 from passes.ops import LINKS, MIXING, is_add, operands
 from passes.regions import ResidualAdd
 
 __all__ = ["Chain", "Link", "Projection", "ResidualSum", "chains", "link_of", "match"]
 
 Link = tuple[fx.Node, ...]
+_WIDE = LINKS | {"scale", "add", "elementwise", "reduce", "layout"}
+_WIDEST = 40  # most nodes of a link that branches
 _SHORT_SIDE = 24  # longest projection that is looked for: the walk back along the short side of a sum
 
 
@@ -233,10 +235,31 @@ def link_of(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -> t
     node = start
     while node not in ends:
         if not is_link(node, facts):
-            return None
+            return _wide_link(start, ends, facts)
         path.append(node)
         node = operands(node)[0]
     return node, tuple(reversed(path))
+
+
+def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[fx.Node, Link] | None:
+    """A link that branches, such as a norm in single operations, or one between two changes of layout.
+
+    The skip must be computed from one residual add alone, without mixing, and have its shape; so only where shapes are recorded.
+    """
+    seen, stack, found = {start}, [start], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST:
+            return None
+        for source in facts.flow[node]:
+            if source in ends:
+                found.add(source)
+            elif source in facts.varies and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start) or free_shape_of(end) != free_shape_of(start):
+        return None
+    return end, tuple(sorted(seen, key=facts.index.__getitem__))
 
 
 def is_link(node: fx.Node, facts: Facts) -> bool:
