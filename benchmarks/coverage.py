@@ -5,8 +5,9 @@
 Each model runs in a process of its own, with a time limit. Results are kept line by line in results/coverage.jsonl, so that an
 interrupted sweep goes on where it stopped. Three checks per model:
 
-- oracle: with gamma=0, outputs and gradients are those of the original, in train mode (same random numbers) and eval mode. Errors are
-  relative to the largest element of each tensor. BatchNorm over few values amplifies rounding, so both models run in float64 where they can;
+- oracle: with gamma=0, outputs, gradients and buffers are those of the original, in train mode (same random numbers) and eval mode;
+  errors are relative to the largest element of each tensor, in float64 where the model can, since BatchNorm over few values amplifies
+  rounding;
 - exactness: with gamma=0.9, gradients of backward="reversible" are those of "stored", bit for bit, in float32;
 - coverage: residual adds rewritten, of those that lie in chains of two or more (all found but projection shortcuts, single adds, and
   adds inside the branch of another).

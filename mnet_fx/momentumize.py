@@ -22,6 +22,7 @@ from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard
+from .named import NamedLayer, NamedRegion, name_region
 from .parts import Part, Parts, exported, parts_of
 from .program import Program
 from .region import MomentumRegion
@@ -63,7 +64,10 @@ def momentumize(
         weights: "momentum": b[t] = 1 - g[t], as in the paper; "matched": those with which the chain stays closest to the original network
             (needs v[0] = 0).
         granularity: "add": a step for each residual add; "module": a step for each repeated block (one for a transformer layer, not two).
-        regions: not built yet.
+        regions: paths of containers (ModuleList, Sequential) whose layers the model calls one after the other, such as
+            ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
+            Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and
+            returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew.
         backward: "reversible"; or "stored": the same forward, bit for bit, with activations stored by autograd.
         min_steps: shorter chains are left alone.
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
@@ -81,16 +85,18 @@ def momentumize(
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
     settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift)
-    if regions is not None:
-        raise NotImplementedError("regions is not built yet: leave it out, and residual chains are found by dataflow")
     net = _copied(model)
-    parts = parts_of(net, settings, example_inputs)
-    _rewrite(net, parts, settings)
+    if regions is None:
+        parts = parts_of(net, settings, example_inputs)
+        _rewrite(net, parts, settings)
+        report = _report(parts, settings, _stream_dtype(model))
+    else:
+        paths = [regions] if isinstance(regions, str) else list(regions)
+        report = _named_report([name_region(net, path, settings) for path in paths], settings, _stream_dtype(model))
     if settings.velocity is not None:
         if hasattr(net, "initial_velocity"):
             raise SettingsError(f"{type(model).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
         net.add_module("initial_velocity", settings.velocity)
-    report = _report(parts, settings, _stream_dtype(model))
     net.__dict__[REPORT] = report
     if not hasattr(net, "report"):
         net.__dict__["report"] = report
@@ -126,7 +132,7 @@ def _restore(net: nn.Module) -> None:
     """Takes the result of an earlier momentumize out of a copy, so that a second one starts over."""
     if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
         del net.__dict__["report"]
-    rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), (Forward, ExportedForward))]
+    rewritten = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), (Forward, ExportedForward, NamedLayer))]
     for module in rewritten:
         del module.__dict__["forward"]
         for name, ours in [(name, value) for name, value in vars(module).items() if isinstance(value, (MomentumRegion, Constants))]:
@@ -229,11 +235,23 @@ def _report(parts: Parts, settings: Settings, dtype: torch.dtype) -> Report:
     )
 
 
+def _named_report(named: list[NamedRegion], settings: Settings, dtype: torch.dtype) -> Report:
+    rows = [_row(f"named_region_{i}", r.path, len(r.layers), len(r.layers), "named", None, settings, dtype) for i, r in enumerate(named)]
+    layers = sum(row.steps for row in rows)
+    return Report(layers, layers, tuple(rows), (), tuple(CapturedPart(r.path, "named", len(r.layers), len(r.layers)) for r in named))
+
+
 def _region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
-    gammas = settings.gammas(len(region.steps))
+    return _row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+
+
+def _row(
+    name: str, path: str, steps: int, adds: int, kind: str, shape: tuple[int, ...] | None, settings: Settings, dtype: torch.dtype
+) -> RegionReport:
+    gammas = settings.gammas(steps)
     later = gammas[1:] or gammas
     gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
     kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
-    return RegionReport(region.name, path, len(region.steps), len(region.adds), region.kind, gamma, region.shape, kept, kept_bytes)
+    return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)

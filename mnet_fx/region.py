@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from functools import reduce
 from typing import Any
 
 import torch
@@ -13,17 +11,13 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
-from .cost import storage
+from .chain import start_tape
 from .errors import StreamError
-from .fixed_point import State
-from .fused import kernels
 from .program import Program
 from .settings import Settings
-from .tape import PlainTape, ReversingTape, StoringTape, Tape, run_chain
+from .tape import run_chain
 
 __all__ = ["MomentumRegion"]
-
-log = logging.getLogger("mnet_fx")
 
 _COMPILED = fx.Graph()  # in place of a body of which there is a program: a graph of torch.ops does not pickle
 
@@ -136,7 +130,7 @@ class MomentumRegion(nn.Module):
             for code, program in zip(self.code, self._programs, strict=True)
         ]
         widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
-        tape = self._tape(x, v0, reduce(torch.promote_types, widest, x.dtype))
+        tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 
@@ -148,18 +142,6 @@ class MomentumRegion(nn.Module):
                 "it must give a real floating tensor of the stream's shape"
             )
         return v0
-
-    def _tape(self, x: Tensor, v0: Tensor | None, held: torch.dtype) -> Tape:
-        horizon = max(1 / (1 - gamma) for gamma, _ in self.factors)
-        with torch.no_grad():
-            state = State(x.detach(), None if v0 is None else v0.detach(), min(horizon, len(self.factors)), kernels(), held)
-        kind: type[Tape] = PlainTape
-        if torch.is_grad_enabled() and self.backward == "reversible":
-            kind = {"reverse": ReversingTape, "inputs": StoringTape}[
-                storage([gamma for gamma, _ in self.factors], x.dtype, v0 is None, held)[0]
-            ]
-        log.debug("%s: %d steps of %s %s, %s", self.name, len(self.factors), x.dtype, tuple(x.shape), kind.__name__)
-        return kind(self.name, state, self.factors, self.on_drift)
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"

@@ -25,7 +25,8 @@ class RegionReport:
         path: path of the module that contains the chain, "" for the whole model.
         steps: number of steps T.
         adds: number of residual adds in them.
-        kind: "pre-activation", "post-activation", "post-norm" or "block".
+        kind: "pre-activation", "post-activation", "post-norm", "block", or "named" (a layer of a named container is a step, and is
+            counted as one add).
         gamma: the momentum where it is the same for all steps but perhaps the first, else the (smallest, largest).
         shape: shape of the stream, None where the capture recorded none.
         storage: "reverse" (the state X, U is kept), "inputs" (x[t] of each step is kept, fewer bytes for a short chain), or "autograd"
@@ -52,7 +53,7 @@ class CapturedPart:
     Attributes:
         path: path of the module, "" for the whole model.
         front_end: "symbolic trace" (submodules inside stay live: replacing one, hooks, and parametrisations have their effect) or
-            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call).
+            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call), or "named".
         residual_adds, rewritten_adds: number of residual-looking adds found in it, and of those rewritten.
     """
 

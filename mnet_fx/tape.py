@@ -40,7 +40,7 @@ from .fixed_point import Record, State
 from .loops import fingerprint
 from .replay import Conditions
 
-__all__ = ["PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
+__all__ = ["Chain", "Factors", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
 
 Factors = tuple[tuple[float, float], ...]
 
@@ -303,6 +303,37 @@ def _token(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 
+class Chain:
+    """A chain on a tape, one step after the other.
+
+    Args:
+        tape: a tape at time 0.
+        x0, v0: the stream and the initial velocity (or None), with their gradients' history.
+
+    Attributes:
+        x: the stream at time t; a caller that keeps it itself may take it away, and gives it back before the next step.
+        t: number of steps done.
+    """
+
+    def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
+        self.tape, self.t = tape, 0
+        self.x, self.v = _Enter.apply(x0, v0, tape)
+
+    def step(self, module: nn.Module, sides: tuple[Any, ...]) -> list[Any]:
+        """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras.
+
+        Raises:
+            StreamError: the step changed the stream in place.
+        """
+        if isinstance(self.tape, PlainTape):
+            y, *extras = checked(module, self.x, sides, self.tape.region, self.t)
+        else:
+            y, *extras = checkpoint(_Step(self.tape, self.t, module, sides, self.x), use_reentrant=False, preserve_rng_state=False)
+        self.x, self.v = _Shear.apply(self.x, self.v, y, self.tape, self.t)
+        self.t += 1
+        return extras
+
+
 def run_chain(
     tape: Tape, x0: Tensor, v0: Tensor | None, steps: Sequence[tuple[nn.Module, tuple[Any, ...]]], escapes: Collection[int] = ()
 ) -> tuple[Tensor, list[Tensor], list[Any]]:
@@ -320,15 +351,10 @@ def run_chain(
     Raises:
         StreamError: a step changed the stream in place.
     """
-    x, v = _Enter.apply(x0, v0, tape)
+    chain = Chain(tape, x0, v0)
     escaped, extras = [], []
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
-            escaped.append(x)
-        if isinstance(tape, PlainTape):
-            y, *more = checked(module, x, sides, tape.region, t)
-        else:
-            y, *more = checkpoint(_Step(tape, t, module, sides, x), use_reentrant=False, preserve_rng_state=False)
-        x, v = _Shear.apply(x, v, y, tape, t)
-        extras += more
-    return x, escaped, extras
+            escaped.append(chain.x)
+        extras += chain.step(module, sides)
+    return chain.x, escaped, extras

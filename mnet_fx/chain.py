@@ -1,0 +1,149 @@
+"""Chains of whole layers, run one step at a time: what named regions and `MomentumNet` share.
+
+layer(x, mask, cache=c) -> (x', weights)    becomes    f(x) = x' - x  (or x' itself, for a residual function),  extras (weights,)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .cost import storage
+from .errors import StreamError
+from .fixed_point import State
+from .fused import kernels
+from .tape import PlainTape, ReversingTape, StoringTape, Tape
+
+__all__ = ["LayerCall", "LayerStep", "start_tape"]
+
+log = logging.getLogger("mnet_fx")
+
+
+def start_tape(
+    name: str,
+    x: Tensor,
+    v0: Tensor | None,
+    factors: tuple[tuple[float, float], ...],
+    backward: str,
+    on_drift: str,
+    widest: set[torch.dtype],
+) -> Tape:
+    """A tape at time 0, of the kind that keeps fewest bytes.
+
+    Args:
+        name: of the region, for messages.
+        x, v0: the stream, and the initial velocity or None.
+        factors: (g[t], b[t]) of every step.
+        backward: "reversible" or "stored".
+        on_drift: "raise", "warn" or "ignore".
+        widest: floating dtypes of the parameters of the steps, which the stream may be promoted to.
+    """
+    gammas = [gamma for gamma, _ in factors]
+    held = reduce(torch.promote_types, widest, x.dtype)
+    with torch.no_grad():
+        horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(factors))
+        state = State(x.detach(), None if v0 is None else v0.detach(), horizon, kernels(), held)
+    kind: type[Tape] = PlainTape
+    if torch.is_grad_enabled() and backward == "reversible":
+        kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]
+    log.debug("%s: %d steps of %s %s, %s", name, len(factors), x.dtype, tuple(x.shape), kind.__name__)
+    return kind(name, state, factors, on_drift)
+
+
+class LayerCall:
+    """The arguments of one call of a layer without the stream: the first tensor, positional or by keyword, which nothing may keep alive.
+
+    Args:
+        name: of the layer, for messages.
+        args, kwargs: the call.
+
+    Raises:
+        StreamError: no argument is a tensor.
+    """
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        place = next((key for key, value in items if isinstance(value, Tensor)), None)
+        if place is None:
+            raise StreamError(f"{name} was called without a tensor among its arguments, so there is no stream to carry")
+        self.place: int | str = place
+        rest = (tuple(None if i == place else a for i, a in enumerate(args)), {k: v for k, v in kwargs.items() if k != place})
+        self.sides, self.spec = pytree.tree_flatten(rest)
+
+    def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The stream among the arguments."""
+        return args[self.place] if isinstance(self.place, int) else kwargs[self.place]
+
+    def arguments(self, x: Tensor, sides: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
+        """The call again, with other tensors."""
+        args, kwargs = pytree.tree_unflatten(list(sides), self.spec)
+        args, kwargs = list(args), dict(kwargs)
+        if isinstance(self.place, int):
+            args[self.place] = x
+        else:
+            kwargs[self.place] = x
+        return args, kwargs
+
+
+class LayerStep(nn.Module):
+    """One call of a layer as a step of a chain: (x, *sides) -> (y, *extras) with y in the shape of x.
+
+    Args:
+        layer: the layer, whose parameters and buffers the step uses.
+        function: runs the layer on its arguments.
+        call: the arguments of this call.
+        path: of the layer in the model.
+        residual: whether the layer is f itself, and not a block x + f(x).
+    """
+
+    def __init__(self, layer: nn.Module, function: Callable[..., Any], call: LayerCall, path: str, residual: bool = False) -> None:
+        super().__init__()
+        self.layer, self.path, self.residual = layer, path, residual
+        self._call = (function, call)
+        self.out_spec: pytree.TreeSpec | None = None
+
+    def path_of(self, name: str) -> str:
+        """Path in the model of a parameter or buffer of this step."""
+        return f"{self.path}.{name.removeprefix('layer.')}"
+
+    def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
+        function, call = self._call
+        args, kwargs = call.arguments(x, sides)
+        y, extras = self._split(function(*args, **kwargs))
+        if y.shape != x.shape:
+            raise StreamError(
+                f"{self.path} turns a stream of shape {tuple(x.shape)} into one of shape {tuple(y.shape)}, and a momentum "
+                "chain keeps one shape: leave that layer out of the container, or rewrite another one"
+            )
+        if not self.residual:
+            y = y - x
+        if torch.promote_types(x.dtype, y.dtype) != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise StreamError(f"{self.path} turns a stream of {x.dtype} into one of {y.dtype}: cast the input of the chain to {y.dtype}")
+        return y.to(x.dtype), *extras
+
+    def _split(self, result: Any) -> tuple[Tensor, list[Any]]:
+        """The stream, and the leaves of the rest of what the layer returned."""
+        if isinstance(result, Tensor):
+            return result, []
+        if not isinstance(result, (tuple, list)) or not result or not isinstance(result[0], Tensor):
+            raise StreamError(
+                f"{self.path} returned a {type(result).__name__}: a layer of a momentum chain returns its stream as a "
+                "tensor, or as the first element of a tuple or list"
+            )
+        extras, spec = pytree.tree_flatten(list(result[1:]))
+        self.out_spec = spec
+        self.out_type = type(result)
+        return result[0], extras
+
+    def joined(self, x: Tensor, extras: list[Any]) -> Any:
+        """What the layer returned in its first run, with x in place of its stream."""
+        if self.out_spec is None:
+            return x
+        rest = pytree.tree_unflatten(extras, self.out_spec)
+        return [x, *rest] if self.out_type is list else (x, *rest)

@@ -1,0 +1,186 @@
+"""Named regions: the layers of a container become steps of a chain, without tracing the code that calls them.
+
+    regions=["encoder.layers"]          for layer in self.layers:           the model's own Python, as it was
+                                            x = layer(x, mask)[0]           each call is a step; layers find the running chain by x
+
+The stream tensor that one layer returns leads the next to the chain: a table from tensors (by identity, weakly) to chains. A chain goes on
+only if the tensor is that very one, unchanged; anything else starts a new chain, with a warning, or is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .chain import LayerCall, LayerStep, start_tape
+from .errors import MnetError, MnetWarning, SettingsError, StreamError
+from .settings import Settings
+from .tape import Chain
+
+__all__ = ["NamedLayer", "NamedRegion", "name_region"]
+
+
+@dataclass
+class _Running:
+    """A chain that a stream tensor belongs to; holds everything of it but that tensor."""
+
+    chain: Chain
+    t: int  # the time at which that tensor is the stream
+    next: int  # index of the layer that comes next
+    version: int
+
+
+class NamedRegion:
+    """One container whose layers are steps.
+
+    Args:
+        path: of the container in the model.
+        layers: the layers in order; the same one may occur several times.
+        settings: the recurrence.
+    """
+
+    def __init__(self, path: str, layers: list[nn.Module], settings: Settings) -> None:
+        self.path, self.factors = path, settings.factors(len(layers))
+        self.backward, self.on_drift = settings.backward, settings.on_drift
+        self.velocity = (settings.velocity,)  # in a tuple: `momentumize` makes it a submodule of the model
+        self.positions: dict[int, list[int]] = {}
+        self.widest = {p.dtype for layer in layers for p in layer.parameters() if p.is_floating_point()}
+        self.layers = layers
+        self._index()
+
+    def _index(self) -> None:
+        self.positions = {}
+        for i, layer in enumerate(self.layers):
+            self.positions.setdefault(id(layer), []).append(i)
+        self.running: Any = WeakIdKeyDictionary()
+        self.warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("running", "positions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._index()
+
+    def step(self, layer: nn.Module, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of one of the layers.
+
+        Raises:
+            StreamError: the stream cannot be carried, or the call is a second one on a stream whose chain has gone on since.
+        """
+        call = LayerCall(self.path, args, kwargs)
+        x = call.stream(args, kwargs)
+        running = self.running.get(x)
+        index = self._position(layer, running)
+        chain = self._started(index, x) if running is None else self._continued(running, index, x)
+        step = LayerStep(layer, function, call, f"{self.path}.{index}")
+        extras = chain.step(step, tuple(call.sides))
+        x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
+        if index + 1 < len(self.layers):
+            self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
+        return step.joined(x, extras)
+
+    def _position(self, layer: nn.Module, running: _Running | None) -> int:
+        known = self.positions[id(layer)]
+        return next((i for i in known if running is not None and i >= running.next), known[0])
+
+    def _started(self, index: int, x: Tensor) -> Chain:
+        if not x.dtype.is_floating_point:
+            raise StreamError(f"{self.path}.{index}: the stream must be a real floating tensor, got {x.dtype}")
+        if index:
+            self._broken(index)
+        velocity = self.velocity[0]
+        v0 = None if velocity is None else velocity(x)
+        if v0 is not None and (not isinstance(v0, Tensor) or v0.shape != x.shape):
+            raise StreamError(f"{self.path}: the initial velocity module must give a tensor of shape {tuple(x.shape)}")
+        tape = start_tape(self.path, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
+        return Chain(tape, x, v0)
+
+    def _broken(self, index: int) -> None:
+        """A chain that begins in the middle."""
+        if torch._C._current_graph_task_id() != -1:
+            raise StreamError(
+                f"{self.path}.{index} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
+                "this layer: remove it (gradient_checkpointing_disable()), the chain keeps no activations by itself"
+            )
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{self.path}: layer {index} was called with another tensor than layer {index - 1} returned (or alone), so a new "
+                "chain starts there with velocity 0: the model changes the stream between the two, or calls only part of the container",
+                MnetWarning,
+                stacklevel=4,
+            )
+
+    def _continued(self, running: _Running, index: int, x: Tensor) -> Chain:
+        chain, name = running.chain, f"{self.path}.{index}"
+        if not x.is_inference() and x._version != running.version:
+            raise StreamError(
+                f"{name}: the stream was changed in place since layer {running.next - 1} returned it: use an out-of-place operation"
+            )
+        if chain.t != running.t:
+            raise StreamError(
+                f"{name} was called on a stream whose chain has gone on since: a layer called twice on one tensor (branch off with a clone of "
+                "it), or run again by a torch.utils.checkpoint around it (remove it, the chain keeps no activations by itself)"
+            )
+        if index < running.next:  # the loop starts over: another pass through the container
+            return self._started(index, x)
+        if index > running.next:  # layers were skipped, as by LayerDrop: the velocity waits
+            chain.tape.factors = (*chain.tape.factors[: chain.t], *self.factors[index:])
+        chain.x = x
+        return chain
+
+
+class NamedLayer:
+    """The `forward` of a layer in a named region.
+
+    Args:
+        owner: the layer.
+        regions: the regions it is part of; a call goes to the one whose chain its stream belongs to, else to the first.
+    """
+
+    def __init__(self, owner: nn.Module, regions: list[NamedRegion]) -> None:
+        self.owner, self.regions = owner, regions
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.regions[0].step(self.owner, self.original, args, kwargs)
+
+    @property
+    def original(self) -> Any:
+        return type(self.owner).forward.__get__(self.owner)
+
+
+def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) -> NamedRegion:
+    """Makes the layers of a container steps of one chain, in place.
+
+    Args:
+        net: the model.
+        path: of a ModuleList, Sequential, or any module whose children are called one after the other.
+        settings: the recurrence.
+        skip: how many layers at the start stay as they are.
+
+    Raises:
+        SettingsError: there is no such container, or a layer of it is in another region.
+    """
+    try:
+        container = net.get_submodule(path)
+    except AttributeError:
+        close = [name for name, module in net.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1]
+        raise SettingsError(f"{type(net).__name__} has no container {path!r}; containers of several layers are {close[:10]}") from None
+    layers = list(container._modules.values())[skip:]
+    if not layers or any(layer is None for layer in layers):
+        raise SettingsError(f"{path!r} holds no layers to rewrite: name a ModuleList, a Sequential or another container of layers")
+    region = NamedRegion(path, layers, settings)  # type: ignore[arg-type]
+    for layer in dict.fromkeys(layers):
+        assert layer is not None
+        if "forward" in layer.__dict__:
+            raise SettingsError(f"a layer of {path!r} has a forward of its own or is in another region: name each container once")
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise MnetError(f"a layer of {path!r} is a ScriptModule, whose forward cannot be replaced")
+        layer.forward = NamedLayer(layer, [region])
+    return region
