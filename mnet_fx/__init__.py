@@ -2,20 +2,26 @@
 
 from .cost import state_bits, state_bytes, step_bits
 from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
+from .momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
 from .momentumize import momentumize
-from .report import RegionReport, Report, report
+from .report import CapturedPart, RegionReport, Report, report
 
 __all__ = [
+    "CapturedPart",
+    "FinalVelocity",
     "InversionError",
     "MnetError",
     "MnetWarning",
+    "MomentumNet",
     "RegionReport",
     "Report",
     "SettingsError",
     "StreamError",
+    "convert_momentumnet_state_dict",
     "momentumize",
     "report",
     "state_bits",
     "state_bytes",
     "step_bits",
+    "transform_to_momentumnet",
 ]

@@ -125,8 +125,8 @@ class NamedRegion:
             )
         if chain.t != running.t:
             raise StreamError(
-                f"{name} was called on a stream whose chain has gone on since: a layer called twice on one tensor (branch off with a clone of "
-                "it), or run again by a torch.utils.checkpoint around it (remove it, the chain keeps no activations by itself)"
+                f"{name} was called on a stream whose chain has gone on since: a layer called twice on one tensor (branch off with a clone "
+                "of it), or run again by a torch.utils.checkpoint around it (remove it, the chain keeps no activations by itself)"
             )
         if index < running.next:  # the loop starts over: another pass through the container
             return self._started(index, x)

@@ -122,6 +122,11 @@ class ReversingTape(Tape):
         if self.fingerprint(self.state.fingerprint) != self.prints[t]:
             self.drifted(t, f"the state before step {t}", *(self.state.off_zero() if t == 0 and self.from_rest else ()))
 
+    def state_at(self, t: int) -> Tensor:
+        """x[t], with the tape at that time."""
+        self._seek(t)
+        return self.state.read()
+
     def _forward(self, y: Tensor) -> Tensor:
         del self.records[self.time :]
         record, x = self.state.step(y, *self.factors[self.time])

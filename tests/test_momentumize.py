@@ -95,15 +95,6 @@ def test_a_setting_that_cannot_work_is_an_error(options, message):
     unchanged(model, before, tokens())
 
 
-@pytest.mark.parametrize("options", [{"regions": ["blocks"]}], ids=list)
-def test_options_that_are_not_built_yet(options):
-    model = Chain()
-    before = facts(model)
-    with pytest.raises(NotImplementedError, match=f"{next(iter(options))} is not built yet: .{{10,}}"):
-        mnet_fx.momentumize(model, **options)
-    unchanged(model, before, tokens())
-
-
 # ---- models that cannot work
 
 

@@ -1,0 +1,297 @@
+"""Named regions: layers that the model's own Python calls, as steps of a chain."""
+
+import copy
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from test_export import assert_same_model, run, tiny
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mnet_fx
+
+
+class Layer(nn.Module):
+    def __init__(self, d=6, p=0.0):
+        super().__init__()
+        self.norm, self.fc, self.drop = nn.LayerNorm(d), nn.Linear(d, d), nn.Dropout(p)
+
+    def forward(self, x, memory=None, *, scale=1.0, flags=()):
+        y = self.drop(torch.tanh(self.fc(self.norm(x)) + (0 if memory is None else memory)))
+        return x + y * scale, y.mean(), {"flags": flags}
+
+
+class Model(nn.Module):
+    """No tracer can read it: it looks at values."""
+
+    def __init__(self, depth=5, p=0.0):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Layer(p=p) for _ in range(depth)), nn.Linear(6, 2)
+
+    def forward(self, x, memory=None, order=None, between=None, **options):
+        means = []
+        for i in range(len(self.layers)) if order is None else order:
+            x, mean, kept = self.layers[i](x, memory, **options)
+            assert kept == {"flags": options.get("flags", ())}
+            means.append(mean)
+            if between is not None and mean.item() > -1e9:
+                x = between(i, x)
+        return self.head(x), torch.stack(means)
+
+
+def points(seed=0):
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def twins(model, **options):
+    return [mnet_fx.momentumize(model, regions=["layers"], backward=b, **options) for b in ("reversible", "stored")]
+
+
+def assert_same_runs(nets, *args, **kwargs):
+    (_, a, ga), (_, b, gb) = [run(net, *args, **kwargs) for net in nets]
+    for s, t in zip([*a, *ga], [*b, *gb], strict=True):
+        assert (s is None) == (t is None)
+        assert s is None or torch.equal(s, t)
+
+
+CALLS = {"plain": {}, "memory": {"memory": torch.randn(6)}, "keywords": {"scale": 0.5, "flags": (1, None, "a")}}
+
+
+OPTIONS = [{"gamma": 0.9}, {"gamma": 0.05, "weights": "matched"}, {"initial_velocity": "first"}, {"initial_velocity": nn.Linear(6, 6)}]
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gamma_0_is_the_model_and_reversible_is_stored(call, training):
+    model = Model(p=0.3)
+    net = mnet_fx.momentumize(model, regions="layers", gamma=0)
+    assert_same_model(model.train(training), net.train(training), points(), **call)
+    for options in OPTIONS:
+        assert_same_runs([n.train(training) for n in twins(model, **options)], points(), **call)
+
+
+def test_the_recurrence_is_that_of_a_traced_region():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*(Block() for _ in range(4)))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + torch.tanh(self.fc(x))
+
+    model = Plain()
+    traced, named = mnet_fx.momentumize(model, gamma=0.7), mnet_fx.momentumize(model, regions=["layers"], gamma=0.7)
+    torch.testing.assert_close(named(points()), traced(points()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_side_input_gets_its_gradient():
+    memory = torch.randn(6, requires_grad=True)
+    grads = []
+    for net in twins(Model()):
+        memory.grad = None
+        run(net, points(), memory)
+        grads.append(memory.grad)
+    assert torch.equal(*grads)
+
+
+def test_what_people_do_with_the_layers():
+    model = Model()
+    net = mnet_fx.momentumize(model, regions=["layers"])
+    assert list(net.state_dict()) == list(model.state_dict())
+    assert net.layers[0].fc.weight is model.layers[0].fc.weight
+    assert len(net.layers) == 5
+    assert len(net.layers[1:3]) == 2
+    assert [(r.path, r.kind, r.steps) for r in net.report.regions] == [("layers", "named", 5)]
+    expected = run(net, points())[1]
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), mnet_fx.momentumize(net, regions=["layers"])):
+        assert all(torch.equal(a, b) for a, b in zip(run(other, points())[1], expected, strict=True))
+    seen = []
+    net.layers[2].register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+    run(net, points())
+    assert seen == [(4, 6)]
+    with pytest.warns(mnet_fx.MnetWarning, match="no residual chain"):
+        assert "forward" not in mnet_fx.momentumize(net).layers[0].__dict__
+    assert "forward" not in model.layers[0].__dict__
+
+
+def test_two_passes_before_a_backward_and_several_backwards():
+    for net in twins(Model(), gamma=0.5):
+        x, z = points(1).requires_grad_(), points(2).requires_grad_()
+        a, b = net(x)[0].sum(), net(z)[0].sum()
+        first = torch.autograd.grad(a, [x, net.layers[3].fc.weight], retain_graph=True)
+        again = torch.autograd.grad(a, [x, net.layers[3].fc.weight])
+        assert all(map(torch.equal, first, again))
+        assert torch.autograd.grad(b, z)[0].isfinite().all()
+
+
+def test_double_backward_is_that_of_stored():
+    found = []
+    for net in twins(Model(), gamma=0.5):
+        x = points().requires_grad_()
+        (g,) = torch.autograd.grad(net(x)[0].square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), [x, net.layers[0].fc.weight]))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 4), (1, 2), (0, 2, 4), (0,)], ids=str)
+def test_skipped_layers(order):
+    """As LayerDrop does; a chain that starts late says so."""
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if order[0] else "error")
+        net = mnet_fx.momentumize(model, regions=["layers"], gamma=0)
+        assert_same_model(model, net, points(), order=order)
+        assert_same_runs(twins(model, gamma=0.5), points(), order=order)
+
+
+def test_passing_through_the_container_twice_starts_anew():
+    model = Model(3)
+    net = mnet_fx.momentumize(model, regions=["layers"], gamma=0)
+    assert_same_model(model, net, points(), order=(0, 1, 2, 0, 1, 2))
+    assert_same_model(model, net, points(), order=(0, 1, 0, 1, 2))
+    assert_same_runs(twins(model, gamma=0.8), points(), order=(0, 1, 0, 1, 2))
+
+
+def test_one_layer_many_times():
+    class Tied(Model):
+        def __init__(self):
+            super().__init__(1)
+            self.layers = nn.ModuleList([self.layers[0]] * 4)
+
+    model = Tied()
+    assert_same_model(model, mnet_fx.momentumize(model, regions=["layers"], gamma=0), points())
+    assert_same_runs(twins(model, gamma=0.8), points())
+
+
+def test_a_chain_that_breaks_warns_once_and_stays_right():
+    model = Model()
+    net = mnet_fx.momentumize(model, regions=["layers"], gamma=0)
+
+    def between(i, x):
+        return x * 2 if i == 2 else x
+
+    with pytest.warns(mnet_fx.MnetWarning, match="layers: layer 3 was called with another tensor than layer 2 returned") as caught:
+        assert_same_model(model, net, points(), between=between)
+    assert len(caught) == 1
+    assert_same_model(model, net, points(), between=between)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same_runs(twins(model, gamma=0.6), points(), between=between)
+
+
+def test_a_stream_changed_in_place_is_an_error():
+    net = mnet_fx.momentumize(Model(), regions=["layers"])
+    with torch.no_grad(), pytest.raises(mnet_fx.StreamError, match="changed in place"):
+        net(points(), between=lambda i, x: x.mul_(2))
+
+
+def test_a_layer_called_twice_on_one_tensor_is_an_error():
+    net = mnet_fx.momentumize(Model(), regions=["layers"])
+    x = net.layers[0](points())[0]
+    net.layers[1](x)
+    with pytest.raises(mnet_fx.StreamError, match=r"layers\.1 was called on a stream whose chain has gone on since"):
+        net.layers[1](x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reentrant):
+    class Checkpointed(Model):
+        def forward(self, x, whole=False):
+            def all_layers(x):
+                for layer in self.layers:
+                    x = layer(x)[0]
+                return x
+
+            if whole:
+                return checkpoint(all_layers, x, use_reentrant=reentrant)
+            for layer in self.layers:
+                x = checkpoint(lambda x, layer=layer: layer(x)[0], x, use_reentrant=reentrant)
+            return x
+
+    nets = twins(Checkpointed(), gamma=0.5)
+    found = []
+    for net in nets:
+        x = points().requires_grad_()
+        net(x, whole=True).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    for net in nets:
+        x = points().requires_grad_()
+        if reentrant or net is nets[1]:
+            with pytest.raises(mnet_fx.StreamError, match="checkpoint"):
+                net(x).square().sum().backward()
+        else:  # the outer checkpoint has nothing to recompute, since the inner one keeps nothing
+            net(x).square().sum().backward()
+            assert torch.equal(x.grad, found[0])
+
+
+class Wide(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x], -1)
+
+
+class Whole(nn.Module):
+    def forward(self, x):
+        return {"x": x}
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"), [(Wide, r"shape \(4, 6\) into one of shape \(4, 12\)"), (Whole, "returned a dict")], ids=["shape", "dict"]
+)
+def test_a_layer_that_cannot_be_a_step_is_an_error(odd, message):
+    net = mnet_fx.momentumize(nn.Sequential(nn.Linear(6, 6), odd()), regions=[""])
+    with pytest.raises(mnet_fx.StreamError, match=message):
+        net(points())
+
+
+def test_names_that_do_not_fit_are_errors():
+    with pytest.raises(mnet_fx.SettingsError, match=r"has no container 'blocks'; .*'layers'"):
+        mnet_fx.momentumize(Model(), regions=["blocks"])
+    with pytest.raises(mnet_fx.SettingsError, match="name each container once"):
+        mnet_fx.momentumize(Model(), regions=["layers", "layers"])
+    with pytest.raises(mnet_fx.SettingsError, match="holds no layers"):
+        mnet_fx.momentumize(Model(), regions=["head"])
+
+
+def test_nothing_outlives_the_output():
+    net = mnet_fx.momentumize(Model(), regions=["layers"], gamma=0.9)
+    out = net(points())[0]
+    region = net.layers[0].forward.regions[0]
+    assert len(region.running) == 0  # every stream value but the last is gone already
+    x = net.layers[0](points())[0]
+    tape = weakref.ref(region.running[x].chain.tape)
+    del x, out
+    assert len(region.running) == 0
+    assert tape() is None
+
+
+HUGGING_FACE = {
+    "gpt2": ["transformer.h"],
+    "bert": ["encoder.layer"],
+    "llama": ["model.layers"],
+    "t5": ["encoder.block", "decoder.block"],
+    "vit": ["layers"],
+}
+
+
+@pytest.mark.parametrize(("name", "regions"), HUGGING_FACE.items(), ids=list(HUGGING_FACE))
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_hugging_face_models(name, regions):
+    model, call = tiny(name)
+    net = mnet_fx.momentumize(model, regions=regions, gamma=0)
+    for training in (True, False):
+        assert_same_model(model.train(training), net.train(training), **call)
+    assert_same_model(model, net, **call, output_hidden_states=True)
+    nets = [mnet_fx.momentumize(model, regions=regions, gamma=0.9, backward=b).train() for b in ("reversible", "stored")]
+    assert_same_runs(nets, **call)
