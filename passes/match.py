@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from passes.facts import Facts, free_shape_of, owner_path, shape_of
+from passes.facts import Facts, owner_path, shape_of
 from passes.ops import LINKS, MIXING, is_add, operands
 from passes.regions import ResidualAdd
 
@@ -257,7 +257,7 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
             elif source in facts.varies and source not in seen:
                 seen.add(source)
                 stack.append(source)
-    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start) or free_shape_of(end) != free_shape_of(start):
+    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):
         return None
     return end, tuple(sorted(seen, key=facts.index.__getitem__))
 

@@ -1,0 +1,139 @@
+"""Blocks that view the stream differently, and links that are more than one operation, in graphs of torch.export."""
+
+import pytest
+import torch
+from test_export import assert_exact, assert_same_model, steps
+from torch import nn
+
+import mnet_fx
+import passes
+
+
+class Windows(nn.Module):
+    """Alternates between (batch, height, width, channels), tokens, and channels first, as Swin, DaViT and MaxViT do."""
+
+    def __init__(self, depth=2, shift=1):
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth))
+        self.windows = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.shift = shift
+
+    def forward(self, x):
+        for mlp, conv, window in zip(self.mlps, self.convs, self.windows, strict=True):
+            b, c, h, w = x.shape
+            x = x + torch.tanh(conv(x))
+            x = x.flatten(2).transpose(1, 2)
+            x = x + torch.tanh(mlp(x))
+            x = x.view(b, h, w, c)
+            x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
+            x = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+            x = x + torch.tanh(window(x))
+            x = x.view(b, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+            x = torch.roll(x, (self.shift, self.shift), (1, 2))
+            x = x.permute(0, 3, 1, 2)
+        return x
+
+
+def images(batch=2):
+    return torch.randn(batch, 8, 4, 6, generator=torch.Generator().manual_seed(batch))
+
+
+def test_blocks_in_three_layouts_are_one_chain():
+    model = Windows()
+    net = mnet_fx.momentumize(model, (images(),), gamma=0)
+    assert steps(net) == [6]
+    for batch in (2, 3, 1):
+        assert_same_model(model, net, images(batch))
+    assert_exact(model, (images(),), images())
+
+
+def test_a_layout_that_does_not_come_back_changes_the_network_only_where_it_is_the_same():
+    """Rolled one way and never back: the stream is another after each block, but still a chain up to a roll."""
+
+    class Rolls(Windows):
+        def forward(self, x):
+            for mlp in self.mlps:
+                x = torch.roll(x, 1, 2)
+                x = x + torch.tanh(mlp(x))
+            return x
+
+    model, x = Rolls(4), torch.randn(2, 3, 5, 8)
+    net = mnet_fx.momentumize(model, (x,), gamma=0)
+    assert_same_model(model, net, x)
+    assert_exact(model, (x,), x)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_memory_that_is_written_to_is_left_alone(written):
+    class Writes(Windows):
+        def forward(self, x):
+            for mlp in self.mlps:
+                x = x + torch.tanh(mlp(x))
+                y = x.transpose(1, 2)
+                if written:
+                    y.mul_(2)
+                x = (y + torch.tanh(mlp(y))).transpose(1, 2)
+            return x
+
+    model, x = Writes(), torch.randn(2, 3, 5, 8)
+    captured = passes.capture_by_export(model, (x,), {}, "held")
+    assert [len(region.steps) for region in passes.plan(captured.graph_module).regions] == ([] if written else [4])
+    for gm in (captured.graph_module,):
+        torch.testing.assert_close(gm(x.clone())[0], model(x.clone()))
+
+
+class Norm(nn.Module):
+    """A norm in single operations, as DeBERTa's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() + self.bias
+
+
+class Transposed(nn.Module):
+    """A norm between two changes of layout, as SqueezeBERT's."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Mixes(nn.Module):
+    """No link: a matrix product between two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("link", "chains"), [(Norm, [3]), (Transposed, [3]), (Mixes, [])], ids=lambda v: v.__name__ if isinstance(v, type) else ""
+)
+def test_links_that_branch(link, chains):
+    class Post(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fcs, self.norms = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.ModuleList(link() for _ in range(3))
+
+        def forward(self, x):
+            for fc, norm in zip(self.fcs, self.norms, strict=True):
+                x = norm(x + torch.tanh(fc(x)))
+            return x
+
+    model, x = Post(), torch.randn(2, 5, 8)
+    plan = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module)
+    assert [len(region.steps) for region in plan.regions] == chains
+    if chains:
+        assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
+        assert_exact(model, (x,), x)
