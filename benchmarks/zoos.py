@@ -47,15 +47,14 @@ def _torchvision(name: str) -> Built:
         model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=5)
         return _revived(model.backbone), {"x": torch.randn(2, 3, 96, 96)}
     if "segmentation" in module:
-        return _revived(tv.get_model(name, weights=None, weights_backbone=None, num_classes=5, aux_loss=None)), {
-            "x": torch.randn(2, 3, 64, 64)
-        }
+        model = _revived(tv.get_model(name, weights=None, weights_backbone=None, num_classes=5))
+        return model, {_first_argument(model): torch.randn(2, 3, 64, 64)}
     if "optical_flow" in module:
         return tv.get_model(name), {"image1": torch.randn(1, 3, 128, 128), "image2": torch.randn(1, 3, 128, 128), "num_flow_updates": 3}
     if "video" in module:
         size = (16, 224, 224) if name.startswith("mvit") else (8, 64, 64)
         return _revived(tv.get_model(name, num_classes=10)), {"x": torch.randn(1 if "mvit" in name else 2, 3, *size)}
-    size = 224 if name.startswith(("vit", "maxvit")) else 96 if "inception" in name or "googlenet" in name else 64
+    size = 224 if name.startswith(("vit", "maxvit")) else 128 if "inception" in name or "googlenet" in name else 64
     extra = {"image_size": 64 if name != "vit_h_14" else 56} if name.startswith("vit") else {}
     size = extra.get("image_size", size)
     model = tv.get_model(

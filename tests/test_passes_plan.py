@@ -324,10 +324,10 @@ def test_two_thousand_steps():
         bodies.update(id(step.body) for step in code.steps)
         return nn.Identity()
 
-    start = time.perf_counter()
+    start = time.process_time()
     gm = capture(model).parts[0].graph_module
     found = plan(gm)
     rewrite(gm, found, build)
     assert lengths(found) == [2000]
     assert len(bodies) == 1
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
