@@ -50,7 +50,7 @@ class Guard:
         self.one_mode, self.whole = one_mode, whole
         self.kinds = _kinds(owner) if whole else {}
         self.seen = [
-            _Seen(path, module, tuple(module._modules), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
+            _Seen(path, module, _children(module), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
             for path, module in _traced_through(owner, frozenset(leaves), "", whole)
         ]
 
@@ -64,9 +64,10 @@ class Guard:
             if (found := self._difference(seen, owner)) is not None:
                 where = seen.path or type(owner).__name__
                 raise MnetError(f"{where} {found}")
-        if self.whole and (now := _kinds(owner)) != self.kinds:
-            name = next(name for name in now if now[name] != self.kinds.get(name))
-            raise MnetError(f"{name} went from {self.kinds.get(name, 'nothing')} to {now[name]} {_SINCE}")
+        now = _kinds(owner) if self.whole else {}
+        for name, kind in self.kinds.items():
+            if now.get(name) != kind:
+                raise MnetError(f"{name} went from {kind} to {now.get(name, 'nothing')} {_SINCE}")
 
     def _difference(self, seen: _Seen, owner: nn.Module) -> str | None:
         module = seen.module
@@ -76,7 +77,7 @@ class Guard:
                 return f"was replaced or removed {_SINCE}"
             if _hooks(module) != seen.hooks:
                 return f"got a hook {_SINCE}, or put the hook on the layers inside, which are called as they are"
-        if tuple(module._modules) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
+        if _children(module) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
             return f"lost or gained a submodule {_SINCE}"
         for name, value in seen.attributes.items():
             now = vars(module).get(name, _HOOKS)
@@ -89,6 +90,11 @@ class Guard:
                 "put both in the same mode, or freeze parameters with requires_grad_(False) instead"
             )
         return None
+
+
+def _children(module: nn.Module) -> tuple[str, ...]:
+    """Names of the children but for the one that `momentumize` itself adds, after the capture."""
+    return tuple(name for name in module._modules if name != "initial_velocity")
 
 
 def _hooks(module: nn.Module) -> int:

@@ -96,6 +96,8 @@ def momentumize(
     if settings.velocity is not None:
         if hasattr(net, "initial_velocity"):
             raise SettingsError(f"{type(model).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
+        if isinstance(net, nn.Sequential) and "forward" not in net.__dict__:
+            raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
         net.add_module("initial_velocity", settings.velocity)
     net.__dict__[REPORT] = report
     if not hasattr(net, "report"):

@@ -295,3 +295,22 @@ def test_hugging_face_models(name, regions):
     assert_same_model(model, net, **call, output_hidden_states=True)
     nets = [mnet_fx.momentumize(model, regions=regions, gamma=0.9, backward=b).train() for b in ("reversible", "stored")]
     assert_same_runs(nets, **call)
+
+
+def test_the_velocity_module_is_not_run_as_a_layer():
+    """It becomes a child of the model, and a Sequential runs all of its children."""
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    with pytest.raises(mnet_fx.SettingsError, match="would run the module"):
+        mnet_fx.momentumize(nn.Sequential(*layers), regions=[""], initial_velocity=nn.Linear(6, 6))
+
+    class Block(Layer):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    net = mnet_fx.momentumize(nn.Sequential(Block(), Block()), initial_velocity=nn.Linear(6, 6))  # traced: the program runs the layers
+    assert steps_of(net) == [2]
+    assert net(points()).shape == (4, 6)
+
+
+def steps_of(net):
+    return [region.steps for region in net.report.regions]
