@@ -227,7 +227,7 @@ def transform_to_momentumnet(
         if not is_residual:
             name_region(net, path, settings, skip=int(keep_first_layer))
             continue
-        layers = list(net.get_submodule(path).children())
+        layers = [layer for layer in net.get_submodule(path)._modules.values() if layer is not None]  # children() skips repeats
         parent, _, name = path.rpartition(".")
         container = _MomentumContainer(layers, int(keep_first_layer), gamma=gamma, use_backprop=use_backprop, is_residual=True)
         setattr(net.get_submodule(parent), name, container)
@@ -255,6 +255,6 @@ def convert_momentumnet_state_dict(state_dict: dict[str, Any], keep_first_layer:
 
     def converted(key: str) -> str:
         key = container.sub(lambda m: f"{m[1]}.{int(m[2]) + int(keep_first_layer)}.", key)
-        return key.removeprefix("network.")
+        return re.sub(r"^network\.(\d+|init)\.", r"\1.", key)
 
     return {converted(key): value for key, value in state_dict.items()}

@@ -215,3 +215,18 @@ def test_the_model_given_is_left_alone():
 def test_an_unknown_container_is_an_error():
     with pytest.raises(mnet_fx.SettingsError, match=r"no container 'layer7'; containers of several layers are \['res_layer1\.functions'"):
         transform_to_momentumnet(Net(), ["layer7"])
+
+
+def test_repeated_functions_of_a_container_are_all_run():
+    f, g = functions(2)
+    model = Net()
+    model.res_layer1 = Loop([f, g, f, g])
+    net = transform_to_momentumnet(model, ["res_layer1.functions"], keep_first_layer=False, gamma=0.5, is_residual=True)
+    expected = model.layer2(MomentumNet([f, g, f, g], gamma=0.5)(points()))
+    torch.testing.assert_close(net(points()), expected)
+    assert list(net.state_dict()) == list(model.state_dict())
+
+
+def test_the_converter_leaves_other_keys_alone():
+    keys = {"network.stem.weight": 1, "network.3.weight": 2, "network.init.bias": 3}
+    assert mnet_fx.convert_momentumnet_state_dict(keys) == {"network.stem.weight": 1, "3.weight": 2, "init.bias": 3}
