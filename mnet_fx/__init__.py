@@ -1,5 +1,6 @@
 """mnet_fx: residual networks rewritten into exactly reversible momentum networks (Sander et al., ICML 2021)."""
 
+from .compile_backend import backend, reports, reset_reports
 from .cost import state_bits, state_bytes, step_bits
 from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
 from .momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
@@ -17,9 +18,12 @@ __all__ = [
     "Report",
     "SettingsError",
     "StreamError",
+    "backend",
     "convert_momentumnet_state_dict",
     "momentumize",
     "report",
+    "reports",
+    "reset_reports",
     "state_bits",
     "state_bytes",
     "step_bits",

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import MnetWarning
 from .loops import EAGER, Kernels, flat
 
-__all__ = ["kernels"]
+__all__ = ["FUSED", "fusing", "kernels"]
 
 log = logging.getLogger("mnet_fx")
 SMALLEST = 1 << 14  # elements; below, calling a compiled function costs more than the loop
@@ -30,6 +30,11 @@ _lock = threading.Lock()
 def kernels() -> Kernels:
     """The fused loops if MNET_FX_FUSED=1 in the environment, else the eager ones."""
     return FUSED if os.environ.get("MNET_FX_FUSED", "0") == "1" else EAGER
+
+
+def fusing() -> bool:
+    """Whether a compiled graph may use the fused loops: unless MNET_FX_FUSED=0 in the environment."""
+    return os.environ.get("MNET_FX_FUSED", "1") != "0"
 
 
 def _shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: Tensor, ratio: Tensor, unit: Tensor) -> None:

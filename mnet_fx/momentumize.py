@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 import passes
-from passes import Call, ExportError, PlannedRegion, RegionCode
+from passes import Call, ExportError, RegionCode
 
-from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard
@@ -26,7 +25,7 @@ from .named import NamedLayer, NamedRegion, name_region
 from .parts import Part, Parts, exported, parts_of
 from .program import Program
 from .region import MomentumRegion
-from .report import REPORT, CapturedPart, RegionReport, Report
+from .report import REPORT, CapturedPart, Report, region_report, row
 from .settings import Backward, Gamma, Granularity, OnDrift, Settings, Weights
 
 __all__ = ["momentumize"]
@@ -224,7 +223,7 @@ def _report(parts: Parts, settings: Settings, dtype: torch.dtype) -> Report:
     captured, regions, refusals = [], [], list(parts.refusals)
     for path, both in parts.both.items():
         plan = both[True].plan
-        regions += [_region_report(r, under(path, r.path), settings, dtype) for r in plan.regions]
+        regions += [region_report(r, under(path, r.path), settings, dtype) for r in plan.regions]
         refusals += [dataclasses.replace(r, path=under(path, r.path)) for r in plan.refusals]
         front_end = "symbolic trace" if both[True].captured.interface is None else "torch.export"
         captured.append(CapturedPart(path, front_end, len(plan.residual_adds), len(plan.rewritten_adds)))
@@ -238,22 +237,6 @@ def _report(parts: Parts, settings: Settings, dtype: torch.dtype) -> Report:
 
 
 def _named_report(named: list[NamedRegion], settings: Settings, dtype: torch.dtype) -> Report:
-    rows = [_row(f"named_region_{i}", r.path, len(r.layers), len(r.layers), "named", None, settings, dtype) for i, r in enumerate(named)]
-    layers = sum(row.steps for row in rows)
+    rows = [row(f"named_region_{i}", r.path, len(r.layers), len(r.layers), "named", None, settings, dtype) for i, r in enumerate(named)]
+    layers = sum(found.steps for found in rows)
     return Report(layers, layers, tuple(rows), (), tuple(CapturedPart(r.path, "named", len(r.layers), len(r.layers)) for r in named))
-
-
-def _region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
-    return _row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
-
-
-def _row(
-    name: str, path: str, steps: int, adds: int, kind: str, shape: tuple[int, ...] | None, settings: Settings, dtype: torch.dtype
-) -> RegionReport:
-    gammas = settings.gammas(steps)
-    later = gammas[1:] or gammas
-    gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
-    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
-    if settings.backward == "stored":
-        kept, kept_bytes = "autograd", None  # type: ignore[assignment]
-    return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
-from .chain import start_tape
+from .chain import in_floats, start_tape
 from .errors import StreamError
+from .loops import Kernels
 from .program import Program
 from .settings import Settings
 from .tape import run_chain
 
-__all__ = ["MomentumRegion"]
+__all__ = ["ChainRegion", "MomentumRegion", "expanded", "sum_dtype"]
 
 _COMPILED = fx.Graph()  # in place of a body of which there is a program: a graph of torch.ops does not pickle
 
@@ -51,52 +52,59 @@ class _Step(nn.Module):
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         y, *extras = self._program(self, x, *sides)
-        dtype = self._sum_dtype(x, y)
+        dtype = sum_dtype(self._code, x, y)
         if self._code.form == "block":
             y = y - x
         if y.shape != x.shape:
-            y = self._expanded(y, x)
+            y = expanded(y, x)
         if torch.promote_types(x.dtype, y.dtype) != dtype:
             y = y.to(dtype)
         return y, *extras
 
-    def _sum_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
-        """The dtype that x[t+1] has in the original model."""
-        if self._code.form == "block" or self._code.written == "branch":
-            dtype = y.dtype
-        else:
-            dtype = x.dtype if self._code.written == "skip" else torch.result_type(x, y)
-        if torch.promote_types(x.dtype, dtype) == dtype:
-            return dtype
-        if torch.is_autocast_enabled(x.device.type):  # autocast brings about any mixture; the wider dtype does no harm
-            return x.dtype
+
+def sum_dtype(code: StepCode, x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype that x[t+1] has in the original model, for a body that gave y.
+
+    Raises:
+        StreamError: it is narrower than that of x.
+    """
+    of_branch = code.form == "block" or code.written == "branch"
+    dtype = y.dtype if of_branch else x.dtype if code.written == "skip" else torch.result_type(x, y)
+    if torch.promote_types(x.dtype, dtype) == dtype:
+        return dtype
+    if torch.is_autocast_enabled(x.device.type):  # autocast brings about any mixture; the wider dtype does no harm
+        return x.dtype
+    raise StreamError(
+        f"a step turns a stream of {x.dtype} into one of {dtype}; a momentum chain keeps its dtype or widens it: "
+        "cast the input of the chain, or cast inside the branch"
+    )
+
+
+def expanded(y: Tensor, x: Tensor) -> Tensor:
+    """y in the shape of x.
+
+    Raises:
+        StreamError: it has no such shape.
+    """
+    try:
+        return y.expand(x.shape)
+    except RuntimeError:
         raise StreamError(
-            f"a step turns a stream of {x.dtype} into one of {dtype}; a momentum chain keeps its dtype or widens it: "
-            "cast the input of the chain, or cast inside the branch"
-        )
-
-    def _expanded(self, y: Tensor, x: Tensor) -> Tensor:
-        try:
-            return y.expand(x.shape)
-        except RuntimeError:
-            raise StreamError(
-                f"a residual of shape {tuple(y.shape)} is added to a stream of shape {tuple(x.shape)}, which would change the stream's "
-                "shape; a momentum chain keeps one shape: rewrite a smaller part of the model"
-            ) from None
+            f"a residual of shape {tuple(y.shape)} is added to a stream of shape {tuple(x.shape)}, which would change the stream's "
+            "shape; a momentum chain keeps one shape: rewrite a smaller part of the model"
+        ) from None
 
 
-class MomentumRegion(nn.Module):
-    """A chain of residual steps x[t+1] = x[t] + f[t](x[t], *sides), run as the momentum recurrence and reversibly.
+class ChainRegion(nn.Module):
+    """A chain of residual steps x[t+1] = x[t] + f[t](x[t], *sides), run as the momentum recurrence and reversibly. Abstract.
 
         v[t+1] = g[t] * v[t] + b[t] * f[t](x[t], *sides)
         x[t+1] = x[t] + v[t+1]
 
-    It owns no parameters: the steps call the modules of the model it is part of, by path, as they are at the time of the call.
-
     Args:
         code: the chain, from `passes.rewrite`.
         settings: the recurrence.
-        owner: the module that paths start from.
+        arithmetic: the loops over elements.
 
     Called as `region(x, *sides)` with x of any shape and real floating dtype; returns x[T], or a tuple that starts with it.
 
@@ -105,33 +113,34 @@ class MomentumRegion(nn.Module):
         InversionError: in the backward pass, see `mnet_fx.InversionError`.
     """
 
-    def __init__(self, code: RegionCode, settings: Settings, owner: nn.Module) -> None:
+    def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None = None) -> None:
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
-        self.backward, self.on_drift = settings.backward, settings.on_drift
+        self.backward, self.on_drift, self.arithmetic = settings.backward, settings.on_drift, arithmetic
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
-        self._owner = (owner,)  # in tuples, so as not to be submodules: a cycle, and a second path to the same parameters
         self._velocity = (settings.velocity,)
-        programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}
-        self._programs = [programs[id(step.body)] for step in code.steps]
 
     @property
     def velocity(self) -> nn.Module | None:
         """The module that gives v[0] from x[0]; None for v[0] = 0."""
         return self._velocity[0]
 
+    def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
+        """Each step as a module `(x, *sides) -> (y, *extras)` that owns the tensors of this moment, and its side inputs."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, *sides: Any) -> Any:
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
-        steps = [
-            (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
-            for code, program in zip(self.code, self._programs, strict=True)
-        ]
-        widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
-        tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest)
-        last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
+        steps = self.bound(sides)
+        if torch.compiler.is_exporting():
+            last, escaped, extras = in_floats(x, v0, self.factors, steps, self.escapes)
+        else:
+            widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
+            tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest, self.arithmetic)
+            last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 
     def _checked_velocity(self, v0: Any, x: Tensor) -> Tensor:
@@ -145,3 +154,26 @@ class MomentumRegion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"
+
+
+class MomentumRegion(ChainRegion):
+    """A region whose steps call the modules of the model it is part of, by path, as they are at the time of the call.
+
+    It owns no parameters.
+
+    Args:
+        code, settings: as in `ChainRegion`.
+        owner: the module that paths start from.
+    """
+
+    def __init__(self, code: RegionCode, settings: Settings, owner: nn.Module) -> None:
+        super().__init__(code, settings)
+        self._owner = (owner,)  # in a tuple, so as not to be a submodule: a cycle, and a second path to the same parameters
+        programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}
+        self._programs = [programs[id(step.body)] for step in code.steps]
+
+    def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
+        return [
+            (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
+            for code, program in zip(self.code, self._programs, strict=True)
+        ]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import nn
 
-from passes import Refusal
+from passes import PlannedRegion, Refusal
 
+from .cost import storage
 from .errors import MnetError
+from .settings import Settings
 
 REPORT = "_mnet_fx_report"  # where a rewritten model keeps its report
 
-__all__ = ["REPORT", "CapturedPart", "RegionReport", "Report", "report"]
+__all__ = ["REPORT", "CapturedPart", "RegionReport", "Report", "region_report", "report", "row"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class CapturedPart:
     Attributes:
         path: path of the module, "" for the whole model.
         front_end: "symbolic trace" (submodules inside stay live: replacing one, hooks, and parametrisations have their effect) or
-            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call), or "named".
+            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call), "named", or
+            "torch.compile" (a graph of Dynamo, which captures again after any change).
         residual_adds, rewritten_adds: number of residual-looking adds found in it, and of those rewritten.
     """
 
@@ -110,6 +115,24 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
     shape = "-" if r.shape is None else " x ".join("?" if n < 0 else str(n) for n in r.shape)
     kept = "-" if r.state_bytes_per_element is None else f"{r.state_bytes_per_element:g}"
     return r.name, r.path or "(root)", str(r.steps), str(r.adds), r.kind, gamma, shape, r.storage, kept
+
+
+def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
+    """The row of a planned region in the module at `path`, for a stream of that dtype."""
+    return row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+
+
+def row(
+    name: str, path: str, steps: int, adds: int, kind: str, shape: tuple[int, ...] | None, settings: Settings, dtype: torch.dtype
+) -> RegionReport:
+    """The row of a chain; see `RegionReport` for the fields."""
+    gammas = settings.gammas(steps)
+    later = gammas[1:] or gammas
+    gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
+    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
+    if settings.backward == "stored":
+        kept, kept_bytes = "autograd", None  # type: ignore[assignment]
+    return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)
 
 
 def report(net: nn.Module) -> Report:

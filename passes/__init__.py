@@ -8,8 +8,10 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 """
 
 from passes.capture import Call, Capture, Captured, capture, capture_by_export, forward_children, inner_calls
+from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.exporting import ExportError, Interface
 from passes.legality import CODES
+from passes.pieces import pieces
 from passes.plan import plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
@@ -25,6 +27,7 @@ __all__ = [
     "Granularity",
     "Interface",
     "InvariantError",
+    "LostContextError",
     "PassResult",
     "Plan",
     "PlannedRegion",
@@ -33,10 +36,14 @@ __all__ = [
     "ResidualAdd",
     "Step",
     "StepCode",
+    "Unlifted",
     "capture",
     "capture_by_export",
     "forward_children",
     "inner_calls",
+    "lift",
+    "pieces",
     "plan",
     "rewrite",
+    "unlift",
 ]

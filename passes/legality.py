@@ -77,6 +77,10 @@ CODES: dict[str, Code] = {
         "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",
         "Give example inputs, with which contexts are kept; move a custom function to a small submodule of its own.",
     ),
+    "graph_break": Code(
+        "Dynamo ended the graph right behind the chain, so what follows is compiled by itself.",
+        "Find the break with TORCH_LOGS=graph_breaks; or momentumize(model, regions=[...]) before torch.compile.",
+    ),
     "opaque_module": Code(
         "The module has hooks or a forward set on the instance, or is a ScriptModule or a transformer of torch.nn, so it stays whole.",
         "Give example inputs, with which transformers of torch.nn are exported; remove hooks and replaced forwards before the rewrite.",

@@ -1,0 +1,153 @@
+"""Steps compiled by an inner compiler: one artifact for each structure, which serves the forward pass and every rerun.
+
+A compiler that sees the forward and the recomputation of a step together fuses them differently, and the bits differ. So the residual
+function of a step is compiled by itself, as `x -> f(x)` with nothing else in sight, and the tape calls that same artifact in both passes.
+Steps that differ in their parameters alone share it, so the time to compile does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes import StepCode
+
+from .region import expanded, sum_dtype
+
+__all__ = ["Artifact", "Artifacts", "Compiler", "fake_output"]
+
+Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+class Compiler:
+    """An inner compiler, called on parts of one Dynamo graph.
+
+    Args:
+        inner: `inner(graph_module, example_inputs) -> callable` that returns a tuple, as `torch.compile` takes it.
+        fake_mode: the fake tensor mode of the graph, None where it has no tensors.
+    """
+
+    def __init__(self, inner: Inner, fake_mode: FakeTensorMode | None) -> None:
+        self.inner, self.fake_mode = inner, fake_mode
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compiles a part, of which Dynamo's own tracing context knows nothing."""
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+                node._dynamo_source = None
+        with tracing(TracingContext(self.fake_mode)):
+            return self.inner(gm, list(inputs))
+
+
+def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
+    """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
+    with fake_mode:
+        return gm(*inputs)
+
+
+class Artifact:
+    """A compiled step.
+
+    Attributes:
+        run: `run(x, *sides, *attributes) -> (y, *extras)` with y = f(x) in the shape of x.
+        outputs: fake tensors in the form of what it returns.
+        needs_grad: for each input whether it was compiled to give a gradient.
+    """
+
+    def __init__(self, run: Callable[..., Any], outputs: tuple[Any, ...], needs_grad: tuple[bool, ...]) -> None:
+        self.run, self.outputs, self.needs_grad = run, outputs, needs_grad
+
+
+class Artifacts:
+    """The compiled steps of one graph, made on demand.
+
+    Args:
+        compiler: compiles them.
+        statics: what bodies read that is no input of the graph: constants, and the bodies of higher-order operations.
+    """
+
+    def __init__(self, compiler: Compiler, statics: Callable[[str], Any]) -> None:
+        self.compiler, self.statics = compiler, statics
+        self.known: dict[Hashable, Artifact] = {}
+
+    def of(self, code: StepCode, inputs: Sequence[Any]) -> Artifact:
+        """The artifact of a step for fake inputs (x, *sides, *attributes); the attributes of the step that are no inputs are left out."""
+        fixed = {f"a{i}": self.statics(path) for i, path in enumerate(code.attributes) if self.statics(path) is not None}
+        modules = {f"m{i}": self.statics(path) for i, path in enumerate(code.modules)}
+        key = (id(code.body), code.form, code.written, tuple(map(_form, inputs)), _contents(fixed | modules))
+        if key not in self.known:
+            self.known[key] = self._made(code, inputs, fixed | modules)
+        return self.known[key]
+
+    def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> Artifact:
+        fake_mode = self.compiler.fake_mode
+        assert fake_mode is not None
+        body = fx.GraphModule(fixed, _with_inputs(code, fixed))
+        y, *_ = fake_output(body, inputs, fake_mode)
+        with fake_mode:
+            _finish(body, code, inputs[0], y)
+        outputs = fake_output(body, inputs, fake_mode)
+        needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+        return Artifact(self.compiler(body, inputs), tuple(outputs), needs_grad)
+
+
+def _with_inputs(code: StepCode, fixed: dict[str, Any]) -> fx.Graph:
+    """The body as a graph of inputs (x, *sides, *attributes)."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in code.body.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.placeholder(str(node.target))
+    for node in code.body.nodes:
+        if node.op == "get_attr" and node.target not in fixed:
+            values[node] = graph.placeholder(str(node.target))
+    for node in code.body.nodes:
+        if node not in values:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return graph
+
+
+def _finish(body: fx.GraphModule, code: StepCode, x: Tensor, y: Tensor) -> None:
+    """Makes the body return f(x) in the shape of x, and in the dtype that makes x + f(x) have that of the original."""
+    graph, output = body.graph, body.graph.output_node()
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    outputs: Any = output.args[0]
+    value, *extras = outputs
+    dtype = sum_dtype(code, x, y)
+    with graph.inserting_before(output):
+        if code.form == "block":
+            value, y = graph.call_function(torch.sub, (value, first)), y - x
+        if y.shape != x.shape:
+            expanded(y, x)
+            value = graph.call_method("expand_as", (value, first))
+        if torch.promote_types(x.dtype, y.dtype) != dtype:
+            value = graph.call_method("to", (value, dtype))
+    output.args = ((value, *extras),)
+    body.recompile()
+
+
+def _form(value: Any) -> Hashable:
+    """Everything about an input that an artifact depends on."""
+    if not isinstance(value, Tensor):
+        return type(value), str(value)
+    parameter = isinstance(value, nn.Parameter)
+    strided = (str(tuple(value.stride())), str(value.storage_offset())) if value.layout is torch.strided else ()
+    return str(tuple(value.shape)), strided, value.dtype, value.device, value.requires_grad, parameter, type(value)
+
+
+def _contents(fixed: dict[str, Any]) -> Hashable:
+    """Equal for graph modules of equal code over equal attributes, and for the same object."""
+    return tuple((name, _content(value)) for name, value in sorted(fixed.items()))
+
+
+def _content(value: Any) -> Hashable:
+    if not isinstance(value, fx.GraphModule):
+        return id(value)
+    names = dict.fromkeys(str(node.target) for node in value.graph.nodes if node.op in ("get_attr", "call_module"))
+    return value.code, tuple(_content(getattr(value, name)) for name in names)

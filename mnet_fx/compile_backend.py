@@ -1,0 +1,200 @@
+"""The backend of `torch.compile`: residual chains of what Dynamo captures become momentum regions, the rest goes to an inner compiler.
+
+    torch.compile(model, backend="mnet_fx", options={"gamma": 0.9, "inner": "inductor"})
+    torch.compile(model, backend=mnet_fx.backend(gamma=0.9, inner="inductor"))
+
+Dynamo's graph --unlift--> --plan--> --rewrite, with CompiledRegion--> --lift--> pieces and regions
+                                     each piece compiled by the inner compiler; each distinct step once, see `artifacts`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
+
+import passes
+from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
+
+from .artifacts import Artifacts, Compiler, Inner, fake_output
+from .compiled_region import CompiledRegion
+from .errors import SettingsError
+from .fused import FUSED, fusing
+from .loops import Kernels
+from .report import CapturedPart, Report, region_report
+from .settings import Settings
+
+__all__ = ["backend", "mnet_fx", "reports", "reset_reports"]
+
+log = logging.getLogger("mnet_fx")
+
+_OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
+_reports: list[Report] = []
+_lock = threading.Lock()
+
+
+def reports() -> list[Report]:
+    """One report for each graph that the backend has compiled since the last `reset_reports`, in order."""
+    with _lock:
+        return list(_reports)
+
+
+def reset_reports() -> None:
+    """Forgets the reports so far."""
+    with _lock:
+        _reports.clear()
+
+
+def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> Backend:
+    """A backend for `torch.compile`.
+
+    Args:
+        inner: what compiles the steps and everything between the chains: the name of a registered backend or a callable of its kind.
+        options: those of `mnet_fx.momentumize` about the recurrence: gamma, initial_velocity, weights, granularity, backward, min_steps,
+            on_drift.
+
+    Returns:
+        A callable `(graph_module, example_inputs) -> callable` to give to `torch.compile(model, backend=...)`.
+
+    Raises:
+        SettingsError: an option is unknown or cannot work.
+    """
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise SettingsError(f"unknown option(s) {', '.join(unknown)} of the backend mnet_fx; known are inner, {', '.join(_OPTIONS)}")
+    return Backend(Settings(**options), inner)
+
+
+def mnet_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Any:
+    """The backend by its registered name, `torch.compile(model, backend="mnet_fx", options={...})`; options are those of `backend`."""
+    if mode is not None:
+        raise SettingsError(
+            f"mode={mode!r} is an option of inductor: give options={{'inner': a callable}} with that mode set in torch._inductor.config"
+        )
+    return backend(**(options or {}))(gm, example_inputs)
+
+
+class Backend:
+    """See `backend`."""
+
+    def __init__(self, settings: Settings, inner: str | Callable[..., Any]) -> None:
+        self.settings, self.inner = settings, inner
+        self.__name__ = "mnet_fx"
+        if isinstance(inner, str) and inner == "mnet_fx":
+            raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
+        if not isinstance(inner, str) and not callable(inner):
+            raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inner: Inner = torch._dynamo.lookup_backend(self.inner)
+        found = _plan(gm, self.settings)
+        _announce(gm, found, self.settings)
+        if not isinstance(found, _Found) or not found.plan.regions:
+            return inner(gm, example_inputs)
+        return _compiled(found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
+
+    def _fuses(self) -> bool:
+        return self.inner == "inductor" and fusing()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    unlifted: Unlifted
+    plan: Plan
+
+
+def _plan(gm: fx.GraphModule, settings: Settings) -> _Found | Refusal:
+    """What can be rewritten of a graph; a refusal where it cannot be read."""
+    try:
+        unlifted = passes.unlift(gm)
+    except LostContextError as error:
+        return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
+    return _Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
+
+
+def _compiled(found: _Found, example_inputs: list[Any], settings: Settings, inner: Inner, arithmetic: Kernels | None) -> Callable[..., Any]:
+    """The graph with regions, and everything else compiled."""
+    regions: dict[str, CompiledRegion] = {}
+
+    def build_region(code: RegionCode) -> nn.Module:
+        regions[code.region.name] = CompiledRegion(code, settings, arithmetic, found.unlifted.attributes)
+        return regions[code.region.name]
+
+    rewritten = passes.rewrite(found.unlifted.graph_module, found.plan, build_region).graph_module
+    lifted = passes.lift(rewritten, found.unlifted, {name: region.reads for name, region in regions.items()})
+    joined = passes.pieces(lifted, regions)
+    fake_mode = detect_fake_mode(example_inputs)
+    assert fake_mode is not None  # Dynamo's
+    inputs = [to_fake_tensor(value, fake_mode) if isinstance(value, Tensor) else value for value in example_inputs]
+    compiler = Compiler(inner, fake_mode)
+    artifacts = Artifacts(compiler, lambda path: None if path in found.unlifted.attributes else getattr(found.unlifted.graph_module, path))
+    _Filler(joined, compiler, artifacts).run(*inputs)
+    return joined
+
+
+class _Filler(fx.Interpreter):
+    """Goes through the graph of pieces on fake tensors, and puts the compiled form in place of each."""
+
+    def __init__(self, joined: fx.GraphModule, compiler: Compiler, artifacts: Artifacts) -> None:
+        super().__init__(joined)
+        self.compiler, self.artifacts = compiler, artifacts
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = getattr(self.module, target)
+        assert self.compiler.fake_mode is not None
+        if isinstance(module, CompiledRegion):
+            return module.compile(self.artifacts, args[0], args[1:], self.compiler.fake_mode)
+        result = fake_output(module, args, self.compiler.fake_mode)
+        if any(isinstance(value, Tensor) for value in (*args, *result)):
+            setattr(self.module, target, _Piece(self.compiler(module, args)))
+        return result
+
+
+class _Piece(nn.Module):
+    """A compiled function as a module."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self._run(*args)
+
+
+def _announce(gm: fx.GraphModule, found: _Found | Refusal, settings: Settings) -> None:
+    """Adds the report of a graph to `reports`, and logs it."""
+    report = _report(gm, found, settings)
+    with _lock:
+        _reports.append(report)
+    log.info("torch.compile: %s", str(report).splitlines()[0])
+    log.debug("%s", report)
+
+
+def _report(gm: fx.GraphModule, found: _Found | Refusal, settings: Settings) -> Report:
+    if isinstance(found, Refusal):
+        return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
+    plan, nodes = found.plan, {node.name: node for node in found.unlifted.graph_module.graph.nodes}
+    dtypes = [getattr(torch, region.dtype) if region.dtype else torch.get_default_dtype() for region in plan.regions]
+    rows = tuple(region_report(r, r.path, settings, dtype) for r, dtype in zip(plan.regions, dtypes, strict=True))
+    adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
+    refusals = (*plan.refusals, *_at_breaks(gm, plan, nodes))
+    return Report(adds, rewritten, rows, refusals, (CapturedPart("", "torch.compile", adds, rewritten),))
+
+
+def _at_breaks(gm: fx.GraphModule, plan: Plan, nodes: dict[str, fx.Node]) -> list[Refusal]:
+    """Chains that a graph break cuts: the graph ends in one, and returns the end of a chain."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return []
+    returned = set(next(reversed(nodes.values())).all_input_nodes)
+    ends = [(region.steps[-1].target, region.path) for region in plan.regions]
+    ends += [(refusal.node, refusal.path) for refusal in plan.refusals if refusal.code == "too_short"]
+    found = f"the graph ends here in a graph break ({' '.join(str(reason.reason).split())[:200]}), so a chain that goes on starts anew"
+    return [Refusal("graph_break", name, path, found, passes.CODES["graph_break"].hint) for name, path in ends if nodes[name] in returned]

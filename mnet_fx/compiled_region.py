@@ -1,0 +1,91 @@
+"""The module that a graph compiled by `torch.compile(..., backend="mnet_fx")` calls in place of a residual chain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes import RegionCode, StepCode
+
+from .artifacts import Artifact, Artifacts
+from .errors import MnetError
+from .loops import Kernels
+from .region import ChainRegion
+from .settings import Settings
+
+__all__ = ["CompiledRegion"]
+
+
+class _Step(nn.Module):
+    """One step of one call: its artifact and the parameters and buffers that it reads."""
+
+    def __init__(self, artifact: Artifact, paths: list[str], tensors: list[Any], names: Mapping[str, str]) -> None:
+        super().__init__()
+        self._artifact = artifact
+        self._places = [(f"a{i}", isinstance(tensor, nn.Parameter)) for i, tensor in enumerate(tensors)]
+        self._names = [names[path] for path in paths]
+        for (name, parameter), tensor in zip(self._places, tensors, strict=True):
+            (self._parameters if parameter else self._buffers)[name] = tensor
+
+    def path_of(self, name: str) -> str:
+        """Path in the model of a parameter or buffer of this step."""
+        return self._names[int(name[1:])]
+
+    def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
+        own = [(self._parameters if parameter else self._buffers)[name] for name, parameter in self._places]
+        inputs = (x, *sides, *own)
+        for i, (value, needed) in enumerate(zip(inputs, self._artifact.needs_grad, strict=True)):
+            if not needed and torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+                raise MnetError(f"input {i} of a compiled step needs a gradient that it was not compiled for; please report this")
+        return tuple(self._artifact.run(*inputs))
+
+
+class CompiledRegion(ChainRegion):
+    """A region of a Dynamo graph. Its call gets the parameters and buffers of its steps after the side inputs.
+
+    Args:
+        code, settings, arithmetic: as in `ChainRegion`.
+        attributes: for each parameter and buffer of the graph, by its name there, its path in the model.
+    """
+
+    def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None, attributes: Mapping[str, str]) -> None:
+        super().__init__(code, settings, arithmetic)
+        self.attributes = attributes
+        self.bodies = code.steps
+        self.sides = len(code.region.sides)
+        self.reads = list(dict.fromkeys(path for step in code.steps for path in self._own(step)))
+        self.artifacts: list[Artifact] = []
+
+    def _own(self, step: StepCode) -> list[str]:
+        return [path for path in step.attributes if path in self.attributes]
+
+    def compile(self, artifacts: Artifacts, x: Tensor, sides: tuple[Any, ...], fake_mode: FakeTensorMode) -> Any:
+        """Compiles the steps for fake inputs, once; returns fake outputs."""
+        inputs = dict(zip(self.reads, sides[self.sides :], strict=True))
+        with fake_mode:
+            x = torch.empty_like(x, requires_grad=False).requires_grad_(x.requires_grad)
+            moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
+            escaped, extras = [], []
+            for t, step in enumerate(self.bodies):
+                if t in self.escapes:
+                    escaped.append(x)
+                artifact = artifacts.of(step, [x, *(sides[i] for i in step.sides), *(inputs[path] for path in self._own(step))])
+                y, *more = artifact.outputs
+                self.artifacts.append(artifact)
+                extras += more
+                needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or moving)
+                x = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype), requires_grad=False).requires_grad_(needs_grad)
+        return (x, *escaped, *extras) if escaped or extras else x
+
+    def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
+        inputs = dict(zip(self.reads, sides[self.sides :], strict=True))
+        steps: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        for code, artifact in zip(self.code, self.artifacts, strict=True):
+            paths = self._own(code)
+            step = _Step(artifact, paths, [inputs[path] for path in paths], self.attributes)
+            steps.append((step, tuple(sides[i] for i in code.sides)))
+        return steps

@@ -1,0 +1,236 @@
+"""A graph of Dynamo (`torch.compile`) in the form the passes want, and back.
+
+before                                            after `unlift`
+placeholder l_self_modules_fc_parameters_weight_  get_attr of a name in `Unlifted.attributes`, as in the other dialects
+item = eps.item(); used by several nodes          one item for each user, so that no block depends on the inside of another
+enter autocast; a; b; exit                        one call of a module that does all of it
+
+`lift` makes attributes inputs again, in the order they had, and hands those that a region's steps read to the region's call.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from passes.facts import Facts
+
+__all__ = ["LostContextError", "Unlifted", "lift", "unlift"]
+
+_ENTER = frozenset({"_enter_autocast", "_enter_inference_mode"})
+_EXIT = frozenset({"_exit_autocast", "_exit_inference_mode"})
+_MODE = "_set_grad_enabled"
+_HARMLESS = frozenset({"_assert", "_assert_async", "_check", "_check_is_size", "_check_value", "_assert_scalar", "sym_constrain_range"})
+
+
+class LostContextError(Exception):
+    """The graph changes a global state in a way that the passes cannot keep."""
+
+
+@dataclass(frozen=True)
+class Unlifted:
+    """A Dynamo graph whose parameters and buffers are attributes.
+
+    Attributes:
+        graph_module: the graph.
+        inputs: names of all placeholders of the original graph, in order; that of an attribute is its target in `graph_module` too.
+        attributes: for each input that became an attribute, the path of the parameter or buffer in the compiled model.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[str, ...]
+    attributes: dict[str, str]
+
+
+def unlift(gm: fx.GraphModule) -> Unlifted:
+    """Bring the graph that Dynamo hands to a backend into the form of the other dialects.
+
+    Args:
+        gm: the graph, which is not changed.
+
+    Raises:
+        LostContextError: it changes a global state across operations in a way that cannot be kept.
+    """
+    gm = _with_contexts_as_modules(gm)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in sorted(placeholders, key=lambda node: node.name in attributes):
+        if node.name in attributes:
+            values[node] = graph.create_node("get_attr", node.name, name=node.name)
+        else:
+            values[node] = graph.node_copy(node)
+        values[node].meta = _meta(node)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or (_is_scalar_input(node) and node.users):
+            continue
+        for source in node.all_input_nodes:
+            if _is_scalar_input(source):
+                values[source] = graph.node_copy(source, values.__getitem__)
+        values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = _meta(node)
+    root = _attributes(gm, graph) | {node.name: node.meta["example_value"] for node in placeholders if node.name in attributes}
+    return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes)
+
+
+def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[str]]) -> fx.GraphModule:
+    """Take `unlift` back, after regions were put in.
+
+    Args:
+        gm: a graph over the same inputs and attributes.
+        unlifted: where it came from.
+        reads: for the target of each region, the attributes that its calls are given after their other arguments.
+
+    Returns:
+        A graph with the inputs of Dynamo's.
+    """
+    old = {node.name: node for node in unlifted.graph_module.graph.nodes}
+    graph = fx.Graph()
+    inputs: dict[str, fx.Node] = {}
+    for name in unlifted.inputs:
+        inputs[name] = graph.placeholder(name)
+        inputs[name].meta = dict(old[name].meta)
+    values: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        name = node.name if node.op == "placeholder" else str(node.target)
+        if name in inputs and node.op in ("placeholder", "get_attr"):
+            values[node] = inputs[name]
+            continue
+        values[node] = graph.node_copy(node, values.__getitem__)
+        if node.op == "call_module" and node.target in reads:
+            values[node].args = (*values[node].args, *(inputs[name] for name in reads[node.target]))
+    return _module(_attributes(gm, graph), graph)
+
+
+def _module(root: Mapping[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    return fx.GraphModule(dict(root), graph)
+
+
+def _attributes(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What of `gm` the nodes of a graph refer to, by target."""
+    targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    return {target: getattr(gm, target) for target in targets if hasattr(gm, target)}  # Dynamo's names have no dots
+
+
+def _is_attribute(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of a module."""
+    if isinstance(node.meta.get("example_value"), nn.Parameter):
+        return True
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
+def _is_scalar_input(node: fx.Node) -> bool:
+    """`x.item()` of a 0-d input, into which Dynamo turns a float that may vary."""
+    return node.op == "call_method" and node.target == "item" and node.all_input_nodes[0].op in ("placeholder", "get_attr")
+
+
+def _path(node: fx.Node) -> str:
+    """Path of a parameter or buffer, as far as Dynamo's name of it tells: L['self']._modules['fc']._parameters['weight'] is fc.weight."""
+    source: Any = getattr(node, "_dynamo_source", None)
+    try:
+        name = source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
+    except Exception:  # not every source has a name
+        return node.name
+    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", name)
+    return ".".join(inside) or node.name
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    """Its meta data, with the paths of modules as they are from the compiled module: L['self'].layers.0 is layers.0."""
+    meta = dict(node.meta)
+    if stack := meta.get("nn_module_stack"):
+        meta["nn_module_stack"] = {key: (_module_path(value[0]), value[1]) for key, value in stack.items()}
+    return meta
+
+
+def _module_path(name: str) -> str:
+    path = re.sub(r"^L\['[^']*'\]\.?", "", name)
+    path = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
+    return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).strip(".")
+
+
+def _with_contexts_as_modules(gm: fx.GraphModule) -> fx.GraphModule:
+    """Each block under another autocast or grad mode as one call of a module."""
+    blocks = _blocks(gm.graph)
+    if not blocks:
+        return gm
+    facts = Facts.of(gm)
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    root: dict[str, Any] = {}
+    inside = {node: block for block in blocks for node in block}
+    for node in gm.graph.nodes:
+        block = inside.get(node)
+        if block is None:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            _keep_source(values[node], node)
+        elif node is block[-1]:
+            name = f"context_{len(root)}"
+            root[name], inputs, outputs = _block_module(gm, block, facts)
+            call = graph.create_node("call_module", name, tuple(values[node] for node in inputs))
+            for i, output in enumerate(outputs):
+                values[output] = graph.call_function(operator.getitem, (call, i))
+                values[output].meta = dict(output.meta)
+    return _module(_attributes(gm, graph) | root, graph)
+
+
+def _keep_source(new: fx.Node, old: fx.Node) -> None:
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+
+
+def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Runs of nodes from where a context is entered to where it is left."""
+    blocks: list[list[fx.Node]] = []
+    depth, ambient = 0, torch.is_grad_enabled()
+    enabled, open_ = ambient, False
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == _MODE:
+            enabled = bool(node.args[0])
+        elif name in _ENTER:
+            depth += 1
+        elif name in _EXIT:
+            depth -= 1
+        elif not open_ and name and not node.users and not node.all_input_nodes and name not in _HARMLESS:
+            raise LostContextError(f"it calls {name}, which changes a state that the passes do not know")
+        if not open_ and (depth or enabled != ambient):
+            blocks.append([])
+        open_now = bool(depth) or enabled != ambient
+        if open_ or open_now:
+            blocks[-1].append(node)
+        open_ = open_now
+    if open_:
+        raise LostContextError("it enters a context that it does not leave, such as torch.no_grad() around a graph break")
+    return blocks
+
+
+def _block_module(gm: fx.GraphModule, block: list[fx.Node], facts: Facts) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+    """The module of a block, the nodes it reads, and the nodes of it that are read elsewhere."""
+    inside = set(block)
+    for node in block:
+        if any(memory not in inside for memory in facts.writes.get(node, ())):
+            raise LostContextError(f"%{node.name} writes in place, inside a block of another grad or autocast mode")
+    inputs = _in_order(source for node in block for source in node.all_input_nodes if source not in inside and source.op != "get_attr")
+    outputs = [node for node in block if any(user not in inside for user in node.users)]
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        values[node] = graph.placeholder(node.name)
+    for node in block:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in values:
+                values[source] = graph.node_copy(source)
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in outputs))
+    return _module(_attributes(gm, graph), graph), inputs, outputs
+
+
+def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(dict.fromkeys(nodes))

@@ -1,0 +1,90 @@
+"""A graph -> the same graph with everything between chosen calls gathered into one call each.
+
+before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
+after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch.fx as fx
+
+__all__ = ["pieces"]
+
+
+def pieces(gm: fx.GraphModule, between: Collection[str]) -> fx.GraphModule:
+    """Gather what lies between the calls of some modules.
+
+    Args:
+        gm: a graph with flat inputs, not changed.
+        between: targets of the calls that stay as they are.
+
+    Returns:
+        A graph of the calls `piece_0`, `piece_1`, ... (GraphModules that return tuples) and those of `between`.
+    """
+    kept = {node for node in gm.graph.nodes if node.op == "call_module" and node.target in between}
+    own = kept | {node for node in gm.graph.nodes if node.target is operator.getitem and node.args[0] in kept}
+    groups: list[list[fx.Node]] = [[]]
+    units: list[fx.Node | list[fx.Node]] = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if node in own:
+            units += [groups[-1], node]
+            groups.append([])
+        else:
+            groups[-1].append(node)
+    return _Joiner(gm).joined([*units, groups[-1]])
+
+
+class _Joiner:
+    """Writes the outer graph and the pieces."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.graph = gm, fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.modules: dict[str, Any] = {}
+
+    def joined(self, units: list[fx.Node | list[fx.Node]]) -> fx.GraphModule:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.graph.node_copy(node)
+        for unit in units:
+            if isinstance(unit, list):
+                self._piece(unit)
+            else:
+                self.values[unit] = self.graph.node_copy(unit, self.values.__getitem__)
+                if unit.op == "call_module":
+                    self.modules[str(unit.target)] = getattr(self.gm, str(unit.target))
+        output = self.gm.graph.output_node()
+        for source in output.all_input_nodes:
+            if source.op == "get_attr":
+                self.values[source] = self.graph.node_copy(source)
+                self.modules[str(source.target)] = getattr(self.gm, str(source.target))
+        self.graph.node_copy(output, self.values.__getitem__)
+        return fx.GraphModule(self.modules, self.graph)
+
+    def _piece(self, nodes: list[fx.Node]) -> None:
+        """One piece and its call; nothing for no nodes."""
+        if not nodes:
+            return
+        inside, graph = set(nodes), fx.Graph()
+        read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+        inner: dict[fx.Node, fx.Node] = {}
+        for source in read:
+            inner[source] = graph.node_copy(source) if source.op == "get_attr" else graph.placeholder(source.name)
+            inner[source].meta = dict(source.meta)
+        for node in nodes:
+            inner[node] = graph.node_copy(node, inner.__getitem__)
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        graph.output(tuple(inner[node] for node in outputs))
+        name = f"piece_{len([n for n in self.modules if n.startswith('piece_')])}"
+        targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+        self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
+        call = self.graph.call_module(name, tuple(self.values[source] for source in read if source.op != "get_attr"))
+        for i, node in enumerate(outputs):
+            self.values[node] = self.graph.call_function(operator.getitem, (call, i))
+            self.values[node].meta = dict(node.meta)
