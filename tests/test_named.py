@@ -267,7 +267,7 @@ def test_names_that_do_not_fit_are_errors():
 def test_nothing_outlives_the_output():
     net = mnet_fx.momentumize(Model(), regions=["layers"], gamma=0.9)
     out = net(points())[0]
-    region = net.layers[0].forward.regions[0]
+    region = net.layers[0].forward.region
     assert len(region.running) == 0  # every stream value but the last is gone already
     x = net.layers[0](points())[0]
     tape = weakref.ref(region.running[x].chain.tape)
