@@ -19,7 +19,7 @@ from .errors import MnetError, StreamError
 from .fixed_point import State
 from .fused import kernels
 from .loops import Kernels
-from .replay import transformed
+from .replay import exported, transformed
 from .tape import Factors, FloatTape, PlainTape, ReversingTape, StoringTape, Tape
 
 __all__ = ["LayerCall", "LayerStep", "start_tape"]
@@ -52,8 +52,8 @@ def start_tape(
         MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
     """
     reversible = torch.is_grad_enabled() and backward == "reversible"
-    if transformed():
-        return _under_transform(name, x, factors, reversible)
+    if transformed() or exported():
+        return _in_floats(name, x, factors, reversible and transformed())
     gammas = [gamma for gamma, _ in factors]
     held = reduce(torch.promote_types, widest, x.dtype)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def start_tape(
     return kind(name, state, factors, on_drift)
 
 
-def _under_transform(name: str, x: Tensor, factors: Factors, reversible: bool) -> Tape:
+def _in_floats(name: str, x: Tensor, factors: Factors, reversible: bool) -> Tape:
     if reversible:
         raise MnetError(
             f"{name}: transforms of torch.func (grad, vmap, jvp, ...) and forward-mode differentiation cannot follow a reversible chain: "

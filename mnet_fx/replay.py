@@ -117,6 +117,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def exported() -> bool:
+    """Whether torch.export or torch.jit.trace records the call."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Outside of the inference mode and every vmap around a backward pass, which concern gradients and not what is run again."""

@@ -262,7 +262,7 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
     Raises:
         StreamError: the step changed the stream in place.
     """
-    version = None if x.is_inference() else x._version
+    version = None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
     outputs = run(x, *sides)
     if version is not None and x._version != version:
         raise StreamError(
@@ -361,7 +361,7 @@ class Chain:
             StreamError: the step changed the stream in place.
             MnetError: a transform of torch.func began or ended within the chain.
         """
-        if transformed() != isinstance(self.tape, FloatTape):
+        if transformed() and not isinstance(self.tape, FloatTape):
             raise MnetError(
                 f"{self.tape.region}, step {self.t}: a transform of torch.func, or forward-mode differentiation, began or ended since "
                 "the chain did: apply it to the whole model"

@@ -180,3 +180,22 @@ def test_the_functions_of_torch_autograd_functional(vectorize):
             run = net if function is torch.autograd.functional.jacobian else lambda x, net=net: net(x).square().sum()
             found.append(function(run, x, vectorize=vectorize))
         assert torch.equal(*found)
+
+
+# ---- graphs of a rewritten model
+
+
+@pytest.mark.parametrize("record", ["export", "jit.trace"])
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
+def test_exported_programs_are_plain_graphs_that_give_the_same(forms, record):
+    """Of either form; with the recurrence in floating point, and a batch size that is free."""
+    oracle, *nets = forms
+    for net in nets:
+        net.eval()
+        if record == "export":
+            found = torch.export.export(net, (points(),), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+        else:
+            found = torch.jit.trace(net, (points(),))
+        x = torch.cat([points(), points().cos()])
+        torch.testing.assert_close(found(x), oracle(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(net(x), oracle(x), rtol=1e-6, atol=1e-6)
