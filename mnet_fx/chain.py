@@ -52,7 +52,7 @@ def start_tape(
         MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
     """
     reversible = torch.is_grad_enabled() and backward == "reversible"
-    if transformed() or exported():
+    if transformed() or exported() or x.numel() == 0:
         return _in_floats(name, x, factors, reversible and transformed())
     gammas = [gamma for gamma, _ in factors]
     held = reduce(torch.promote_types, widest, x.dtype)

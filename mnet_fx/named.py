@@ -187,7 +187,10 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
     except AttributeError:
         close = [name for name, module in net.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1]
         raise SettingsError(f"{type(net).__name__} has no container {path!r}; containers of several layers are {close[:10]}") from None
-    layers = list(container._modules.values())[skip:]
+    layers = list(container._modules.values())
+    if skip and 0 < len(layers) <= skip:
+        raise SettingsError(f"{path!r} holds no layer but the first, which stays as it is: use keep_first_layer=False, or leave it out")
+    layers = layers[skip:]
     if not layers or any(layer is None for layer in layers):
         raise SettingsError(f"{path!r} holds no layers to rewrite: name a ModuleList, a Sequential or another container of layers")
     region = NamedRegion(path, layers, settings)  # type: ignore[arg-type]

@@ -210,7 +210,8 @@ class PlainTape(Tape):
 
 
 class FloatTape(PlainTape):
-    """No tape: the recurrence in floating point, for what cannot follow integers: torch.func's transforms, forward-mode differentiation.
+    """No tape: the recurrence in floating point, for what cannot follow integers (torch.func's transforms, forward-mode differentiation,
+    torch.export), and for streams without elements.
 
     Equal to the others up to rounding in the stream's dtype; v is held in float32 at least.
     """
