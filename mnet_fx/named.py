@@ -167,7 +167,7 @@ class NamedLayer:
 
 def _place(x: Tensor) -> tuple[Any, ...]:
     """Where the values of a tensor are, and how to read them."""
-    return x.data_ptr(), x.dtype, x.shape, x.stride()
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_neg()
 
 
 def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) -> NamedRegion:

@@ -87,7 +87,12 @@ class Tape:
         """(y, *extras) of step t on x = x[t], once more."""
         if (what := self.reruns[t].conditions.changed()) is not None:
             self.drifted(t, what)
-        return self.reruns[t](x)
+        try:
+            return self.reruns[t](x)
+        except (MnetError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
     def fingerprint(self, of: Callable[[], Tensor]) -> int | float:
         """of() as a number, or 0 where nobody wants proof."""
