@@ -6,7 +6,7 @@ layer(x, mask, cache=c) -> (x', weights)    becomes    f(x) = x' - x  (or x' its
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .cost import storage
-from .errors import StreamError
+from .errors import MnetError, StreamError
 from .fixed_point import State
 from .fused import kernels
 from .loops import Kernels
-from .tape import PlainTape, ReversingTape, StoringTape, Tape
+from .replay import exported, transformed
+from .tape import Factors, FloatTape, PlainTape, ReversingTape, StoringTape, Tape
 
-__all__ = ["LayerCall", "LayerStep", "in_floats", "start_tape"]
+__all__ = ["LayerCall", "LayerStep", "start_tape"]
 
 log = logging.getLogger("mnet_fx")
 
@@ -30,7 +31,7 @@ def start_tape(
     name: str,
     x: Tensor,
     v0: Tensor | None,
-    factors: tuple[tuple[float, float], ...],
+    factors: Factors,
     backward: str,
     on_drift: str,
     widest: set[torch.dtype],
@@ -46,39 +47,35 @@ def start_tape(
         on_drift: "raise", "warn" or "ignore".
         widest: floating dtypes of the parameters of the steps, which the stream may be promoted to.
         arithmetic: the loops over elements, by default those that the environment asks for.
+
+    Raises:
+        MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
     """
+    reversible = torch.is_grad_enabled() and backward == "reversible"
+    if transformed() or exported() or x.numel() == 0:
+        return _in_floats(name, x, factors, reversible and transformed())
     gammas = [gamma for gamma, _ in factors]
     held = reduce(torch.promote_types, widest, x.dtype)
     with torch.no_grad():
         horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(factors))
         state = State(x.detach(), None if v0 is None else v0.detach(), horizon, arithmetic or kernels(), held)
     kind: type[Tape] = PlainTape
-    if torch.is_grad_enabled() and backward == "reversible":
+    if reversible:
         kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]
     log.debug("%s: %d steps of %s %s, %s", name, len(factors), x.dtype, tuple(x.shape), kind.__name__)
     return kind(name, state, factors, on_drift)
 
 
-def in_floats(
-    x: Tensor,
-    v: Tensor | None,
-    factors: Sequence[tuple[float, float]],
-    steps: Sequence[tuple[nn.Module, tuple[Any, ...]]],
-    escapes: Collection[int],
-) -> tuple[Tensor, list[Tensor], list[Any]]:
-    """The recurrence in floating point, as a graph of plain operations: for torch.export, which is for inference elsewhere.
-
-    Args and returns as `run_chain`; differs from it by rounding.
-    """
-    escaped, extras = [], []
-    for t, ((gamma, weight), (step, sides)) in enumerate(zip(factors, steps, strict=True)):
-        if t in escapes:
-            escaped.append(x)
-        y, *more = step(x, *sides)
-        v = y * weight if v is None else v * gamma + y * weight
-        x = x + v
-        extras += more
-    return x, escaped, extras
+def _in_floats(name: str, x: Tensor, factors: Factors, reversible: bool) -> Tape:
+    if reversible:
+        raise MnetError(
+            f"{name}: transforms of torch.func (grad, vmap, jvp, ...) and forward-mode differentiation cannot follow a reversible chain: "
+            "give momentumize backward='stored' (MomentumNet: use_backprop=True), which runs them in floating point; torch.autograd.grad, "
+            "double backward and functional_call work as it is"
+        )
+    if not x.dtype.is_floating_point:
+        raise StreamError(f"{name}: the stream must be real floating point, got {x.dtype}")
+    return FloatTape(name, factors)
 
 
 class LayerCall:

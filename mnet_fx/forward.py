@@ -53,6 +53,10 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         return signature(self.owner)
 
+    @property
+    def __code__(self) -> Any:  # torch.export wants a file and a line
+        return type(self).__call__.__code__
+
 
 class ExportedForward:
     """The `forward` of a module that was captured by torch.export: programs on flat inputs, for each kind of call.
@@ -111,6 +115,10 @@ class ExportedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return signature(self.owner)
+
+    @property
+    def __code__(self) -> Any:  # torch.export wants a file and a line
+        return type(self).__call__.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"capture": None}

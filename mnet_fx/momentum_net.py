@@ -162,7 +162,7 @@ class FinalVelocity:
 
 
 class _MomentumContainer(MomentumNet):
-    """Takes the place of a container of residual functions that Python loops over: the loop meets one network of them all.
+    """Takes the place of a container of residual functions that Python loops over: the loop, by items or indices, meets one network.
 
     With `kept` layers at the start that stay as they are; the children keep the names they had in the container.
     """
@@ -189,6 +189,9 @@ class _MomentumContainer(MomentumNet):
     def __iter__(self) -> Iterator[Any]:
         yield from self._layers()[: self.kept]
         yield super().forward
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self)[index]
 
     def __len__(self) -> int:
         return self.kept + 1

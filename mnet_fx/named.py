@@ -4,7 +4,8 @@
                                             x = layer(x, mask)[0]           each call is a step; layers find the running chain by x
 
 The stream tensor that one layer returns leads the next to the chain: a table from tensors (by identity, weakly) to chains. A chain goes on
-only if the tensor is that very one, unchanged; anything else starts a new chain, with a warning, or is an error.
+only if the tensor is that very one, unchanged, or an alias that one autograd function made of it (FSDP2's hooks hand such a one to each
+layer); anything else starts a new chain, with a warning, or is an error.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class NamedRegion:
         """
         call = LayerCall(self.path, args, kwargs)
         x = call.stream(args, kwargs)
-        running = self.running.get(x)
+        running = self._running(x)
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, f"{self.path}.{index}")
@@ -84,6 +85,15 @@ class NamedRegion:
         if index + 1 < len(self.layers):
             self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
         return step.joined(x, extras)
+
+    def _running(self, x: Tensor) -> _Running | None:
+        """The chain whose stream x is, or is an alias of: the same memory, and its gradient goes straight to the stream's."""
+        if x in self.running or x.grad_fn is None:
+            return self.running.get(x)
+        streams = [stream for ref in self.running.keyrefs() if (stream := ref()) is not None]  # a copy: threads share the table
+        edges = x.grad_fn.next_functions
+        alias = next((s for s in streams if (s.grad_fn, s.output_nr) in edges and _place(s) == _place(x)), None)
+        return None if alias is None else self.running.get(alias)
 
     def _position(self, layer: nn.Module, running: _Running | None) -> int:
         known = self.positions[id(layer)]
@@ -141,18 +151,23 @@ class NamedLayer:
 
     Args:
         owner: the layer.
-        regions: the regions it is part of; a call goes to the one whose chain its stream belongs to, else to the first.
+        region: the region it is part of.
     """
 
-    def __init__(self, owner: nn.Module, regions: list[NamedRegion]) -> None:
-        self.owner, self.regions = owner, regions
+    def __init__(self, owner: nn.Module, region: NamedRegion) -> None:
+        self.owner, self.region = owner, region
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.regions[0].step(self.owner, self.original, args, kwargs)
+        return self.region.step(self.owner, self.original, args, kwargs)
 
     @property
     def original(self) -> Any:
         return type(self.owner).forward.__get__(self.owner)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where the values of a tensor are, and how to read them."""
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_neg()
 
 
 def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) -> NamedRegion:
@@ -172,7 +187,10 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
     except AttributeError:
         close = [name for name, module in net.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1]
         raise SettingsError(f"{type(net).__name__} has no container {path!r}; containers of several layers are {close[:10]}") from None
-    layers = list(container._modules.values())[skip:]
+    layers = list(container._modules.values())
+    if skip and 0 < len(layers) <= skip:
+        raise SettingsError(f"{path!r} holds no layer but the first, which stays as it is: use keep_first_layer=False, or leave it out")
+    layers = layers[skip:]
     if not layers or any(layer is None for layer in layers):
         raise SettingsError(f"{path!r} holds no layers to rewrite: name a ModuleList, a Sequential or another container of layers")
     region = NamedRegion(path, layers, settings)  # type: ignore[arg-type]
@@ -182,5 +200,5 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
             raise SettingsError(f"a layer of {path!r} has a forward of its own or is in another region: name each container once")
         if isinstance(layer, torch.jit.ScriptModule):
             raise MnetError(f"a layer of {path!r} is a ScriptModule, whose forward cannot be replaced")
-        layer.forward = NamedLayer(layer, [region])
+        layer.forward = NamedLayer(layer, region)
     return region

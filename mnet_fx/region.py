@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
-from .chain import in_floats, start_tape
+from .chain import start_tape
 from .errors import StreamError
 from .loops import Kernels
 from .program import Program
@@ -135,12 +135,9 @@ class ChainRegion(nn.Module):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
         steps = self.bound(sides)
-        if torch.compiler.is_exporting():
-            last, escaped, extras = in_floats(x, v0, self.factors, steps, self.escapes)
-        else:
-            widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
-            tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest, self.arithmetic)
-            last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
+        widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
+        tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest, self.arithmetic)
+        last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 
     def _checked_velocity(self, v0: Any, x: Tensor) -> Tensor:

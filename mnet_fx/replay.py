@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .loops import fingerprint
 
-__all__ = ["Conditions"]
+__all__ = ["Conditions", "transformed", "undisturbed"]
 
 
 _LOCK = threading.RLock()  # reruns swap buffers and flags of live modules, and steps share generators: one thread at a time
@@ -108,6 +110,30 @@ class Conditions:
                 generator.set_rng_state(state)
             stack.enter_context(torch.enable_grad())
             yield
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation surrounds the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exported() -> bool:
+    """Whether torch.export or torch.jit.trace records the call."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Outside of the inference mode and every vmap around a backward pass, which concern gradients and not what is run again."""
+    levels = torch._C._vmapmode_increment_nesting()  # those of torch.autograd.grad(..., is_grads_batched=True), and one
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 def _swap_in(stack: ExitStack, setter: Callable[[Any], Any], then: Any, now: Any) -> None:

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from .errors import InversionError, MnetWarning, StreamError
+from .errors import InversionError, MnetError, MnetWarning, StreamError
 from .fixed_point import Record, State
 from .loops import fingerprint
-from .replay import Conditions
+from .replay import Conditions, transformed, undisturbed
 
-__all__ = ["Chain", "Factors", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
+__all__ = ["Chain", "Factors", "FloatTape", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
 
 Factors = tuple[tuple[float, float], ...]
 
@@ -58,6 +58,14 @@ class Tape:
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
         self.reruns: list[_Rerun] = []
+
+    def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x[0] and v[0] with their gradients' history."""
+        return _Enter.apply(x0, v0, self)
+
+    def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x[t + 1] and v[t + 1] with their gradients' history."""
+        return _Shear.apply(x, v, y, self, t)
 
     def enter(self) -> Tensor:
         """x[0], on the grid."""
@@ -79,7 +87,12 @@ class Tape:
         """(y, *extras) of step t on x = x[t], once more."""
         if (what := self.reruns[t].conditions.changed()) is not None:
             self.drifted(t, what)
-        return self.reruns[t](x)
+        try:
+            return self.reruns[t](x)
+        except (MnetError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
     def fingerprint(self, of: Callable[[], Tensor]) -> int | float:
         """of() as a number, or 0 where nobody wants proof."""
@@ -201,6 +214,27 @@ class PlainTape(Tape):
         return self.state.step(y, *self.factors[t])[1]
 
 
+class FloatTape(PlainTape):
+    """No tape: the recurrence in floating point, for what cannot follow integers (torch.func's transforms, forward-mode differentiation,
+    torch.export), and for streams without elements.
+
+    Equal to the others up to rounding in the stream's dtype; v is held in float32 at least.
+    """
+
+    def __init__(self, region: str, factors: Factors) -> None:
+        self.region, self.factors, self.on_drift = region, factors, "ignore"
+
+    def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return x0, v0
+
+    def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        gamma, weight = self.factors[t]
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        y = weight * y.to(torch.promote_types(dtype, torch.float32))
+        v = y if v is None else gamma * v + y
+        return (x + v).to(dtype), v
+
+
 class _Rerun:
     """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
 
@@ -224,7 +258,8 @@ class _Step:
             x, self.live = self.live, None
             first_run = self.tape.reruns[self.t].conditions.first_run
             return _Close.apply(self, False, *checked(first_run, x, (), self.tape.region, self.t))
-        return _Close.apply(self, True, *self.tape.rerun(self.t, self.tape.hand_out(self.t)))
+        with undisturbed():
+            return _Close.apply(self, True, *self.tape.rerun(self.t, self.tape.hand_out(self.t)))
 
 
 def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], region: str, t: int) -> tuple[Any, ...]:
@@ -233,7 +268,7 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
     Raises:
         StreamError: the step changed the stream in place.
     """
-    version = None if x.is_inference() else x._version
+    version = None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
     outputs = run(x, *sides)
     if version is not None and x._version != version:
         raise StreamError(
@@ -322,19 +357,26 @@ class Chain:
 
     def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
         self.tape, self.t = tape, 0
-        self.x, self.v = _Enter.apply(x0, v0, tape)
+        self.x: Any
+        self.x, self.v = tape.begin(x0, v0)
 
     def step(self, module: nn.Module, sides: tuple[Any, ...]) -> list[Any]:
         """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras.
 
         Raises:
             StreamError: the step changed the stream in place.
+            MnetError: a transform of torch.func began or ended within the chain.
         """
+        if transformed() and not isinstance(self.tape, FloatTape):
+            raise MnetError(
+                f"{self.tape.region}, step {self.t}: a transform of torch.func, or forward-mode differentiation, began or ended since "
+                "the chain did: apply it to the whole model"
+            )
         if isinstance(self.tape, PlainTape):
             y, *extras = checked(module, self.x, sides, self.tape.region, self.t)
         else:
             y, *extras = checkpoint(_Step(self.tape, self.t, module, sides, self.x), use_reentrant=False, preserve_rng_state=False)
-        self.x, self.v = _Shear.apply(self.x, self.v, y, self.tape, self.t)
+        self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
         self.t += 1
         return extras
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import momentumnet
 import pytest
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ OPTIONS = list(itertools.product([0.0, 0.5, 0.9], [False, True], [False, True]))
 @pytest.mark.parametrize(("gamma", "init_speed", "is_residual"), OPTIONS, ids=str)
 @pytest.mark.parametrize("use_backprop", [True, False], ids=["stored", "reversible"])
 def test_outputs_are_those_of_momentumnet(gamma, init_speed, is_residual, use_backprop):
-    theirs = pytest.importorskip("momentumnet").MomentumNet
+    theirs = momentumnet.MomentumNet
     torch.manual_seed(1)
     fs, init = functions(), nn.Linear(6, 6) if init_speed else None
     options = {"gamma": gamma, "init_speed": init_speed, "init_function": init, "is_residual": is_residual}
@@ -142,7 +143,7 @@ def test_a_resnet_as_in_the_documentation_of_momentumnet():
     assert list(nets[0].state_dict()) == list(resnet.state_dict())
     x = torch.randn(2, 3, 64, 64)
     assert_same_bits(*(gradients(net, x) for net in nets))
-    theirs = pytest.importorskip("momentumnet").transform_to_momentumnet(resnet.eval(), sub_layers=layers, gamma=0.9, use_backprop=True)
+    theirs = momentumnet.transform_to_momentumnet(resnet.eval(), sub_layers=layers, gamma=0.9, use_backprop=True)
     torch.testing.assert_close(nets[0].load_state_dict(resnet.state_dict()) and nets[0].eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
     found = mnet_fx.convert_momentumnet_state_dict(theirs.state_dict())
     assert found.keys() == resnet.state_dict().keys()
@@ -186,7 +187,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("use_backprop", [False, True])
 def test_containers_inside_a_model_and_a_second_transform(keep, use_backprop):
-    theirs = pytest.importorskip("momentumnet").transform_to_momentumnet
+    theirs = momentumnet.transform_to_momentumnet
     torch.manual_seed(0)
     model = Net()
 

@@ -196,6 +196,44 @@ def test_a_stream_changed_in_place_is_an_error():
         net(points(), between=lambda i, x: x.mul_(2))
 
 
+class Alias(torch.autograd.Function):
+    """What the hooks of FSDP2 make of a layer's inputs; this one shows that the gradient went through it."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(g * 3 for g in grads)
+
+
+def test_an_alias_of_the_stream_goes_on_with_the_chain():
+    """With a Function that scales gradients, as an oracle of where they go."""
+    model = Model()
+    found = []
+    for net in twins(model, gamma=0.5):
+        net.layers[2].register_forward_pre_hook(lambda module, args: Alias.apply(args[0]))
+        found.append(run(net, points()))
+    for a, b in zip([*found[0][1], *found[0][2]], [*found[1][1], *found[1][2]], strict=True):
+        assert torch.equal(a, b)
+    plain = run(twins(model, gamma=0.5)[0], points())
+    assert torch.equal(found[0][1][0], plain[1][0])
+    assert not torch.equal(found[0][2][0], plain[2][0])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.Tensor.detach, lambda x: x * 1, lambda x: x.flip(0).flip(0), lambda x: x.t().t()],
+    ids=["detach", "copy", "flip", "2 views"],
+)
+def test_what_is_no_plain_alias_starts_a_new_chain(odd):
+    net = mnet_fx.momentumize(Model(), regions=["layers"])
+    net.layers[2].register_forward_pre_hook(lambda module, args: (odd(args[0]), *args[1:]))
+    with pytest.warns(mnet_fx.MnetWarning, match="layer 2 was called with another tensor"):
+        net(points())
+
+
 def test_a_layer_called_twice_on_one_tensor_is_an_error():
     net = mnet_fx.momentumize(Model(), regions=["layers"])
     x = net.layers[0](points())[0]
@@ -267,7 +305,7 @@ def test_names_that_do_not_fit_are_errors():
 def test_nothing_outlives_the_output():
     net = mnet_fx.momentumize(Model(), regions=["layers"], gamma=0.9)
     out = net(points())[0]
-    region = net.layers[0].forward.regions[0]
+    region = net.layers[0].forward.region
     assert len(region.running) == 0  # every stream value but the last is gone already
     x = net.layers[0](points())[0]
     tape = weakref.ref(region.running[x].chain.tape)
@@ -295,6 +333,58 @@ def test_hugging_face_models(name, regions):
     assert_same_model(model, net, **call, output_hidden_states=True)
     nets = [mnet_fx.momentumize(model, regions=regions, gamma=0.9, backward=b).train() for b in ("reversible", "stored")]
     assert_same_runs(nets, **call)
+
+
+def with_dropout(model):
+    """Every probability that there is, also those that the tiny configurations leave at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+        for name in ("attention_dropout", "attn_pdrop", "dropout_prob", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.2)
+    return model
+
+
+@pytest.mark.parametrize(("name", "regions"), HUGGING_FACE.items(), ids=list(HUGGING_FACE))
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_hugging_face_models_in_training(name, regions):
+    """With dropout, masks, hidden states and labels."""
+    model, call = tiny(name)
+    masks = {key: value for key, value in call.items() if "mask" in key}
+    if name in ("gpt2", "llama", "t5"):
+        call["labels"] = torch.randint(0, 50, (2, 7))
+    if name == "t5":
+        masks["decoder_attention_mask"] = call["decoder_attention_mask"] = torch.ones(2, 7).tril(5).flip(1).long()
+    nets = [mnet_fx.momentumize(with_dropout(model), regions=regions, gamma=0.9, backward=b).train() for b in ("reversible", "stored")]
+    assert_same_runs(nets, **call, output_hidden_states=True)
+    net = nets[0]
+    assert not torch.equal(net(**call)[0], net(**call)[0])
+    for mask in masks:
+        plain = call | {mask: None}
+        assert not torch.equal(net.eval()(**call)[0], net(**plain)[0]), mask
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_cache_that_the_layers_append_to_is_an_error_in_training(name):
+    model, call = tiny(name)
+    del call["use_cache"]
+    net = mnet_fx.momentumize(model, regions=HUGGING_FACE[name], gamma=0.9).train()
+    with pytest.raises(mnet_fx.InversionError, match="use_cache=False"):
+        net(**call).logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_generation_with_and_without_a_cache(name):
+    model, call = tiny(name)
+    ids, options = call["input_ids"], {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for gamma in (0, 0.9):
+        net = mnet_fx.momentumize(model.eval(), regions=HUGGING_FACE[name], gamma=gamma)
+        found = net.generate(ids, **options, use_cache=True)
+        assert torch.equal(found, net.generate(ids, **options, use_cache=False))
+        assert gamma or torch.equal(found, model.generate(ids, **options))
 
 
 def test_the_velocity_module_is_not_run_as_a_layer():

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,9 +20,10 @@ class Block(nn.Module):
         return x + torch.tanh(self.linear(self.norm(x)))
 
 
-def test_two_threads_on_one_model():
+@pytest.mark.parametrize("options", [{}, {"regions": [""]}], ids=["traced", "named"])
+def test_two_threads_on_one_model(options):
     torch.set_num_threads(1)
-    net = momentumize(nn.Sequential(*(Block() for _ in range(8))), gamma=0.9).train()
+    net = momentumize(nn.Sequential(*(Block() for _ in range(8))), gamma=0.9, **options).train()
     batches = torch.randn(2, ROUNDS, 16, 8)
 
     def gradients(x):
