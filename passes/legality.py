@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from passes.facts import Facts, dtype_of, owner_path, shape_of
 from passes.match import Projection
-from passes.ops import is_add
+from passes.ops import OUT_OF_PLACE
 from passes.regions import Refusal
 from passes.steps import Span
 
@@ -111,16 +111,16 @@ def check(span: Span, facts: Facts) -> Refusal | None:
 
 
 def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
-    """In-place adds onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
+    """In-place sums onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
     memory, shared, copied = facts.base[span.source], {span.source}, set[fx.Node]()
     for node in span.nodes:
         target = facts.alias.get(node)
         if memory not in facts.writes.get(node, ()):
             (copied if target in copied else shared if target in shared else set()).add(node)
             continue
-        if node in facts.stale and is_add(node):
+        if node in facts.stale and node.target in OUT_OF_PLACE:
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, which is read again later")
-        if target not in copied and not (is_add(node) and target in shared):
+        if target not in copied and not (node.target in OUT_OF_PLACE and target in shared):
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, the input of the step")
         if target not in copied and memory.op in ("placeholder", "get_attr"):
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{memory.name}, which the caller or the module owns")
