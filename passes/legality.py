@@ -30,7 +30,7 @@ class Code:
 
 CODES: dict[str, Code] = {
     "projection_shortcut": Code(
-        "The skip of the sum is a projection, scaling or other function of the input, so the sum is not `x + f(x)`.",
+        "The skip of the sum is a projection or other function of the input, not the input or a multiple of it.",
         "Nothing needs to be done: blocks that change the shape stay as they are, between two regions.",
     ),
     "shape_changed": Code(
@@ -78,8 +78,8 @@ CODES: dict[str, Code] = {
         "Give example inputs, with which contexts are kept; move a custom function to a small submodule of its own.",
     ),
     "opaque_module": Code(
-        "The module has hooks or a forward set on the instance, or is a ScriptModule or a transformer of torch.nn, so it stays whole.",
-        "Give example inputs, with which transformers of torch.nn are exported; remove hooks and replaced forwards before the rewrite.",
+        "The module has hooks or a forward set on the instance, or is a ScriptModule, so it stays whole.",
+        "Remove hooks and replaced forwards before the rewrite; script the model afterwards.",
     ),
 }
 

@@ -86,7 +86,7 @@ def test_sums_of_which_only_the_whole_is_known(add):
         lambda x, y: x * x.sigmoid() + y,  # not scaled by a number
     ],
 )
-def test_sums_that_are_not_residual(add):
+def test_sums_of_other_operations_that_are_not_residual(add):
     def forward(self, x):
         for f in self.f:
             x = add(x, f(x))
