@@ -6,9 +6,10 @@ buffers of chunk size that each thread allocates once. No tensor of full size is
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "Spill",
     "fill",
     "fingerprint",
+    "fingerprints",
     "flat",
     "max_abs",
     "read",
@@ -33,7 +35,7 @@ __all__ = [
 
 CHUNK_CPU = 1 << 18  # elements per pass
 CHUNK_DEVICE = 1 << 23
-_ROW = 8191  # words, an odd number
+_ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -89,10 +91,11 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _chunks(*tensors: Tensor) -> zip:
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
     size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
-    return zip(*(flat(t).split(size) for t in tensors), strict=True)
+    whole = [flat(t) for t in tensors]
+    return [tuple(whole)] if tensors[0].numel() <= size else zip(*(t.split(size) for t in whole), strict=True)
 
 
 def max_abs(t: Tensor) -> float:
@@ -221,29 +224,50 @@ def unspill(T: Tensor, spilled: Spill) -> None:
         start += size
 
 
-def fingerprint(t: Tensor) -> Tensor:
-    """A 0-d int64 tensor that depends on every bit of t and on its place: equal tensors give equal numbers, others all but surely not.
+def fingerprint(*tensors: Tensor) -> Tensor:
+    """A 0-d int64 tensor for all the tensors together and in their order, see `fingerprints`."""
+    return _mixed(torch.cat([part for t in tensors for part in _summed(t)])).sum()
 
-    The bits are read as 64-bit words in rows of 8191. Sums along both directions are cheap; mixing each with its place, by multiplications
-    and shifts that no cancellation survives, makes their total depend on order and sign as well.
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """A 1-d int64 tensor, a number for each tensor that depends on its every bit and on their places.
+
+    Equal tensors give equal numbers, others all but surely do not. The bits are read as 64-bit words in rows. Sums along both directions
+    are cheap; mixing each sum with its place, by multiplications and shifts that no cancellation survives, makes the numbers depend on
+    order and sign as well. All tensors are mixed at once, since with small ones it is the calls that take the time.
     """
+    words = [_summed(t) for t in tensors]
+    lengths = [sum(part.numel() for part in parts) for parts in words]
+    mixed = _mixed(torch.cat(list(itertools.chain(*words))), lengths).cumsum_(0)
+    sums = torch.cat([mixed.new_zeros(1), mixed])[torch.tensor([0, *itertools.accumulate(lengths)], device=mixed.device)]
+    return sums.diff()
+
+
+def _summed(t: Tensor) -> list[Tensor]:
+    """The bits of t as some words, 1-d int64 tensors: as they are if few, else the sums of the rows and of the columns of a table of them."""
     t = t.detach().resolve_conj().resolve_neg()
     t = torch.view_as_real(t) if t.is_complex() else t
-    t = t if _is_dense(t) else t.contiguous()
-    elements = flat(t).view(_INTEGERS[t.element_size()])
-    per_word = 8 // t.element_size()
+    elements = flat(t if t.is_contiguous() or _is_dense(t) else t.contiguous())
+    per_word = 8 // elements.element_size()
     elements = elements.clone() if elements.storage_offset() % per_word else elements  # words must be aligned
-    whole = elements.numel() // per_word * per_word
-    words = elements[:whole].view(torch.int64)
-    rows = words.numel() // _ROW
-    table, rest = words[: rows * _ROW].view(rows, _ROW), words[rows * _ROW :]
-    parts = [table.sum(0), table.sum(1), rest, elements[whole:].to(torch.int64)]
-    return _mixed(torch.cat([part for part in parts if part.numel()])) if elements.numel() else words.sum()
+    spare = elements.numel() % per_word
+    words = (elements[: elements.numel() - spare] if spare else elements).view(torch.int64)
+    parts = [elements[-spare:].view(_INTEGERS[t.element_size()]).to(torch.int64)] if spare else []
+    row = _ROW_SMALL if words.numel() < _ROW_SMALL**2 else _ROW_LARGE
+    if words.numel() < 2 * row:
+        return [words, *parts]
+    rows = words.numel() // row
+    table = words[: rows * row].view(rows, row)
+    return [table.sum(0), table.sum(1), words[rows * row :], *parts]
 
 
-def _mixed(z: Tensor) -> Tensor:
-    """Sum of the words of z, each mixed with its place (the finaliser of splitmix64: Steele, Lea, Flood 2014)."""
-    z = z + torch.arange(1, z.numel() + 1, device=z.device).mul_(-7046029254386353131)
+def _mixed(z: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    """The words of z, each mixed with its place, which is counted from 1 again after each of `lengths` (default: all) words.
+
+    The mixing is the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    places = torch.arange(1, max(lengths, default=z.numel()) + 1, device=z.device).mul_(-7046029254386353131)
+    z = z + (torch.cat([places[:length] for length in lengths]) if lengths else places)
     z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
     z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
-    return z.bitwise_xor_(z >> 31).sum()
+    return z.bitwise_xor_(z >> 31)
