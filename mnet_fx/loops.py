@@ -23,6 +23,7 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "flat",
+    "is_normal",
     "max_abs",
     "read",
     "shear",
@@ -118,16 +119,15 @@ def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: flo
     for x, u, part, o in _chunks(X, U, y, out):
         q = _rounded(part, u, scale, finite)
         u.add_(_integers(q, u))
-        x.add_(_integers(q.copy_(u).mul_(ratio).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
+        x.add_(_integers(_product(u, ratio).round_(), x))
+        _put(x, o, unit)
 
 
 def unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: float, unit: float) -> None:
     """First half of the inverse, in place: X -= round(U * ratio); out = X * unit."""
     for x, u, o in _chunks(X, U, out):
-        q = _scratch.get(u, torch.float64, u.numel()).copy_(u)
-        x.sub_(_integers(q.mul_(ratio).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
+        x.sub_(_integers(_product(u, ratio).round_(), x))
+        _put(x, o, unit)
 
 
 def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
@@ -139,7 +139,7 @@ def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
 def read(X: Tensor, out: Tensor, unit: float) -> None:
     """out = X * unit."""
     for x, o in _chunks(X, out):
-        o.copy_(_scratch.get(x, torch.float64, x.numel()).copy_(x).mul_(unit))
+        _put(x, o, unit)
 
 
 def fill(T: Tensor, t: Tensor, scale: float) -> None:
@@ -152,6 +152,25 @@ def fill(T: Tensor, t: Tensor, scale: float) -> None:
 def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
     q = _scratch.get(u, torch.float64, u.numel()).copy_(y)
     return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
+
+
+def _product(t: Tensor, factor: float) -> Tensor:
+    """t * factor in float64, in a work buffer."""
+    q = _scratch.get(t, torch.float64, t.numel())
+    return torch.mul(t, factor, out=q) if t.dtype is torch.float64 else q.copy_(t).mul_(factor)
+
+
+def is_normal(unit: float) -> bool:
+    """Whether integers times a unit are normal numbers of float32, so that they are rounded there as the integers themselves are."""
+    return 2.0**-126 <= unit <= 2.0**96
+
+
+def _put(x: Tensor, out: Tensor, unit: float) -> None:
+    """out = x * unit, rounded once."""
+    if x.dtype is torch.int32 and out.dtype is torch.float32 and is_normal(unit):
+        out.copy_(x).mul_(unit)
+    else:
+        out.copy_(_product(x, unit))
 
 
 def _integers(q: Tensor, like: Tensor) -> Tensor:
@@ -244,7 +263,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _summed(t: Tensor) -> list[Tensor]:
-    """The bits of t as some words, 1-d int64 tensors: as they are if few, else the sums of the rows and of the columns of a table of them."""
+    """The bits of t as words in 1-d int64 tensors: as they are if few, else the sums of columns and of rows of a table of them."""
     t = t.detach().resolve_conj().resolve_neg()
     t = torch.view_as_real(t) if t.is_complex() else t
     elements = flat(t if t.is_contiguous() or _is_dense(t) else t.contiguous())
