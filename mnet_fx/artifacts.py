@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -42,7 +43,7 @@ class Compiler:
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
-        with tracing(TracingContext(self.fake_mode)):
+        with tracing(TracingContext(self.fake_mode)), functorch_config.patch(force_non_lazy_backward_lowering=True):
             return self.inner(gm, list(inputs))
 
 
@@ -57,12 +58,11 @@ class Artifact:
 
     Attributes:
         run: `run(x, *sides, *attributes, *sizes) -> (y, *extras)` with y = f(x) in the shape of x.
-        outputs: fake tensors in the form of what it returns.
         needs_grad: for each input whether it was compiled to give a gradient.
     """
 
-    def __init__(self, run: Callable[..., Any], outputs: tuple[Any, ...], needs_grad: tuple[bool, ...]) -> None:
-        self.run, self.outputs, self.needs_grad = run, outputs, needs_grad
+    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...]) -> None:
+        self.run, self.needs_grad = run, needs_grad
 
 
 class Artifacts:
@@ -75,10 +75,10 @@ class Artifacts:
 
     def __init__(self, compiler: Compiler, statics: Callable[[str], Any]) -> None:
         self.compiler, self.statics = compiler, statics
-        self.known: dict[Hashable, Artifact] = {}
+        self.known: dict[Hashable, tuple[Artifact, tuple[Any, ...]]] = {}
 
-    def of(self, code: StepCode, inputs: Sequence[Any]) -> Artifact:
-        """The artifact of a step for fake inputs (x, *sides, *attributes, *sizes).
+    def of(self, code: StepCode, inputs: Sequence[Any]) -> tuple[Artifact, tuple[Any, ...]]:
+        """The artifact of a step for fake inputs (x, *sides, *attributes, *sizes), and its fake outputs.
 
         The attributes of the step that are no inputs of the graph are left out; sizes are those of the whole graph.
         """
@@ -89,7 +89,7 @@ class Artifacts:
             self.known[key] = self._made(code, inputs, fixed | modules)
         return self.known[key]
 
-    def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> Artifact:
+    def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> tuple[Artifact, tuple[Any, ...]]:
         fake_mode = self.compiler.fake_mode
         assert fake_mode is not None
         body = fx.GraphModule(fixed, _with_inputs(code, fixed, len(inputs)))
@@ -98,7 +98,7 @@ class Artifacts:
             _finish(body, code, inputs[0], y)
         outputs = fake_output(body, inputs, fake_mode)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-        return Artifact(self.compiler(body, inputs), tuple(outputs), needs_grad)
+        return Artifact(self.compiler(body, inputs), needs_grad), tuple(outputs)
 
 
 def _with_inputs(code: StepCode, fixed: dict[str, Any], number: int) -> fx.Graph:

@@ -98,7 +98,7 @@ class Backend:
         _announce(gm, found, self.settings)
         if not isinstance(found, _Found) or not found.plan.regions:
             return inner(gm, example_inputs)
-        return _compiled(found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
+        return _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
 
     def _fuses(self) -> bool:
         return self.inner == "inductor" and fusing()
@@ -119,7 +119,9 @@ def _plan(gm: fx.GraphModule, settings: Settings) -> _Found | Refusal:
     return _Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
 
 
-def _compiled(found: _Found, example_inputs: list[Any], settings: Settings, inner: Inner, arithmetic: Kernels | None) -> Callable[..., Any]:
+def _compiled(
+    gm: fx.GraphModule, found: _Found, example_inputs: list[Any], settings: Settings, inner: Inner, arithmetic: Kernels | None
+) -> Callable[..., Any]:
     """The graph with regions, and everything else compiled."""
     regions: dict[str, CompiledRegion] = {}
 
@@ -136,7 +138,13 @@ def _compiled(found: _Found, example_inputs: list[Any], settings: Settings, inne
     compiler = Compiler(inner, fake_mode)
     artifacts = Artifacts(compiler, lambda path: None if path in found.unlifted.attributes else getattr(found.unlifted.graph_module, path))
     _Filler(joined, compiler, artifacts).run(*inputs)
-    return joined
+
+    def run(*inputs: Any) -> Any:
+        return joined(*inputs)
+
+    for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
+        setattr(run, name, getattr(gm, name))
+    return run
 
 
 class _Filler(fx.Interpreter):

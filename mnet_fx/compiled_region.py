@@ -73,18 +73,18 @@ class CompiledRegion(ChainRegion):
         """Compiles the steps for fake inputs, once; returns fake outputs."""
         inputs, sizes = self._split(sides)
         with fake_mode, enable_python_dispatcher():
-            x = torch.empty_like(x, requires_grad=False).requires_grad_(x.requires_grad)
             moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
+            needs_grad = torch.is_grad_enabled() and (x.requires_grad or moving)
+            x = torch.empty_like(x, requires_grad=False).requires_grad_(needs_grad)
             escaped, extras = [], []
             for t, step in enumerate(self.bodies):
                 if t in self.escapes:
                     escaped.append(x)
                 own = [inputs[path] for path in self._own(step)]
-                artifact = artifacts.of(step, [x, *(sides[i] for i in step.sides), *own, *sizes])
-                y, *more = artifact.outputs
+                artifact, (y, *more) = artifacts.of(step, [x, *(sides[i] for i in step.sides), *own, *sizes])
                 self.artifacts.append(artifact)
                 extras += more
-                needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or moving)
+                needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
                 x = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype), requires_grad=False).requires_grad_(needs_grad)
         return (x, *escaped, *extras) if escaped or extras else x
 

@@ -1,0 +1,361 @@
+"""`torch.compile(model, backend="mnet_fx")`: exact under a compiler, whatever the graph looks like; and rewritten models under torch.compile."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from zoo import one_thread  # noqa: F401  (a fixture)
+
+import mnet_fx
+from mnet_fx import InversionError, SettingsError
+from mnet_fx.memory import measure
+
+# Dynamo looks at .grad of what flows into a graph after a break, and torch warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    mnet_fx.reset_reports()
+
+
+class Block(nn.Module):
+    """Two residual adds: one behind dropout, one behind a BatchNorm; or, `post`, a norm after the add."""
+
+    def __init__(self, width: int, post: bool = False) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        self.batch, self.drop, self.post = nn.BatchNorm1d(width), nn.Dropout(0.2), post
+
+    def forward(self, x, scale=None):
+        y = self.drop(torch.tanh(self.first(self.norm(x))))
+        x = x + (y if scale is None else y * scale)
+        x = x + self.batch(self.second(x))
+        return self.norm(x) if self.post else x
+
+
+class Net(nn.Module):
+    """Stem, blocks and head; a side input, blocks under other contexts, an early exit, a shared block, a graph break, as asked for."""
+
+    def __init__(self, depth: int = 3, width: int = 6, **features) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.features = features
+        self.stem, self.head = nn.Linear(4, width), nn.Linear(width, 2)
+        self.blocks = nn.ModuleList([Block(width, "post" in features) for _ in range(1 if "shared" in features else depth)])
+        self.depth = depth
+
+    def forward(self, x, scale=None):
+        x = early = self.blocks[0](self.stem(x), scale)
+        x = self.blocks[1 % len(self.blocks)](x, scale)
+        if "broken" in self.features:
+            torch._dynamo.graph_break()
+        for t in range(2, self.depth):
+            x = self.blocks[t % len(self.blocks)](x, scale)
+        if "contexts" in self.features:
+            with torch.no_grad():
+                offset = self.head(x.abs())
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.head(x)
+            return y.float() + offset
+        return (self.head(x), early) if "early" in self.features else self.head(x)
+
+
+FEATURES = [{}, {"post": 1}, {"contexts": 1}, {"early": 1}, {"shared": 1}, {"broken": 1}]
+
+
+def images(batch: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def compiled(model, **options):
+    """A compiled copy of the model, and the copy."""
+    model = copy.deepcopy(model)
+    return torch.compile(model, backend=mnet_fx.backend(**{"inner": "aot_eager"} | options)), model
+
+
+def step(function, model, *args, **kwargs):
+    """All that one training step gives and leaves."""
+    torch.manual_seed(7)
+    out = function(*args, **kwargs)
+    first, *more = out if isinstance(out, tuple) else (out,)
+    (first.float().square().sum() + sum(o.sum() for o in more)).backward()
+    return {"output": first.detach()} | zoo.leftovers(model)
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda f: "".join(f) or "simple")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_reversible_is_stored_bit_for_bit(features, training):
+    model = Net(**features).train(training)
+    scale = torch.linspace(0.5, 1.5, 6)
+    pair = [step(*compiled(model, backward=kind), images(), scale=scale) for kind in ("reversible", "stored")]
+    zoo.assert_identical(*pair)
+    assert sum(report.rewritten_adds for report in mnet_fx.reports()) == 2 * 6
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda f: "".join(f) or "simple")
+def test_gamma_zero_is_the_inner_backend_alone(features):
+    model = Net(**features).double()
+    found = step(*compiled(model, gamma=0), images(dtype=torch.float64))
+    torch._dynamo.reset()
+    plain = copy.deepcopy(model)
+    expected = step(torch.compile(plain, backend="aot_eager"), plain, images(dtype=torch.float64))
+    zoo.assert_near(found, expected, 1e-8)
+
+
+def test_it_is_the_network_that_momentumize_makes():
+    model = Net().double().eval()
+    found = step(*compiled(model, gamma=0.9, inner="eager"), images(dtype=torch.float64))
+    net = zoo.rewritten(copy.deepcopy(model), gamma=0.9)
+    zoo.assert_near(found, step(net, net, images(dtype=torch.float64)), 1e-9)
+
+
+def test_batch_statistics_move_once():
+    function, model = compiled(Net())
+    step(function, model, images())
+    assert {int(block.batch.num_batches_tracked) for block in model.blocks} == {1}
+
+
+def test_inductor_train_and_eval_with_dropout():
+    model = Net(depth=2)
+    expected = step(copied := copy.deepcopy(model).eval(), copied, images())
+    for training in (True, False):
+        torch._dynamo.reset()
+        model.train(training)
+        pair = [step(*compiled(model, inner="inductor", backward=kind), images()) for kind in ("reversible", "stored")]
+        zoo.assert_identical(*pair)
+    zoo.assert_near(step(*compiled(model, inner="inductor", gamma=0), images()), expected, 1e-5)
+
+
+def test_autocast_around_the_forward_alone():
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        function, model = compiled(Net(), backward=kind)
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = function(images())
+        out.float().square().sum().backward()
+        results.append({"output": out.detach()} | zoo.leftovers(model))
+    zoo.assert_identical(*results)
+    assert mnet_fx.reports()[0].rewritten_adds == 6
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inference_has_the_bits_of_training(context):
+    function, model = compiled(Net().eval())
+    trained = function(images())
+    with context():
+        assert torch.equal(function(images()), trained)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_shapes_and_modes_are_compiled_again(dynamic):
+    """Windows of the stream make sizes such as batch * 4, of which a compiler must be told what they are made of."""
+
+    class Windows(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            batch = x.shape[0]
+            x = x.view(batch * 2, 4, -1)
+            for block in self.blocks:
+                x = x + block.drop(block.first(block.norm(x)))
+            return self.head(x.view(batch, -1, x.shape[-1]))
+
+    results = {}
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        model = copy.deepcopy(Windows())
+        function = torch.compile(model, backend=mnet_fx.backend(inner="aot_eager", backward=kind), dynamic=dynamic)
+        results[kind] = {}
+        for batch, training in [(2, True), (3, True), (5, True), (5, False)]:
+            model.train(training)
+            x = torch.randn(batch, 8, 4, generator=torch.Generator().manual_seed(batch))
+            results[kind] |= {f"{batch} {training} {name}": t for name, t in step(function, model, x).items()}
+    zoo.assert_identical(results["reversible"], results["stored"])
+    assert {report.rewritten_adds for report in mnet_fx.reports()} == {3}
+
+
+def counting(calls):
+    def inner(gm, inputs):
+        calls.append(gm)
+        return gm
+
+    return inner
+
+
+def test_each_distinct_step_is_compiled_once():
+    numbers = []
+    for depth in (2, 8):
+        calls = []
+        step(*compiled(Net(depth=depth), inner=counting(calls)), images())
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1] == 4  # two kinds of steps, the stem with the counters, and the head
+
+
+def test_kept_bytes_do_not_grow_with_depth():
+    kept = []
+    for depth in (4, 12):
+        torch._dynamo.reset()
+        function, model = compiled(Net(depth=depth, width=64))
+        x = images(2048)
+        step(function, model, x)
+        kept.append(measure(lambda: function(x).sum(), torch.Tensor.backward).kept)  # noqa: B023
+    assert kept[1] < 1.1 * kept[0]  # more by the generator's states, and by one byte of the state that grew
+
+
+def test_a_parameter_that_changed_is_an_error():
+    function, model = compiled(Net())
+    out = function(images()).sum()
+    with torch.no_grad():
+        model.blocks[1].first.weight.mul_(1.01)
+    with pytest.raises(InversionError, match=r"blocks\.1\.first\.weight"):
+        out.backward()
+
+
+def test_frozen_parameters_and_gradient_of_the_input():
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        model = Net()
+        model.blocks[0].requires_grad_(False)
+        model.stem.requires_grad_(False)
+        function, model = compiled(model, backward=kind)
+        results.append(step(function, model, images()))
+    zoo.assert_identical(*results)
+    assert results[0]["grad of blocks.0.first.weight"] is None
+    assert results[0]["grad of blocks.1.first.weight"] is not None
+
+
+def test_a_velocity_module_gets_its_gradient():
+    grads = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        model = Net()
+        velocity = nn.Linear(6, 6)
+        model.stem.requires_grad_(False)
+        model.blocks[0].requires_grad_(False)
+        function, _ = compiled(model, backward=kind, initial_velocity=velocity)
+        torch.manual_seed(7)
+        function(images()).sum().backward()
+        grads.append(velocity.weight.grad)
+    assert grads[0] is not None
+    assert torch.equal(*grads)
+
+
+def test_a_model_without_chains_goes_to_the_inner_backend():
+    calls = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    function = torch.compile(model, backend=mnet_fx.backend(inner=counting(calls)))
+    assert torch.equal(function(images()), model(images()))
+    assert len(calls) == 1
+    (report,) = mnet_fx.reports()
+    assert (report.residual_adds, report.captured[0].front_end) == (0, "torch.compile")
+
+
+def test_a_graph_break_is_reported_where_it_cuts_a_chain():
+    function, model = compiled(Net(broken=1))
+    step(function, model, images())
+    first, second = mnet_fx.reports()
+    assert [refusal.code for refusal in first.refusals] == ["graph_break"]
+    assert "graph break" in first.refusals[0].explanation
+    assert (first.rewritten_adds, second.rewritten_adds) == (4, 2)
+    assert not second.refusals
+
+
+def test_a_context_that_is_left_open_is_refused():
+    def forward(x):
+        x = torch.nn.functional.linear(x, torch.eye(4))
+        torch.set_grad_enabled(False)
+        return x * 2
+
+    try:
+        torch.compile(forward, backend=mnet_fx.backend(inner="eager"))(images())
+    finally:
+        torch.set_grad_enabled(True)
+    assert [refusal.code for refusal in mnet_fx.reports()[0].refusals] == ["lost_context"]
+
+
+def test_reports_are_logged_and_forgotten(caplog):
+    with caplog.at_level(logging.INFO, logger="mnet_fx"):
+        step(*compiled(Net()), images())
+    assert "6 of 6 residual adds rewritten" in caplog.text
+    assert "blocks" in str(mnet_fx.reports()[0])
+    mnet_fx.reset_reports()
+    assert mnet_fx.reports() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gama": 0.9}, "unknown option.*gama.*known are inner, gamma"),
+        ({"example_inputs": ()}, "unknown option"),
+        ({"gamma": 1}, "gamma must be a number"),
+        ({"inner": "mnet_fx"}, "cannot be mnet_fx itself"),
+        ({"inner": 3}, "name of a backend or a callable"),
+    ],
+)
+def test_options_that_cannot_work(options, message):
+    with pytest.raises(SettingsError, match=message):
+        mnet_fx.backend(**options)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+        torch.compile(Net(), backend="mnet_fx", options=options)(images())
+
+
+def test_a_mode_belongs_to_the_inner_compiler():
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="option of inductor"):
+        torch.compile(Net(), backend="mnet_fx", mode="max-autotune")(images())
+
+
+def test_registered_by_name_without_an_import(tmp_path):
+    code = (
+        "import torch; f = torch.compile(lambda x: x * 2, backend='mnet_fx', options={'inner': 'eager'});"
+        "print(f(torch.ones(2)).sum().item())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert found.stdout.strip() == "4.0", found.stderr
+
+
+def test_under_the_minifier():
+    model = Net()
+    function = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager"})
+    with torch._dynamo.config.patch(repro_after="dynamo"):
+        step(function, model, images())
+    assert mnet_fx.reports()[0].rewritten_adds == 6
+
+
+@pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["traced", "named"])
+def test_a_rewritten_model_compiles(regions):
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        net = zoo.rewritten(Net(), regions=regions, backward=kind)
+        results.append(step(torch.compile(net, backend="aot_eager"), net, images()))
+    zoo.assert_identical(*results)
+    torch._dynamo.reset()
+    again = zoo.rewritten(Net(), regions=regions)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compile\(model, backend='mnet_fx'\)"):
+        torch.compile(again, backend="aot_eager", fullgraph=True)(images())
+
+
+@pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["traced", "named"])
+def test_a_rewritten_model_runs_in_onnxruntime(regions, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = zoo.rewritten(Net(), regions=regions).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnxscript's own
+        torch.onnx.export(net, (images(),), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    expected = net(images()).detach()
+    assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
