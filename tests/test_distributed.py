@@ -187,24 +187,23 @@ def fsdp_around_layers_of_a_traced_region(rank):
         net(batch())
 
 
-def memory(wrap, depth, backward):
+def memory(wrap, depth, x):
     """Bytes kept after the forward pass, and the peak."""
-    net = wrap(made("named", backward, depth=depth))
-    x = batch().repeat(64, 1)
+    net = wrap(made("named", depth=depth))
     for _ in range(2):
         step(net, x)
     return measure(lambda: net(x).square().mean(), torch.Tensor.backward)
 
 
 def memory_saved(rank, wrap):
-    """Neither kept bytes nor the peak grow with depth, but for parameters of a few layers that are on their way between the ranks."""
-    shallow, deep = (memory(wrap, depth, "reversible") for depth in (4, 16))
-    stored = memory(wrap, 16, "stored")
-    on_their_way = 4 * sum(4 * p.numel() for p in Block().parameters())
-    assert deep.kept <= shallow.kept + on_their_way, (shallow, deep)
-    assert deep.peak <= shallow.peak + on_their_way, (shallow, deep)
-    assert deep.kept <= 0.08 * stored.kept, (deep, stored)
-    assert deep.peak <= 0.35 * stored.peak, (deep, stored)
+    """Neither kept bytes nor the peak grow with depth, but for parameters and gradients on their way between the ranks."""
+    x, (shallow, deep) = batch().repeat(64, 1), (4, 16)
+    few, many = memory(wrap, shallow, x), memory(wrap, deep, x)
+    parameters = (deep - shallow) * sum(p.nbytes for p in Block().parameters())
+    assert many.kept <= few.kept + parameters, (few, many)
+    assert many.peak <= few.peak + parameters, (few, many)
+    assert many.kept < deep * x.nbytes  # a checkpoint of each layer
+    assert parameters < 0.2 * (deep - shallow) * x.nbytes  # so that this slack hides no activations
 
 
 CHECKS = {
