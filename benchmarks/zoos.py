@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ __all__ = ["ZOOS", "Built"]
 
 Built = tuple[nn.Module, dict[str, Any]]  # model and keyword arguments of a call
 _TOO_LARGE = {"regnet_y_128gf", "vit_h_14"}  # more than 2 GB of parameters
+_LARGE = 60_000_000  # parameters
 _TOKENS = (2, 16)
 
 
@@ -29,6 +32,18 @@ def _revived(model: nn.Module) -> nn.Module:
                 parameter.copy_(torch.rand_like(parameter) * 0.5 + 0.2) if parameter.dim() == 1 and is_scale else parameter.normal_(
                     std=0.02
                 )
+    return model
+
+
+def _tied(model: nn.Module) -> nn.Module:
+    """Lets parameters of the same name and shape be one in a large model: its graph stays what it is, its memory does not grow with depth."""
+    if sum(parameter.numel() for parameter in model.parameters()) < _LARGE:
+        return model
+    first: dict[Any, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = first.setdefault((path.rpartition(".")[2], name, parameter.shape), parameter)
     return model
 
 
@@ -45,22 +60,34 @@ def _torchvision(name: str) -> Built:
     module = tv.get_model_builder(name).__module__
     if "detection" in module:
         model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=5)
-        return _revived(model.backbone), {"x": torch.randn(2, 3, 96, 96)}
+        size = 300 if name == "ssd300_vgg16" else 96
+        return _revived(model.backbone), {_first_argument(model.backbone): torch.randn(2, 3, size, size)}
     if "segmentation" in module:
         model = _revived(tv.get_model(name, weights=None, weights_backbone=None, num_classes=5))
         return model, {_first_argument(model): torch.randn(2, 3, 64, 64)}
     if "optical_flow" in module:
         return tv.get_model(name), {"image1": torch.randn(1, 3, 128, 128), "image2": torch.randn(1, 3, 128, 128), "num_flow_updates": 3}
     if "video" in module:
-        size = (16, 224, 224) if name.startswith("mvit") else (8, 64, 64)
-        return _revived(tv.get_model(name, num_classes=10)), {"x": torch.randn(1 if "mvit" in name else 2, 3, *size)}
-    size = 224 if name.startswith(("vit", "maxvit")) else 128 if "inception" in name or "googlenet" in name else 64
+        if name.startswith("mvit"):
+            return _revived(_small_mvit(name)), {"x": torch.randn(1, 3, 8, 64, 64)}
+        size = (16, 224, 224) if name == "s3d" else (8, 64, 64)
+        return _tied(_revived(tv.get_model(name, num_classes=10))), {"x": torch.randn(1 if name == "s3d" else 2, 3, *size)}
+    size = 224 if name.startswith("maxvit") else 299 if "inception" in name else 128 if "googlenet" in name else 64
     extra = {"image_size": 64 if name != "vit_h_14" else 56} if name.startswith("vit") else {}
     size = extra.get("image_size", size)
     model = tv.get_model(
         name, num_classes=10, **extra, **float_only, **({"init_weights": False} if "net" in name and "inception" in name else {})
     )
-    return _revived(model), {_first_argument(model): torch.randn(2, 3, size, size)}
+    return _tied(_revived(model)), {_first_argument(model): torch.randn(2, 3, size, size)}
+
+
+def _small_mvit(name: str) -> nn.Module:
+    """Its builder fixes the size of the videos, which decides minutes."""
+    import torchvision.models as tv
+
+    build = tv.video.mvit._mvit
+    with mock.patch.object(tv.video.mvit, "_mvit", lambda **options: build(**(options | {"spatial_size": (64, 64), "temporal_size": 8}))):
+        return tv.get_model(name, num_classes=10)
 
 
 def _first_argument(model: nn.Module) -> str:
@@ -95,11 +122,12 @@ def timm_zoo() -> dict[str, Callable[[], Built]]:
     """Two architectures of each family (one where it has but one), the smallest by name."""
     import timm
 
-    names: dict[str, None] = {}
+    chosen: list[list[str]] = []
     for family in timm.list_modules():
         models = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         rank = {name: next((i for i, word in enumerate(_SMALL) if word in name), len(_SMALL)) for name in models}
-        names |= dict.fromkeys(sorted(models, key=lambda name: (rank[name], len(name), name))[:2])
+        chosen.append(sorted(models, key=lambda name: (rank[name], len(name), name))[:2])
+    names = dict.fromkeys(name for nth in zip_longest(*chosen) for name in nth if name and name not in _TOO_LARGE)
     return {name: partial(_timm, name) for name in names}
 
 
@@ -119,7 +147,7 @@ def _timm(name: str) -> Built:
             height = width = smaller
         except Exception:
             height = width = min(height, 256)
-    return _revived(model.train()), {_first_argument(model): torch.randn(2, channels, height, width)}
+    return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
 
 
 _TEXT = [
@@ -281,8 +309,10 @@ def _transformers(name: str, kind: str) -> Built:
         config.layer_types = config.layer_types[:3]
     if hasattr(config, "attention_types"):
         config.attention_types, config.attention_layers = [[["global", "local"], 1], [["global"], 1]], ["global", "local", "global"]
+    if name == "esm":
+        config.vocab_size, config.pad_token_id, config.mask_token_id = 64, 1, 32
     if name == "funnel":
-        config.block_sizes, config.d_head, config.d_inner = [2, 2], 16, 64
+        config.block_sizes, config.d_head, config.d_inner, config.architectures = [2, 2], 16, 64, ["FunnelModel"]
     model = transformers.AutoModel.from_config(config)
     ids = torch.randint(3, 60, _TOKENS)
     if kind in ("text", "translator"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -47,7 +48,7 @@ class Compiler:
 
 def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
     """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
-    with fake_mode:
+    with fake_mode, enable_python_dispatcher():  # the latter for operations on symbolic sizes
         return gm(*inputs)
 
 
@@ -55,7 +56,7 @@ class Artifact:
     """A compiled step.
 
     Attributes:
-        run: `run(x, *sides, *attributes) -> (y, *extras)` with y = f(x) in the shape of x.
+        run: `run(x, *sides, *attributes, *sizes) -> (y, *extras)` with y = f(x) in the shape of x.
         outputs: fake tensors in the form of what it returns.
         needs_grad: for each input whether it was compiled to give a gradient.
     """
@@ -77,7 +78,10 @@ class Artifacts:
         self.known: dict[Hashable, Artifact] = {}
 
     def of(self, code: StepCode, inputs: Sequence[Any]) -> Artifact:
-        """The artifact of a step for fake inputs (x, *sides, *attributes); the attributes of the step that are no inputs are left out."""
+        """The artifact of a step for fake inputs (x, *sides, *attributes, *sizes).
+
+        The attributes of the step that are no inputs of the graph are left out; sizes are those of the whole graph.
+        """
         fixed = {f"a{i}": self.statics(path) for i, path in enumerate(code.attributes) if self.statics(path) is not None}
         modules = {f"m{i}": self.statics(path) for i, path in enumerate(code.modules)}
         key = (id(code.body), code.form, code.written, tuple(map(_form, inputs)), _contents(fixed | modules))
@@ -88,17 +92,17 @@ class Artifacts:
     def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> Artifact:
         fake_mode = self.compiler.fake_mode
         assert fake_mode is not None
-        body = fx.GraphModule(fixed, _with_inputs(code, fixed))
+        body = fx.GraphModule(fixed, _with_inputs(code, fixed, len(inputs)))
         y, *_ = fake_output(body, inputs, fake_mode)
-        with fake_mode:
+        with fake_mode, enable_python_dispatcher():
             _finish(body, code, inputs[0], y)
         outputs = fake_output(body, inputs, fake_mode)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         return Artifact(self.compiler(body, inputs), tuple(outputs), needs_grad)
 
 
-def _with_inputs(code: StepCode, fixed: dict[str, Any]) -> fx.Graph:
-    """The body as a graph of inputs (x, *sides, *attributes)."""
+def _with_inputs(code: StepCode, fixed: dict[str, Any], number: int) -> fx.Graph:
+    """The body as a graph of that number of inputs: (x, *sides, *attributes, and more that it does not read)."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in code.body.nodes:
@@ -107,6 +111,8 @@ def _with_inputs(code: StepCode, fixed: dict[str, Any]) -> fx.Graph:
     for node in code.body.nodes:
         if node.op == "get_attr" and node.target not in fixed:
             values[node] = graph.placeholder(str(node.target))
+    for i in range(number - len(values)):
+        graph.placeholder(f"size{i}")
     for node in code.body.nodes:
         if node not in values:
             values[node] = graph.node_copy(node, values.__getitem__)

@@ -129,7 +129,7 @@ def _compiled(found: _Found, example_inputs: list[Any], settings: Settings, inne
 
     rewritten = passes.rewrite(found.unlifted.graph_module, found.plan, build_region).graph_module
     lifted = passes.lift(rewritten, found.unlifted, {name: region.reads for name, region in regions.items()})
-    joined = passes.pieces(lifted, regions)
+    joined = passes.pieces(lifted, regions, found.unlifted.sizes)
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None  # Dynamo's
     inputs = [to_fake_tensor(value, fake_mode) if isinstance(value, Tensor) else value for value in example_inputs]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import RegionCode, StepCode
@@ -23,9 +24,9 @@ __all__ = ["CompiledRegion"]
 class _Step(nn.Module):
     """One step of one call: its artifact and the parameters and buffers that it reads."""
 
-    def __init__(self, artifact: Artifact, paths: list[str], tensors: list[Any], names: Mapping[str, str]) -> None:
+    def __init__(self, artifact: Artifact, paths: list[str], tensors: list[Any], names: Mapping[str, str], sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self._artifact = artifact
+        self._artifact, self._sizes = artifact, sizes
         self._places = [(f"a{i}", isinstance(tensor, nn.Parameter)) for i, tensor in enumerate(tensors)]
         self._names = [names[path] for path in paths]
         for (name, parameter), tensor in zip(self._places, tensors, strict=True):
@@ -37,7 +38,7 @@ class _Step(nn.Module):
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         own = [(self._parameters if parameter else self._buffers)[name] for name, parameter in self._places]
-        inputs = (x, *sides, *own)
+        inputs = (x, *sides, *own, *self._sizes)
         for i, (value, needed) in enumerate(zip(inputs, self._artifact.needs_grad, strict=True)):
             if not needed and torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
                 raise MnetError(f"input {i} of a compiled step needs a gradient that it was not compiled for; please report this")
@@ -45,7 +46,7 @@ class _Step(nn.Module):
 
 
 class CompiledRegion(ChainRegion):
-    """A region of a Dynamo graph. Its call gets the parameters and buffers of its steps after the side inputs.
+    """A region of a Dynamo graph. Its call gets the parameters and buffers of its steps, and all symbolic sizes, after the side inputs.
 
     Args:
         code, settings, arithmetic: as in `ChainRegion`.
@@ -63,17 +64,23 @@ class CompiledRegion(ChainRegion):
     def _own(self, step: StepCode) -> list[str]:
         return [path for path in step.attributes if path in self.attributes]
 
+    def _split(self, sides: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """Of what follows the side inputs, the parameters and buffers by name, and the sizes."""
+        end = self.sides + len(self.reads)
+        return dict(zip(self.reads, sides[self.sides : end], strict=True)), sides[end:]
+
     def compile(self, artifacts: Artifacts, x: Tensor, sides: tuple[Any, ...], fake_mode: FakeTensorMode) -> Any:
         """Compiles the steps for fake inputs, once; returns fake outputs."""
-        inputs = dict(zip(self.reads, sides[self.sides :], strict=True))
-        with fake_mode:
+        inputs, sizes = self._split(sides)
+        with fake_mode, enable_python_dispatcher():
             x = torch.empty_like(x, requires_grad=False).requires_grad_(x.requires_grad)
             moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
             escaped, extras = [], []
             for t, step in enumerate(self.bodies):
                 if t in self.escapes:
                     escaped.append(x)
-                artifact = artifacts.of(step, [x, *(sides[i] for i in step.sides), *(inputs[path] for path in self._own(step))])
+                own = [inputs[path] for path in self._own(step)]
+                artifact = artifacts.of(step, [x, *(sides[i] for i in step.sides), *own, *sizes])
                 y, *more = artifact.outputs
                 self.artifacts.append(artifact)
                 extras += more
@@ -82,10 +89,10 @@ class CompiledRegion(ChainRegion):
         return (x, *escaped, *extras) if escaped or extras else x
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-        inputs = dict(zip(self.reads, sides[self.sides :], strict=True))
+        inputs, sizes = self._split(sides)
         steps: list[tuple[nn.Module, tuple[Any, ...]]] = []
         for code, artifact in zip(self.code, self.artifacts, strict=True):
             paths = self._own(code)
-            step = _Step(artifact, paths, [inputs[path] for path in paths], self.attributes)
+            step = _Step(artifact, paths, [inputs[path] for path in paths], self.attributes, sizes)
             steps.append((step, tuple(sides[i] for i in code.sides)))
         return steps

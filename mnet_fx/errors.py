@@ -1,6 +1,12 @@
 """The errors that `mnet_fx` raises. All derive from `MnetError`; those that concern an argument are also `ValueError`s."""
 
-__all__ = ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"]
+__all__ = ["UNCOMPILED", "InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"]
+
+UNCOMPILED = (
+    "mnet_fx runs momentum chains outside of the graphs of torch.compile, so that forward and backward run the same kernels: leave "
+    "fullgraph=False, or compile the original model with torch.compile(model, backend='mnet_fx')"
+)
+"""Why Dynamo breaks its graph at a chain."""
 
 
 class MnetError(Exception):

@@ -291,7 +291,7 @@ class State:
 
     def fingerprint(self) -> Tensor:
         """Fingerprint of X and U together, a 0-d int64 tensor."""
-        return fingerprint(self.X).add_(fingerprint(self.U), alpha=3)
+        return fingerprint(self.X, self.U)
 
 
 def _shifted(T: Tensor, dtype: torch.dtype, bits: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes import Call, ExportError, Interface
 
-from .errors import MnetError
+from .errors import UNCOMPILED, MnetError
 from .guard import Guard
 from .program import Program
 
@@ -42,12 +42,21 @@ class Forward:
         self.owner, self.programs, self.pinned, self.guard, self.otherwise = owner, programs, pinned, guard, otherwise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound, other = self._matched(args, kwargs)
+        if other is not None:
+            captured, given = other
+            return self.otherwise.run(captured, given, args, kwargs)
+        return self.programs[self.owner.training](self.owner, *bound.args, **bound.kwargs)
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def _matched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[inspect.BoundArguments, tuple[str, str] | None]:
+        """The arguments by name; and where they are not those of the graphs, what these were captured with, and what was given."""
         bound = self.__signature__.bind(*args, **kwargs)
         for name, value in self.pinned.items():
             if not _same(given := bound.arguments.pop(name, value), value):
-                return self.otherwise.run(f"{name}={value!r}", f"{name}={_brief(given)}", args, kwargs)
+                return bound, (f"{name}={value!r}", f"{name}={_brief(given)}")
         self.guard.check(self.owner)
-        return self.programs[self.owner.training](self.owner, *bound.args, **bound.kwargs)
+        return bound, None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -85,13 +94,14 @@ class ExportedForward:
             captured, given: what the error says about the captures so far and this call, where the variants say no more.
             args, kwargs: the call.
         """
-        self.guard.check(self.owner)
-        program, interface, flat = self._fitting(
-            canonical(self.__signature__, args, kwargs), f"it was captured with {captured}, not {given}"
-        )
+        program, interface, flat = self._fitting(captured, given, args, kwargs)
         return pytree.tree_unflatten(list(program(self.owner, *flat)), interface.out_spec)
 
-    def _fitting(self, call: Call, reason: str) -> tuple[Program, Interface, list[Any]]:
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def _fitting(self, captured: str, given: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Interface, list[Any]]:
+        """The program for a call, its interface, and the arguments as the program takes them."""
+        self.guard.check(self.owner)
+        call, reason = canonical(self.__signature__, args, kwargs), f"it was captured with {captured}, not {given}"
         for variant in self.variants:
             program, interface = variant[self.owner.training]
             try:

@@ -51,7 +51,7 @@ class Guard:
         self.kinds = _kinds(owner) if whole else {}
         self.seen = [
             _Seen(path, module, _children(module), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
-            for path, module in _traced_through(owner, frozenset(leaves), "", whole)
+            for path, module in _traced_through(owner, frozenset(leaves), whole)
         ]
 
     def check(self, owner: nn.Module) -> None:
@@ -106,14 +106,20 @@ def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {name: (t.dtype, t.device) for name, t in chain(owner.named_parameters(), owner.named_buffers())}
 
 
-def _traced_through(module: nn.Module, leaves: frozenset[str], path: str, whole: bool) -> Iterator[tuple[str, nn.Module]]:
+def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> Iterator[tuple[str, nn.Module]]:
     """The module and those inside whose forward ran while tracing; everything that is no leaf and under none."""
-    yield path, module
-    for name, child in module.named_children():
-        inner = f"{path}.{name}" if path else name
-        called = inner in leaves or (type(child).__module__.startswith("torch.nn.modules.") and not whole)
-        if not called or isinstance(child, _CONTAINERS):
-            yield from _traced_through(child, leaves, inner, whole)
+    above = {leaf[:i] for leaf in leaves for i, letter in enumerate(leaf) if letter == "."}
+
+    def through(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        yield path, module
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            is_torch = type(child).__module__.startswith("torch.nn.modules.") and inner not in above
+            called = inner in leaves or (is_torch and not whole)
+            if not called or isinstance(child, _CONTAINERS):
+                yield from through(child, inner)
+
+    yield from through(module, "")
 
 
 def _read_attributes(module: nn.Module) -> list[str]:

@@ -6,9 +6,10 @@ buffers of chunk size that each thread allocates once. No tensor of full size is
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ __all__ = [
     "Spill",
     "fill",
     "fingerprint",
+    "fingerprints",
     "flat",
+    "is_normal",
     "max_abs",
     "read",
     "shear",
@@ -33,7 +36,7 @@ __all__ = [
 
 CHUNK_CPU = 1 << 18  # elements per pass
 CHUNK_DEVICE = 1 << 23
-_ROW = 8191  # words, an odd number
+_ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -89,10 +92,11 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _chunks(*tensors: Tensor) -> zip:
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
     size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
-    return zip(*(flat(t).split(size) for t in tensors), strict=True)
+    whole = [flat(t) for t in tensors]
+    return [tuple(whole)] if tensors[0].numel() <= size else zip(*(t.split(size) for t in whole), strict=True)
 
 
 def max_abs(t: Tensor) -> float:
@@ -115,16 +119,15 @@ def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: flo
     for x, u, part, o in _chunks(X, U, y, out):
         q = _rounded(part, u, scale, finite)
         u.add_(_integers(q, u))
-        x.add_(_integers(q.copy_(u).mul_(ratio).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
+        x.add_(_integers(_product(u, ratio).round_(), x))
+        _put(x, o, unit)
 
 
 def unshear_x(X: Tensor, U: Tensor, out: Tensor, ratio: float, unit: float) -> None:
     """First half of the inverse, in place: X -= round(U * ratio); out = X * unit."""
     for x, u, o in _chunks(X, U, out):
-        q = _scratch.get(u, torch.float64, u.numel()).copy_(u)
-        x.sub_(_integers(q.mul_(ratio).round_(), x))
-        o.copy_(q.copy_(x).mul_(unit))
+        x.sub_(_integers(_product(u, ratio).round_(), x))
+        _put(x, o, unit)
 
 
 def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
@@ -136,7 +139,7 @@ def unshear_u(U: Tensor, y: Tensor, scale: float, finite: bool = True) -> None:
 def read(X: Tensor, out: Tensor, unit: float) -> None:
     """out = X * unit."""
     for x, o in _chunks(X, out):
-        o.copy_(_scratch.get(x, torch.float64, x.numel()).copy_(x).mul_(unit))
+        _put(x, o, unit)
 
 
 def fill(T: Tensor, t: Tensor, scale: float) -> None:
@@ -149,6 +152,25 @@ def fill(T: Tensor, t: Tensor, scale: float) -> None:
 def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
     q = _scratch.get(u, torch.float64, u.numel()).copy_(y)
     return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
+
+
+def _product(t: Tensor, factor: float) -> Tensor:
+    """t * factor in float64, in a work buffer."""
+    q = _scratch.get(t, torch.float64, t.numel())
+    return torch.mul(t, factor, out=q) if t.dtype is torch.float64 else q.copy_(t).mul_(factor)
+
+
+def is_normal(unit: float) -> bool:
+    """Whether integers times a unit are normal numbers of float32, so that they are rounded there as the integers themselves are."""
+    return 2.0**-126 <= unit <= 2.0**96
+
+
+def _put(x: Tensor, out: Tensor, unit: float) -> None:
+    """out = x * unit, rounded once."""
+    if x.dtype is torch.int32 and out.dtype is torch.float32 and is_normal(unit):
+        out.copy_(x).mul_(unit)
+    else:
+        out.copy_(_product(x, unit))
 
 
 def _integers(q: Tensor, like: Tensor) -> Tensor:
@@ -221,29 +243,50 @@ def unspill(T: Tensor, spilled: Spill) -> None:
         start += size
 
 
-def fingerprint(t: Tensor) -> Tensor:
-    """A 0-d int64 tensor that depends on every bit of t and on its place: equal tensors give equal numbers, others all but surely not.
+def fingerprint(*tensors: Tensor) -> Tensor:
+    """A 0-d int64 tensor for all the tensors together and in their order, see `fingerprints`."""
+    return _mixed(torch.cat([part for t in tensors for part in _summed(t)])).sum()
 
-    The bits are read as 64-bit words in rows of 8191. Sums along both directions are cheap; mixing each with its place, by multiplications
-    and shifts that no cancellation survives, makes their total depend on order and sign as well.
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """A 1-d int64 tensor, a number for each tensor that depends on its every bit and on their places.
+
+    Equal tensors give equal numbers, others all but surely do not. The bits are read as 64-bit words in rows. Sums along both directions
+    are cheap; mixing each sum with its place, by multiplications and shifts that no cancellation survives, makes the numbers depend on
+    order and sign as well. All tensors are mixed at once, since with small ones it is the calls that take the time.
     """
+    words = [_summed(t) for t in tensors]
+    lengths = [sum(part.numel() for part in parts) for parts in words]
+    mixed = _mixed(torch.cat(list(itertools.chain(*words))), lengths).cumsum_(0)
+    sums = torch.cat([mixed.new_zeros(1), mixed])[torch.tensor([0, *itertools.accumulate(lengths)], device=mixed.device)]
+    return sums.diff()
+
+
+def _summed(t: Tensor) -> list[Tensor]:
+    """The bits of t as words in 1-d int64 tensors: as they are if few, else the sums of columns and of rows of a table of them."""
     t = t.detach().resolve_conj().resolve_neg()
     t = torch.view_as_real(t) if t.is_complex() else t
-    t = t if _is_dense(t) else t.contiguous()
-    elements = flat(t).view(_INTEGERS[t.element_size()])
-    per_word = 8 // t.element_size()
+    elements = flat(t if t.is_contiguous() or _is_dense(t) else t.contiguous())
+    per_word = 8 // elements.element_size()
     elements = elements.clone() if elements.storage_offset() % per_word else elements  # words must be aligned
-    whole = elements.numel() // per_word * per_word
-    words = elements[:whole].view(torch.int64)
-    rows = words.numel() // _ROW
-    table, rest = words[: rows * _ROW].view(rows, _ROW), words[rows * _ROW :]
-    parts = [table.sum(0), table.sum(1), rest, elements[whole:].to(torch.int64)]
-    return _mixed(torch.cat([part for part in parts if part.numel()])) if elements.numel() else words.sum()
+    spare = elements.numel() % per_word
+    words = (elements[: elements.numel() - spare] if spare else elements).view(torch.int64)
+    parts = [elements[-spare:].view(_INTEGERS[t.element_size()]).to(torch.int64)] if spare else []
+    row = _ROW_SMALL if words.numel() < _ROW_SMALL**2 else _ROW_LARGE
+    if words.numel() < 2 * row:
+        return [words, *parts]
+    rows = words.numel() // row
+    table = words[: rows * row].view(rows, row)
+    return [table.sum(0), table.sum(1), words[rows * row :], *parts]
 
 
-def _mixed(z: Tensor) -> Tensor:
-    """Sum of the words of z, each mixed with its place (the finaliser of splitmix64: Steele, Lea, Flood 2014)."""
-    z = z + torch.arange(1, z.numel() + 1, device=z.device).mul_(-7046029254386353131)
+def _mixed(z: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    """The words of z, each mixed with its place, which is counted from 1 again after each of `lengths` (default: all) words.
+
+    The mixing is the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    places = torch.arange(1, max(lengths, default=z.numel()) + 1, device=z.device).mul_(-7046029254386353131)
+    z = z + (torch.cat([places[:length] for length in lengths]) if lengths else places)
     z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
     z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
-    return z.bitwise_xor_(z >> 31).sum()
+    return z.bitwise_xor_(z >> 31)

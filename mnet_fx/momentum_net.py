@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import LayerCall, LayerStep, start_tape
-from .errors import MnetError, SettingsError, StreamError
+from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from .named import name_region
 from .settings import Settings
 from .tape import Chain, ReversingTape
@@ -80,6 +80,7 @@ class MomentumNet(nn.Module):
             raise AttributeError("this MomentumNet has no init_function: its velocity starts at 0")
         return self._modules["init"]  # type: ignore[return-value]
 
+    @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._chain(x, args, kwargs, "stored" if self.use_backprop else "reversible").x
 

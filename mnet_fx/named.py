@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .chain import LayerCall, LayerStep, start_tape
-from .errors import MnetError, MnetWarning, SettingsError, StreamError
+from .errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from .settings import Settings
 from .tape import Chain
 
@@ -157,6 +157,7 @@ class NamedLayer:
     def __init__(self, owner: nn.Module, region: NamedRegion) -> None:
         self.owner, self.region = owner, region
 
+    @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.region.step(self.owner, self.original, args, kwargs)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passes import RegionCode, StepCode
 
 from .chain import start_tape
-from .errors import StreamError
+from .errors import UNCOMPILED, StreamError
 from .loops import Kernels
 from .program import Program
 from .settings import Settings
@@ -130,6 +130,7 @@ class ChainRegion(nn.Module):
         """Each step as a module `(x, *sides) -> (y, *extras)` that owns the tensors of this moment, and its side inputs."""
         raise NotImplementedError
 
+    @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *sides: Any) -> Any:
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from .loops import fingerprint
+from .loops import fingerprints
 
 __all__ = ["Conditions", "transformed", "undisturbed"]
 
@@ -47,60 +47,60 @@ class Conditions:
     """
 
     def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True) -> None:
-        self.module, self.sides, self.device, self.proof = module, sides, device, proof
+        self.module, self.sides, self.device = module, sides, device
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
         self.training = [m.training for m in module.modules()]
         self.threads = torch.get_num_threads()
         self.autocast = _autocast_states(device)
-        self.parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters: dict[str, Tensor] = dict(_members(module, "_parameters"))
         self.buffers: dict[str, Tensor] = {}  # those that the step changed, as they were before
-        self.unchanged: dict[str, Tensor] = {}  # the others
         self.random: list[tuple[Any, Tensor]] = []
-        self.prints = self._values()
+        self.proven = self._proven() if proof else None  # what must not change, and its fingerprints
+        self.prints = _fingerprints(self.proven or {})
 
     def first_run(self, x: Tensor) -> Any:
         """Runs the step on the live module, and notes what it drew and which buffers it changed."""
         with _LOCK:
-            return self._first_run(x)
+            generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
+            before = dict(_members(self.module, "_buffers"))
+            result = self._noting_buffers(before, x) if before else self.module(x, *self.sides)
+            self.random = [(module, state) for module, state in generators if not torch.equal(state, module.get_rng_state())]
+            return result
 
-    def _first_run(self, x: Tensor) -> Any:
-        before = dict(self.module.named_buffers(remove_duplicate=False))
+    def _noting_buffers(self, before: dict[str, Tensor], x: Tensor) -> Any:
         copies = {name: b.detach().clone() for name, b in before.items()}
-        generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
         result = self.module(x, *self.sides)
-        self.random = [(module, state) for module, state in generators if not torch.equal(state, module.get_rng_state())]
-        after = dict(self.module.named_buffers(remove_duplicate=False))
+        after = dict(_members(self.module, "_buffers"))
         was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
-        self.buffers = {name: copy for name, copy in copies.items() if after.get(name) is not before[name] or was[name] != now[name]}
-        self.unchanged = {name: before[name] for name in copies if name not in self.buffers}
-        self.prints |= {f"buffer '{self.path_of(name)}'": was[name] for name in self.unchanged if self.proof}
+        for name, copy in copies.items():
+            if after.get(name) is not before[name] or was[name] != now[name]:
+                self.buffers[name] = copy
+            elif self.proven is not None:
+                key = f"buffer '{self.path_of(name)}'"
+                self.proven[key], self.prints[key] = before[name], was[name]
         return result
 
     def changed(self) -> str | None:
         """Which parameter, buffer or side input no longer has the value that the first run saw; None if none."""
-        now = self._values()
+        now = _fingerprints(self.proven or {})
         return next((name for name in now if now[name] != self.prints[name]), None)
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
         with _LOCK, self._restored():
-            live = dict(self.module.named_parameters(remove_duplicate=False))
+            live = dict(_members(self.module, "_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= {name: b.clone() for name, b in self.buffers.items()}
             return functional_call(self.module, swapped, (x, *self.sides)) if swapped else self.module(x, *self.sides)
 
-    def _values(self) -> dict[str, Any]:
-        if not self.proof:
-            return {}
+    def _proven(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
-        named |= {f"buffer '{self.path_of(name)}'": b for name, b in self.unchanged.items()}
-        named |= {f"side input {i}": s for i, s in enumerate(tree_leaves(self.sides)) if isinstance(s, Tensor)}
-        return _fingerprints(named)
+        return named | {f"side input {i}": s for i, s in enumerate(tree_leaves(self.sides)) if isinstance(s, Tensor)}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for context in self.autocast:
+            for context in self.autocast if self.autocast != _autocast_states(self.device) else ():
                 stack.enter_context(torch.autocast(**context))
             _swap_in(stack, torch.set_num_threads, self.threads, torch.get_num_threads())
             for module, training in zip(self.module.modules(), self.training, strict=True):
@@ -134,6 +134,16 @@ def undisturbed() -> Iterator[None]:
     finally:
         for _ in range(levels - 1):
             torch._C._vmapmode_increment_nesting()
+
+
+def _members(module: nn.Module, kind: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in the dictionaries `kind` of module and its submodules: `named_parameters(remove_duplicate=False)`, but quick."""
+    for name, tensor in getattr(module, kind).items():
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _members(child, kind, f"{prefix}{name}.")
 
 
 def _swap_in(stack: ExitStack, setter: Callable[[Any], Any], then: Any, now: Any) -> None:
@@ -171,5 +181,5 @@ def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
     for name in ordinary:
         by_device.setdefault(named[name].device, []).append(name)
     for names in by_device.values():
-        values |= zip(names, torch.stack([fingerprint(named[name]) for name in names]).tolist(), strict=True)
+        values |= zip(names, fingerprints([named[name] for name in names]).tolist(), strict=True)
     return values

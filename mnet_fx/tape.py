@@ -158,8 +158,8 @@ class ReversingTape(Tape):
         if self.half:  # a rerun that did not reach its end
             self.state.restep_x(self.records[self.time])
             self.half, self.time = False, self.time + 1
-        x = self.state.read()
-        while self.time < t:
+        x = self.state.read() if self.time < t else None
+        while x is not None and self.time < t:
             x = self._forward(self._value(x))
             if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:
                 self.drifted(self.time - 1, f"the state after step {self.time - 1}")

@@ -26,6 +26,7 @@ from passes.facts import owner_path
 from passes.layout import level_layouts
 from passes.legality import CODES
 from passes.regions import Refusal
+from passes.torch_layers import opened
 from passes.tracer import Blame, ChainTracer, replaced_reason
 from passes.watch import Attributes, keeping_python_rng
 
@@ -100,24 +101,10 @@ def _captured(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[Ca
         yield _refusal(blame, _join(path, inner))
     if traced is not None:
         tracer, graph = traced
-        yield from _hiding(module, graph, path)
         yield Captured(path, fx.GraphModule(module, graph), module.training, dict(tracer.pinned))
     for inner in blames:
         for name, child in forward_children(module.get_submodule(inner)):
             yield from _captured(child, _join(path, inner, name), seen)
-
-
-_HIDING = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-
-def _hiding(module: nn.Module, graph: fx.Graph, path: str) -> Iterator[Refusal]:
-    """Leaves of torch.nn that have residual adds inside."""
-    for target in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
-        leaf = module.get_submodule(target)
-        if isinstance(leaf, _HIDING):
-            yield _refusal(
-                Blame("opaque_module", f"is a torch.nn.{type(leaf).__name__}, whose residual adds are not seen"), _join(path, target)
-            )
 
 
 def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict[str, Blame]]:
@@ -162,13 +149,13 @@ def _difference(a: fx.Graph, b: fx.Graph) -> str | None:
 def forward_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Children worth tracing on their own; lists and dictionaries of modules have no forward, so their children stand for them.
 
-    The insides of torch.nn's own modules are left alone: they hold nothing but single layers.
+    The insides of torch.nn's own modules are left alone where they hold nothing but single layers.
     """
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in forward_children(child))
         elif next(child.children(), None) is not None and (
-            isinstance(child, nn.Sequential) or not type(child).__module__.startswith("torch.")
+            isinstance(child, nn.Sequential) or opened(child) is not None or not type(child).__module__.startswith("torch.")
         ):
             yield name, child
 

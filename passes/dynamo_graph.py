@@ -27,7 +27,7 @@ __all__ = ["LostContextError", "Unlifted", "lift", "unlift"]
 _ENTER = frozenset({"_enter_autocast", "_enter_inference_mode"})
 _EXIT = frozenset({"_exit_autocast", "_exit_inference_mode"})
 _MODE = "_set_grad_enabled"
-_HARMLESS = frozenset({"_assert", "_assert_async", "_check", "_check_is_size", "_check_value", "_assert_scalar", "sym_constrain_range"})
+_STATE = re.compile("set_|nesting|enter|exit|seed|push|pop")  # in the names of functions that change a global state
 
 
 class LostContextError(Exception):
@@ -42,11 +42,13 @@ class Unlifted:
         graph_module: the graph.
         inputs: names of all placeholders of the original graph, in order; that of an attribute is its target in `graph_module` too.
         attributes: for each input that became an attribute, the path of the parameter or buffer in the compiled model.
+        sizes: names of the inputs that are symbolic sizes.
     """
 
     graph_module: fx.GraphModule
     inputs: tuple[str, ...]
     attributes: dict[str, str]
+    sizes: tuple[str, ...]
 
 
 def unlift(gm: fx.GraphModule) -> Unlifted:
@@ -78,7 +80,8 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
         values[node] = graph.node_copy(node, values.__getitem__)
         values[node].meta = _meta(node)
     root = _attributes(gm, graph) | {node.name: node.meta["example_value"] for node in placeholders if node.name in attributes}
-    return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes)
+    sizes = (node.name for node in placeholders if isinstance(node.meta.get("example_value"), torch.SymInt))
+    return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes, tuple(sizes))
 
 
 def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[str]]) -> fx.GraphModule:
@@ -87,7 +90,8 @@ def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[st
     Args:
         gm: a graph over the same inputs and attributes.
         unlifted: where it came from.
-        reads: for the target of each region, the attributes that its calls are given after their other arguments.
+        reads: for the target of each region, the attributes that its calls are given after their other arguments; all symbolic sizes come
+            after those, since a compiler has to be told what a size of s * 4 is made of.
 
     Returns:
         A graph with the inputs of Dynamo's.
@@ -106,7 +110,7 @@ def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[st
             continue
         values[node] = graph.node_copy(node, values.__getitem__)
         if node.op == "call_module" and node.target in reads:
-            values[node].args = (*values[node].args, *(inputs[name] for name in reads[node.target]))
+            values[node].args = (*values[node].args, *(inputs[name] for name in (*reads[node.target], *unlifted.sizes)))
     return _module(_attributes(gm, graph), graph)
 
 
@@ -199,7 +203,7 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
             depth += 1
         elif name in _EXIT:
             depth -= 1
-        elif not open_ and name and not node.users and not node.all_input_nodes and name not in _HARMLESS:
+        elif not open_ and _sets_state(node, name):
             raise LostContextError(f"it calls {name}, which changes a state that the passes do not know")
         if not open_ and (depth or enabled != ambient):
             blocks.append([])
@@ -210,6 +214,11 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
     if open_:
         raise LostContextError("it enters a context that it does not leave, such as torch.no_grad() around a graph break")
     return blocks
+
+
+def _sets_state(node: fx.Node, name: str) -> bool:
+    """A call for its effect on something other than a tensor, such as _vmap_increment_nesting or manual_seed."""
+    return not node.users and not node.all_input_nodes and _STATE.search(name) is not None
 
 
 def _block_module(gm: fx.GraphModule, block: list[fx.Node], facts: Facts) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from passes.facts import Facts, dtype_of, owner_path, shape_of
 from passes.match import Projection
-from passes.ops import is_add
+from passes.ops import OUT_OF_PLACE
 from passes.regions import Refusal
 from passes.steps import Span
 
@@ -30,7 +30,7 @@ class Code:
 
 CODES: dict[str, Code] = {
     "projection_shortcut": Code(
-        "The skip of the sum is a projection, scaling or other function of the input, so the sum is not `x + f(x)`.",
+        "The skip of the sum is a projection or other function of the input, not the input or a multiple of it.",
         "Nothing needs to be done: blocks that change the shape stay as they are, between two regions.",
     ),
     "shape_changed": Code(
@@ -82,8 +82,8 @@ CODES: dict[str, Code] = {
         "Find the break with TORCH_LOGS=graph_breaks; or momentumize(model, regions=[...]) before torch.compile.",
     ),
     "opaque_module": Code(
-        "The module has hooks or a forward set on the instance, or is a ScriptModule or a transformer of torch.nn, so it stays whole.",
-        "Give example inputs, with which transformers of torch.nn are exported; remove hooks and replaced forwards before the rewrite.",
+        "The module has hooks or a forward set on the instance, or is a ScriptModule, so it stays whole.",
+        "Remove hooks and replaced forwards before the rewrite; script the model afterwards.",
     ),
 }
 
@@ -115,16 +115,16 @@ def check(span: Span, facts: Facts) -> Refusal | None:
 
 
 def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
-    """In-place adds onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
+    """In-place sums onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
     memory, shared, copied = facts.base[span.source], {span.source}, set[fx.Node]()
     for node in span.nodes:
         target = facts.alias.get(node)
         if memory not in facts.writes.get(node, ()):
             (copied if target in copied else shared if target in shared else set()).add(node)
             continue
-        if node in facts.stale and is_add(node):
+        if node in facts.stale and node.target in OUT_OF_PLACE:
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, which is read again later")
-        if target not in copied and not (is_add(node) and target in shared):
+        if target not in copied and not (node.target in OUT_OF_PLACE and target in shared):
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{span.source.name}, the input of the step")
         if target not in copied and memory.op in ("placeholder", "get_attr"):
             return refuse("inplace_stream", span.add, f"%{node.name} overwrites %{memory.name}, which the caller or the module owns")

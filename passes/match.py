@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from passes.facts import Facts, owner_path, shape_of
-from passes.ops import LINKS, MIXING, is_add, operands
+from passes.ops import LINKS, MIXING, is_add, is_other_sum, operands
 from passes.regions import ResidualAdd
 
 __all__ = ["Chain", "Link", "Projection", "ResidualSum", "chains", "link_of", "match"]
@@ -77,19 +77,19 @@ def match(facts: Facts) -> tuple[dict[fx.Node, ResidualSum], dict[fx.Node, Proje
     sums: dict[fx.Node, ResidualSum] = {}
     projections: dict[fx.Node, Projection] = {}
     for node in facts.nodes:
-        if facts.kinds[node] != "add" or node not in facts.varies:
+        if node not in facts.varies or not (facts.kinds[node] == "add" or is_other_sum(node)):
             continue
-        found = _residual(node, facts, sums)
+        found = _residual(node, facts, sums) if facts.kinds[node] == "add" else _other_residual(node, facts, sums)
         if found is not None:
             sums[node] = found
-        elif (projection := _projection(node, facts, sums)) is not None:
+        elif facts.kinds[node] == "add" and (projection := _projection(node, facts, sums)) is not None:
             projections[node] = projection
-    inner = {term for found in sums.values() for term in _inner_adds(found.add, facts) if found.branch is None}
+    inner = {term for found in sums.values() for term in _inner_adds(found.add, facts) if found.branch is None and is_add(found.add)}
     return {add: found for add, found in sums.items() if add not in inner}, projections
 
 
 def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> ResidualSum | None:
-    """Read a sum as `skip + branch`, or with inner sums flattened as `skip + several terms`."""
+    """Read a sum as `skip + branch`, or with inner sums flattened as `skip + several terms`; the skip may be scaled by a number."""
     plain = _plain_terms(add)
     if plain is not None:
         for skip, branch in ((skip, branch) for term, branch in (plain, plain[::-1]) for skip in _same_values(term, facts)):
@@ -97,14 +97,24 @@ def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> R
             if walk is not None:
                 return ResidualSum(add, skip, branch, walk.frontier)
     terms = _terms(add, facts)
-    if len(terms) < 3 and plain is not None:
+    skips = {term: _unscaled(term, facts) for term in terms}
+    if len(terms) < 3 and plain is not None and all(term is skip for term, skip in skips.items()):
         return None
-    skip = min(terms, key=facts.index.__getitem__)
-    walks = [walk for term in terms if term is not skip and (walk := _branch(skip, term, facts, sums)) is not None]
-    if not walks or not _unscaled(add, skip):
+    oldest = min(terms, key=lambda term: facts.index[skips[term]])
+    return _whole(add, skips[oldest], [term for term in terms if term is not oldest], facts, sums)
+
+
+def _other_residual(node: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> ResidualSum | None:
+    """Read x - f(x), addcmul(x, a, f(x)) and the like, whose first operand is the skip."""
+    first, *terms = (operands(node)[0], *(value for value in node.all_input_nodes if value is not operands(node)[0]))
+    return _whole(node, _unscaled(first, facts), terms, facts, sums)
+
+
+def _whole(add: fx.Node, skip: fx.Node, terms: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> ResidualSum | None:
+    """A sum of which only the whole is known, if one of its terms is a residual branch."""
+    if all(_branch(skip, term, facts, sums, mixes=facts.kinds[add] in MIXING) is None for term in terms):
         return None
-    whole = _walk(add, skip, facts, sums)
-    return ResidualSum(add, skip, None, whole.frontier)
+    return ResidualSum(add, skip, None, _walk(add, skip, facts, sums).frontier)
 
 
 def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
@@ -115,14 +125,21 @@ def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
     return found
 
 
+def _unscaled(term: fx.Node, facts: Facts) -> fx.Node:
+    """The value behind multiplications by numbers."""
+    while (facts.kinds[term] == "identity" or _is_scale(term, facts)) and len(term.all_input_nodes) == 1:
+        term = term.all_input_nodes[0]
+    return term
+
+
+def _is_scale(node: fx.Node, facts: Facts) -> bool:
+    return facts.kinds[node] == "scale" and len(node.all_input_nodes) == 1
+
+
 def _plain_terms(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Both operands of `a + b`, None where `alpha` scales one of them."""
     first, second = operands(add)[:2]
     return (first, second) if len(operands(add)) == 2 and add.kwargs.get("alpha", 1) == 1 else None
-
-
-def _unscaled(add: fx.Node, skip: fx.Node) -> bool:
-    return bool(add.kwargs.get("alpha", 1) == 1) or operands(add)[0] is skip
 
 
 def _inner_adds(add: fx.Node, facts: Facts) -> list[fx.Node]:
@@ -142,12 +159,12 @@ def _terms(add: fx.Node, facts: Facts) -> list[fx.Node]:
     return [term for node in (add, *inner) for term in operands(node)[:2] if term not in inner]
 
 
-def _branch(skip: fx.Node, branch: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> _Walk | None:
-    """The walk from `branch` back to `skip`, if that makes a residual branch."""
+def _branch(skip: fx.Node, branch: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], mixes: bool = False) -> _Walk | None:
+    """The walk from `branch` back to `skip`, if that makes a residual branch; `mixes` where the sum itself mixes, as addmm does."""
     if skip.op == "get_attr" or skip not in facts.varies or facts.index[skip] >= facts.index[branch]:
         return None
     walk = _walk(branch, skip, facts, sums)
-    mixes = any(facts.kinds[node] in MIXING or node in sums for node in walk.between)
+    mixes = mixes or any(facts.kinds[node] in MIXING or node in sums for node in walk.between)
     return walk if branch in walk.between and mixes and not _enters(walk, skip, facts, sums) else None
 
 
@@ -237,7 +254,7 @@ def link_of(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -> t
         if not is_link(node, facts):
             return _wide_link(start, ends, facts)
         path.append(node)
-        node = operands(node)[0]
+        node = _linked(node, facts)
     return node, tuple(reversed(path))
 
 
@@ -265,11 +282,13 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
 def is_link(node: fx.Node, facts: Facts) -> bool:
     """True for an operation on one varying value that keeps its shape."""
     varying = [source for source in facts.flow[node] if source in facts.varies]
-    first = operands(node)[0] if operands(node) else None
-    if len(varying) != 1 or varying[0] is not first:
+    if len(varying) != 1 or (varying[0] is not (operands(node) or (None,))[0] and not _is_scale(node, facts)):
         return False
-    scaled = facts.kinds[node] == "scale" and not any(isinstance(operand, fx.Node) for operand in operands(node)[1:])
-    return facts.kinds[node] in LINKS or scaled
+    return facts.kinds[node] in LINKS or _is_scale(node, facts)
+
+
+def _linked(node: fx.Node, facts: Facts) -> fx.Node:
+    return next(source for source in facts.flow[node] if source in facts.varies)
 
 
 def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:

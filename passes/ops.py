@@ -32,7 +32,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-__all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_random", "kind", "may_alias", "operands", "written"]
+__all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_other_sum", "is_random", "kind", "may_alias", "operands", "written"]
 
 LINKS = frozenset({"norm", "activation", "dropout", "identity", "cast"})
 MIXING = frozenset({"convolution", "linear", "pool", "mix"})
@@ -171,8 +171,26 @@ OUT_OF_PLACE = {
     _ATEN.add_.Tensor: _ATEN.add.Tensor,
     "add_": "add",
     "__iadd__": "__add__",
+    operator.isub: operator.sub,
+    torch.Tensor.sub_: torch.Tensor.sub,
+    _ATEN.sub_.Tensor: _ATEN.sub.Tensor,
+    "sub_": "sub",
+    "__isub__": "__sub__",
+    torch.Tensor.addcmul_: torch.Tensor.addcmul,
+    _ATEN.addcmul_.default: _ATEN.addcmul.default,
+    "addcmul_": "addcmul",
 }
-"""The in-place adds, and what does the same out of place."""
+"""The in-place sums, and what does the same out of place."""
+
+_OTHER_SUMS = _words("sub subtract addcmul addcdiv lerp addmm baddbmm")
+
+
+def is_other_sum(node: fx.Node) -> bool:
+    """True for an operation that adds something other than an operand as it is to its first one, such as `x - f(x)` or addcmul."""
+    if node.op not in ("call_function", "call_method") or not _in_torch(node.target) or node.kwargs.get("beta", 1) != 1:
+        return False
+    first = operands(node)[0] if operands(node) else None
+    return _word(node.target) in _OTHER_SUMS and isinstance(first, fx.Node) and len(node.all_input_nodes) > 1
 
 
 def is_add(node: fx.Node) -> bool:

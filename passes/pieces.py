@@ -15,12 +15,13 @@ import torch.fx as fx
 __all__ = ["pieces"]
 
 
-def pieces(gm: fx.GraphModule, between: Collection[str]) -> fx.GraphModule:
+def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[str] = ()) -> fx.GraphModule:
     """Gather what lies between the calls of some modules.
 
     Args:
         gm: a graph with flat inputs, not changed.
         between: targets of the calls that stay as they are.
+        everywhere: names of placeholders that every piece gets, whether it reads them or not.
 
     Returns:
         A graph of the calls `piece_0`, `piece_1`, ... (GraphModules that return tuples) and those of `between`.
@@ -37,14 +38,15 @@ def pieces(gm: fx.GraphModule, between: Collection[str]) -> fx.GraphModule:
             groups.append([])
         else:
             groups[-1].append(node)
-    return _Joiner(gm).joined([*units, groups[-1]])
+    return _Joiner(gm, everywhere).joined([*units, groups[-1]])
 
 
 class _Joiner:
     """Writes the outer graph and the pieces."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, everywhere: Collection[str]) -> None:
         self.gm, self.graph = gm, fx.Graph()
+        self.everywhere = [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in everywhere]
         self.values: dict[fx.Node, fx.Node] = {}
         self.modules: dict[str, Any] = {}
 
@@ -72,7 +74,8 @@ class _Joiner:
         if not nodes:
             return
         inside, graph = set(nodes), fx.Graph()
-        read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+        read = dict.fromkeys(self.everywhere)
+        read |= dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
         inner: dict[fx.Node, fx.Node] = {}
         for source in read:
             inner[source] = graph.node_copy(source) if source.op == "get_attr" else graph.placeholder(source.name)

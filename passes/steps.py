@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from passes.facts import Facts, owner_keys, owner_path, shape_of
 from passes.match import Chain, ResidualSum, is_link
-from passes.ops import OUT_OF_PLACE, is_add, operands
+from passes.ops import OUT_OF_PLACE, operands
 from passes.regions import Form, Granularity, Step
 
 __all__ = ["Span", "common_path", "copied_adds", "dead_ends_of", "spans_of"]
@@ -79,9 +79,9 @@ class Span:
 
 
 def copied_adds(source: fx.Node, nodes: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:
-    """Of the nodes of a step, the adds that write in place to the memory of its source."""
+    """Of the nodes of a step, the sums that write in place to the memory of its source."""
     memory = facts.base[source]
-    return {node for node in nodes if is_add(node) and memory in facts.writes.get(node, ())}
+    return {node for node in nodes if node.target in OUT_OF_PLACE and memory in facts.writes.get(node, ())}
 
 
 def common_path(paths: Iterable[str]) -> str:
@@ -140,7 +140,7 @@ def _tail(chain: Chain, facts: Facts) -> tuple[fx.Node, ...]:
     tail: list[fx.Node] = []
     node = chain.sums[-1].add
     for kind in kinds.pop():
-        following = [user for user in node.users if facts.kinds[user] == kind and is_link(user, facts) and node in user.args[:1]]
+        following = [user for user in node.users if facts.kinds[user] == kind and is_link(user, facts) and node in user.all_input_nodes]
         if not following:
             return ()
         node = following[0]

@@ -12,6 +12,7 @@ that did it, and carries on; `capture` then traces again with that module as a l
     buffers read in forward: taken as constants                    recorded, also when they are written
     mask=None: a proxy, so "is not None" is baked as true          pinned to the default
     a submodule fails: the trace fails                             blamed, the rest is traced
+    transformers of torch.nn: leaves                               opened
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch import nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
+from passes.torch_layers import opened
 from passes.watch import keeping_python_rng, python_rng_state, watching
 
 __all__ = ["Blame", "ChainTracer"]
@@ -155,7 +158,8 @@ class ChainTracer(fx.Tracer):
         return _InPlace(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name) or reads_mode(m)
+        own = super().is_leaf_module(m, module_qualified_name) and opened(m) is None
+        return module_qualified_name in self.leaves or own or reads_mode(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
@@ -168,7 +172,7 @@ class ChainTracer(fx.Tracer):
         self.calls.append(_Call(path))
         depth, scope = list(self.module_stack.items()), (self.scope.module_path, self.scope.module_type)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, opened(m) or forward, args, kwargs)
             self._watch_python_rng()
             return result
         except Exception as error:
@@ -220,8 +224,10 @@ class ChainTracer(fx.Tracer):
         if not any(isinstance(value, fx.Proxy) for value in (*positional, *keywords.values())):
             raise fx.proxy.TraceError("forward has no argument that a caller must give, so nothing can be traced")
 
+        forward = opened(self.root) or partial(root_fn, self.root)
+
         def call():  # type: ignore[no-untyped-def]  # the graph would inherit an annotation
-            return root_fn(self.root, *positional, **keywords)
+            return forward(*positional, **keywords)
 
         return call, []
 

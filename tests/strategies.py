@@ -78,6 +78,12 @@ class Applied(nn.Module):
             return self.scale * y
         if self.kind == "parallel":
             return y + self.other(x)
+        if self.kind == "scaled_skip":
+            return y - 0.5 * x
+        if self.kind in ("minus", "in_place_minus"):
+            return -y
+        if self.kind == "addcmul":
+            return 0.5 * side * y
         return {"scaled_number": 0.3 * y, "alpha": 0.5 * y}.get(self.kind, y)
 
     def forward(self, x: Tensor, values: Values) -> Tensor:
@@ -139,6 +145,19 @@ class Applied(nn.Module):
     def _alpha(self, x: Tensor, values: Values) -> Tensor:
         return torch.add(x, self.branch(x), alpha=0.5)
 
+    def _scaled_skip(self, x: Tensor, values: Values) -> Tensor:
+        return 0.5 * x + self.branch(x)
+
+    def _minus(self, x: Tensor, values: Values) -> Tensor:
+        return x - self.branch(x)
+
+    def _addcmul(self, x: Tensor, values: Values) -> Tensor:
+        return torch.addcmul(x, values.side, self.branch(x), value=0.5)
+
+    def _in_place_minus(self, x: Tensor, values: Values) -> Tensor:
+        x -= self.branch(x)
+        return x
+
     def _in_place_add(self, x: Tensor, values: Values) -> Tensor:
         x += self.branch(x)
         return x
@@ -181,6 +200,10 @@ ADDITIVE = [
     "torch_add",
     "method_add",
     "alpha",
+    "scaled_skip",
+    "minus",
+    "addcmul",
+    "in_place_minus",
     "into_branch",
     "in_place_add",
     "method_in_place_add",
@@ -279,4 +302,8 @@ def options() -> st.SearchStrategy[Options]:
 def is_chain(spec: tuple[Block, ...]) -> bool:
     """All blocks are steps of one chain. (Where the caller gets a value of the stream, nothing may overwrite it later.)"""
     kinds = {block.kind for block in spec}
-    return len(spec) >= 2 and kinds <= set(ADDITIVE) and not ("early_exit" in kinds and kinds & {"in_place_add", "method_in_place_add"})
+    return (
+        len(spec) >= 2
+        and kinds <= set(ADDITIVE)
+        and not ("early_exit" in kinds and kinds & {"in_place_add", "method_in_place_add", "in_place_minus"})
+    )

@@ -11,7 +11,7 @@ from oracles import IntegerState, recurrence, unpack
 from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
 from mnet_fx.fixed_point import State
-from mnet_fx.loops import fingerprint, spill, unspill
+from mnet_fx.loops import fingerprint, read, spill, unspill
 from mnet_fx.settings import matched_weights, momentum_weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -152,6 +152,17 @@ def test_spilled_bits_stay_at_the_floor(gamma, steps):
     assert spilled / 1000 >= floor - 52  # what U still holds
     predicted = state_bytes([gamma] * steps)
     assert abs(predicted - 12 - spilled / 8000) <= 3
+
+
+@given(
+    st.one_of(st.integers(-200, 127), st.integers(-170, -140)),
+    st.sampled_from([torch.float32, *DTYPES]),
+    st.lists(st.integers(-(2**31) + 1, 2**31 - 1), min_size=1, max_size=40),
+)
+def test_x_is_read_with_one_rounding(exponent, dtype, numbers):
+    X, out = torch.tensor(numbers, dtype=torch.int32), torch.empty(len(numbers), dtype=dtype)
+    read(X, out, 2.0**exponent)
+    assert torch.equal(out, (X.double() * 2.0**exponent).to(dtype))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

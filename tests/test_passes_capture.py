@@ -138,13 +138,6 @@ def test_scripts_are_not_traced():
     assert [refusal.path for refusal in found.refusals] == ["f.0"]
 
 
-def test_transformers_of_torch_are_reported():
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    found = capture(program(lambda self, x: self.layers(x), layers=nn.Sequential(layer, nn.Linear(4, 4))), "net")
-    assert [(refusal.code, refusal.path) for refusal in found.refusals] == [("opaque_module", "net.layers.0")]
-    assert "is a torch.nn.TransformerEncoderLayer" in found.refusals[0].explanation
-
-
 def test_optional_arguments_are_pinned():
     def forward(self, x, mask=None, *, scale=2.0, **kwargs):
         for f in self.f:

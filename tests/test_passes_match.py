@@ -47,21 +47,75 @@ def test_every_way_to_write_an_add(add):
     assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))) == [3]
 
 
-def test_a_scaled_skip_is_refused():
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, y: 0.5 * x + y,
+        lambda x, y: y + x / 2,
+        lambda x, y: y + -(x * 0.5),
+        lambda x, y: torch.add(y, x, alpha=0.5),
+        lambda x, y: x * 0.5 + y + y.relu(),
+        lambda x, y: x - y,
+        lambda x, y: torch.sub(x, y, alpha=2),
+        lambda x, y: 0.5 * x - y,
+        lambda x, y: torch.addcmul(x, y, y.sigmoid()),
+        lambda x, y: x.addcmul(y, torch.ones(4), value=0.3),
+        lambda x, y: x.addcdiv(y, y.square() + 1),
+        lambda x, y: torch.lerp(x, y, 0.2),
+        lambda x, y: torch.addmm(x, x.tanh(), x.T @ y),
+    ],
+)
+def test_sums_of_which_only_the_whole_is_known(add):
     def forward(self, x):
         for f in self.f:
-            x = torch.add(f(x), x, alpha=0.5)
+            x = add(x, f(x))
         return x
 
-    found = planned(program(forward, f=linears(3)))
-    assert found.regions == ()
+    found = check_same(program(forward, f=linears(3)), torch.randn(2, 4))
+    assert lengths(found) == [3]
+    assert {step.form for step in found.regions[0].steps} == {"block"}
 
-    def scaled(self, x):
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, y: y - x,  # the skip is not the first operand
+        lambda x, y: torch.addcmul(y, x, x),
+        lambda x, y: torch.addmm(x, y, x.T @ y, beta=0.5),
+        lambda x, y: x - x.mean(),  # nothing mixes
+        lambda x, y: x * x.sigmoid() + y,  # not scaled by a number
+    ],
+)
+def test_sums_of_other_operations_that_are_not_residual(add):
+    def forward(self, x):
         for f in self.f:
-            x = 0.5 * x + f(x)
+            x = add(x, f(x))
         return x
 
-    assert codes(planned(program(scaled, f=linears(3)))) == ["projection_shortcut"] * 3
+    assert planned(program(forward, f=linears(3))).regions == ()
+
+
+@pytest.mark.parametrize("name", ["sub_", "addcmul_", "add_"])
+def test_in_place_sums_onto_the_stream(name):
+    def forward(self, x):
+        x = self.stem(x)
+        for f in self.f:
+            y = f(x.tanh())
+            x = getattr(x, name)(*(y, y)[: 1 + (name == "addcmul_")])
+        return x
+
+    assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))) == [3]
+
+
+def test_a_sum_written_to_out_is_refused():
+    def forward(self, x):
+        x = self.stem(x)
+        for f in self.f:
+            torch.add(x, f(x), out=x)
+        return x
+
+    model = program(forward, stem=nn.Linear(4, 4), f=linears(3)).requires_grad_(False)
+    assert set(codes(check_same(model, torch.randn(2, 4), gradients=False))) == {"inplace_stream"}
 
 
 def test_augmented_assignment_after_a_stem():
