@@ -187,6 +187,21 @@ def fsdp_around_layers_of_a_traced_region(rank):
         net(batch())
 
 
+def fsdp_backward_twice(rank):
+    """Works with fully_shard on the root; around single layers, a layer that must run again may be sharded by then."""
+    for kind in KINDS:
+        net = sharded(made(kind), each_layer=False)
+        loss = net(mine(batch(), rank)).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert_near({name: g / 2 for name, g in gradients(net).items()}, alone(kind))
+    net = sharded(made("named"), each_layer=True)
+    loss = net(mine(batch(), rank)).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(mnet_fx.InversionError, match=r"layers\.0\.norm\.weight', whose memory was freed"):
+        loss.backward()
+
+
 def memory(wrap, depth, x):
     """Bytes kept after the forward pass, and the peak."""
     net = wrap(made("named", depth=depth))
@@ -220,6 +235,7 @@ CHECKS = {
         for kind, each_layer in (("traced", False), ("named", False), ("named", True))
     },
     "fsdp traced each layer": fsdp_around_layers_of_a_traced_region,
+    "fsdp backward twice": fsdp_backward_twice,
     "memory ddp": functools.partial(memory_saved, wrap=DistributedDataParallel),
     "memory fsdp": functools.partial(memory_saved, wrap=functools.partial(sharded, each_layer=True)),
 }
