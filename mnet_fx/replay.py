@@ -82,7 +82,13 @@ class Conditions:
 
     def changed(self) -> str | None:
         """Which parameter, buffer or side input no longer has the value that the first run saw; None if none."""
-        now = _fingerprints(self.proven or {})
+        proven = self.proven or {}
+        if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
+            return (
+                f"{freed}, whose memory was freed (under fully_shard around single layers, a second or partial backward needs layers that "
+                "are sharded again by then: use fully_shard on the root alone),"
+            )
+        now = _fingerprints(proven)
         return next((name for name in now if now[name] != self.prints[name]), None)
 
     def run(self, x: Tensor) -> Any:
@@ -168,6 +174,11 @@ def _autocast_states(device: torch.device) -> list[dict[str, Any]]:
         }
         for kind in dict.fromkeys(["cpu", device.type])
     ]
+
+
+def _freed(t: Tensor) -> bool:
+    """Whether the memory of a tensor is gone, though it has elements."""
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:

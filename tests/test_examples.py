@@ -1,4 +1,7 @@
-"""The examples of momentumnet's documentation, word for word but for the import, and then trained on."""
+"""The examples of momentumnet's documentation, word for word but for the import, and then trained on.
+
+`momentumize(resnet101())` is in test_families.py.
+"""
 
 import gc
 
@@ -6,8 +9,6 @@ import pytest
 import torch
 import zoo
 from torch import nn
-
-import mnet_fx
 
 
 @pytest.fixture(autouse=True)
@@ -63,16 +64,6 @@ def test_resnet101():
     del mresnet101, stored
     same = transform_to_momentumnet(resnet, gamma=0.0).eval()
     zoo.assert_near({"out": same(images).detach()}, {"out": resnet.eval()(images).detach()}, 1e-5)
-
-
-def test_resnet101_in_one_line():
-    from torchvision.models import resnet101
-
-    resnet, images = resnet101(), torch.randn(2, 3, 32, 32)
-    nets = [mnet_fx.momentumize(resnet, backward=backward) for backward in ("reversible", "stored")]
-    assert [region.steps for region in nets[0].report.regions] == [2, 3, 22, 2]
-    expected = [g.clone() for g in gradients(nets[1], images)]
-    assert_same_bits(gradients(nets[0], images), expected)
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")

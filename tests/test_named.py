@@ -356,7 +356,9 @@ def test_hugging_face_models_in_training(name, regions):
         call["labels"] = torch.randint(0, 50, (2, 7))
     if name == "t5":
         masks["decoder_attention_mask"] = call["decoder_attention_mask"] = torch.ones(2, 7).tril(5).flip(1).long()
-    nets = [mnet_fx.momentumize(with_dropout(model), regions=regions, gamma=0.9, backward=b).train() for b in ("reversible", "stored")]
+    model = with_dropout(model).train()
+    assert_same_model(model, mnet_fx.momentumize(model, regions=regions, gamma=0), **call, output_hidden_states=True)
+    nets = [mnet_fx.momentumize(model, regions=regions, gamma=0.9, backward=b) for b in ("reversible", "stored")]
     assert_same_runs(nets, **call, output_hidden_states=True)
     net = nets[0]
     assert not torch.equal(net(**call)[0], net(**call)[0])

@@ -8,7 +8,7 @@ from torch import nn
 
 from mnet_fx import momentumize
 
-ROUNDS = 20
+ROUNDS = 10
 
 
 class Block(nn.Module):
