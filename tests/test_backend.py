@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="mnet_fx")`: exact under a compiler, whatever the graph looks like; and rewritten models under torch.compile."""
+"""The backend of `torch.compile`: exact under a compiler, whatever the graph looks like; and rewritten models that are compiled."""
 
 import copy
 import logging
@@ -151,7 +151,7 @@ def test_autocast_around_the_forward_alone():
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_has_the_bits_of_training(context):
-    function, model = compiled(Net().eval())
+    function, _ = compiled(Net().eval())
     trained = function(images())
     with context():
         assert torch.equal(function(images()), trained)
