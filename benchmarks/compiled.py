@@ -59,6 +59,7 @@ COMPILERS: dict[str, Any] = {"inductor": "inductor", "inductor, budget 0.1": thr
 def compared(name: str, layers: int, made: tuple[nn.Module, Callable], compilers: list[str], rounds: int, memory: bool) -> list[dict]:
     """One row for each compiler, on copies of one model."""
     model, call = made
+    torch._dynamo.reset()  # else the limit on recompilations is soon reached, and models run uncompiled
     rows, times = [], {compiler: [] for compiler in compilers}
     functions = {compiler: torch.compile(copy.deepcopy(model), backend=COMPILERS[compiler]) for compiler in compilers}
     for function in functions.values():
