@@ -190,6 +190,28 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
         out.sum().backward()
 
 
+def test_a_step_that_differs_on_the_way_forward_again_is_named():
+    fs, x0, count = functions(6).eval(), torch.randn(5, D, requires_grad=True), itertools.count(1)
+    steps = [*fs[:2], lambda x: fs[2](x) + (next(count) > 2), *fs[3:]]  # right in its first rerun, wrong in the next
+    out, _ = chain(ReversingTape, steps, factors([0.9] * 6), x0)
+    torch.autograd.grad(out.sum(), fs[0].parameters(), retain_graph=True)
+    with pytest.raises(InversionError, match="the state after step 2") as caught:
+        torch.autograd.grad(out.sum(), fs[5].parameters())
+    assert caught.value.step == 2
+
+
+@pytest.mark.parametrize("change", [lambda x: x.detach().add_(1), lambda x: x.data.add_(1)], ids=["in place", "data"])
+def test_a_kept_input_that_changed_is_found_even_where_the_residual_hides_it(change):
+    scale = nn.Parameter(torch.zeros(()))
+    steps, x0 = [(Step(lambda x: scale * torch.exp(x)), ()) for _ in range(3)], torch.randn(5, D)
+    tape = StoringTape("region", State(x0), factors([0.9] * 3))
+    out, (escaped,), _ = run_chain(tape, x0, None, steps, escapes={1})
+    change(escaped)
+    with pytest.raises(InversionError, match="the stream before step 1, changed in place") as caught:
+        out.sum().backward()
+    assert caught.value.step == 1
+
+
 @pytest.mark.parametrize("kind", [*TAPES, PlainTape])
 def test_a_step_that_writes_to_the_stream_is_refused(kind):
     with pytest.raises(StreamError, match="step 1: the step writes to the stream in place"):
