@@ -142,6 +142,8 @@ class State:
         v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
         self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
         fill(self.X, x0, 1 / self.unit)
+        self.x_bound += 0.5 * self.unit if self.x_bound else 0.0  # the roundings; a bound of 0 says that all are 0
+        self.v_bound += 0.5 * self.unit * self.ratio if self.v_bound else 0.0
         if v0 is not None:
             fill(self.U, v0, 1 / (self.unit * self.ratio))
 

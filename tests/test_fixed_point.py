@@ -127,6 +127,11 @@ def test_the_promise_of_accuracy_holds_at_any_depth_where_elements_mix(kind, gam
     assert ours <= 2 * float32
 
 
+def test_roundings_of_a_velocity_that_lives_long_do_not_add_up():
+    ours, float32 = errors(mixing("saturating", 3000), [(0.999, 0.001)] * 3000, horizon=1000)
+    assert ours <= float32 / 5
+
+
 def mixing(kind, steps, scale=1.0):
     """Residual functions in which every element depends on several, as in a network."""
     forms = {
@@ -237,17 +242,23 @@ def test_fingerprint_sees_one_changed_bit(data):
 @pytest.mark.parametrize("words", [100, 50_001, 1_200_003])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 def test_fingerprint_sees_order_and_sign(words, dtype):
-    t = torch.randint(1, 1 << 40, (words,)) if dtype is torch.int64 else torch.randn(2 * words)
+    t = torch.randint(1, 1 << 40, (words,)) if dtype is torch.int64 else torch.randn(2 * words + 1)  # no whole number of words
     apart = [1, 2, words // 3, *(d for d in (1056, 8224) if d < words // 2)]  # the last: one below the other in the table of words
-    step = t.numel() // words
-    prints = {fingerprint(t).item(), fingerprint(-t).item(), fingerprint(t.flip(0)).item(), fingerprint(t.roll(step * apart[-1])).item()}
+    step, other = t.numel() // words, t.clone()
+    other[-1] *= 2
+    prints = {fingerprint(other).item()} | {
+        fingerprint(t).item(),
+        fingerprint(-t).item(),
+        fingerprint(t.flip(0)).item(),
+        fingerprint(t.roll(step * apart[-1])).item(),
+    }
     for distance in apart:
         swapped, moved = t.clone(), t.clone()
         swapped[[7 * step, (7 + distance) * step]] = swapped[[(7 + distance) * step, 7 * step]]
-        moved.view(torch.int64)[7] += 1  # no change of the sum
-        moved.view(torch.int64)[7 + distance] -= 1
+        moved[: step * words].view(torch.int64)[7] += 1  # no change of the sum
+        moved[: step * words].view(torch.int64)[7 + distance] -= 1
         prints |= {fingerprint(swapped).item(), fingerprint(moved).item()}
-    assert len(prints) == 4 + 2 * len(set(apart))
+    assert len(prints) == 5 + 2 * len(set(apart))
 
 
 def test_fingerprints_of_a_list_are_those_of_its_tensors():
