@@ -12,6 +12,7 @@ from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
 from mnet_fx.fixed_point import State
 from mnet_fx.loops import fingerprint, fingerprints, read, spill, unspill
+from mnet_fx.memory import measure
 from mnet_fx.settings import matched_weights, momentum_weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -196,6 +197,14 @@ def test_x_is_read_with_one_rounding(exponent, dtype, numbers):
     X, out = torch.tensor(numbers, dtype=torch.int32), torch.empty(len(numbers), dtype=dtype)
     read(X, out, 2.0**exponent)
     assert torch.equal(out, (X.double() * 2.0**exponent).to(dtype))
+
+
+def test_a_step_and_its_inverse_allocate_nothing_of_full_size_but_x():
+    state, y = State(torch.randn(1 << 20)), torch.randn(1 << 20)
+    state.unstep_u(state.step(y, 0.9, 0.1)[0], y)  # makes the work buffers of this thread
+    allocated = measure(lambda: state.step(y, 0.9, 0.1), lambda r: (state.unstep_x(r[0]), state.unstep_u(r[0], y)))
+    assert 4 << 20 <= allocated.kept <= (4 << 20) + 1000
+    assert allocated.peak <= (8 << 20) + 1000  # x[t+1] of the step, and x[t] of the inverse
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
