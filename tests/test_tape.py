@@ -10,7 +10,7 @@ from torch import nn
 
 from mnet_fx import InversionError, MnetWarning, StreamError, state_bits
 from mnet_fx.fixed_point import State
-from mnet_fx.tape import PlainTape, ReversingTape, StoringTape, run_chain
+from mnet_fx.tape import Chain, PlainTape, ReversingTape, StoringTape, run_chain
 
 TAPES = [ReversingTape, StoringTape]
 D = 6
@@ -200,6 +200,20 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
     {"parameter": fs[1].inner.weight, "buffer": fs[1].mask, "side input": side}[what].data[0] += 1
     with pytest.raises(InversionError, match=what):
         out.sum().backward()
+
+
+def test_a_seek_runs_each_step_under_its_own_autocast():
+    fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
+
+    def gradients(kind):
+        run = Chain(kind("region", State(x0.detach()), factors([0.9] * 4)), x0, None)
+        for t, f in enumerate(fs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=t % 2 == 1):
+                run.step(Step(f), ())
+        wanted = [fs[i].parameters() for i in (0, 3, 1)]
+        return [g for parameters in wanted for g in torch.autograd.grad(run.x.exp().sum(), parameters, retain_graph=True)]
+
+    assert all(map(torch.equal, gradients(ReversingTape), gradients(PlainTape)))
 
 
 def test_a_step_that_differs_on_the_way_forward_again_is_named():
