@@ -25,7 +25,7 @@ altogether, so the whole of U is spilled: that step is a checkpoint.
 
 **Formats.** For float32 streams, X is an int32 and U holds integers below 2^53 in a float64 (12 bytes per element for both): sums of such
 numbers are exact, and no conversion from or to int64 is needed, which makes a step twice as fast on CPUs. For float64, X is a float64
-too; for bfloat16 and float16, both are int32 (8 bytes). The unit is a power of two that gives max|x[0]| 29 bits (39 for float64, 18 for
+too; for bfloat16 and float16, both are int32 (8 bytes). The unit is a power of two that gives max|x[0]| 30 bits (39 for float64, 18 for
 16-bit streams): several more than the stream's own precision, or than float32's for float64. A stream that is promoted on the way, by a
 residual of a wider dtype, is *widened*, losslessly.
 
@@ -84,7 +84,7 @@ class Format:
 
 
 _FLOAT64 = Format(torch.float64, torch.float64, bits=39, limit=2.0**41, u_limit=2.0**52, fine=3)
-_FLOAT32 = Format(torch.int32, torch.float64, bits=29, limit=2.0**31 - 2.0**16, u_limit=2.0**52, fine=13)
+_FLOAT32 = Format(torch.int32, torch.float64, bits=30, limit=2.0**31 - 2.0**16, u_limit=2.0**52, fine=13)
 _FLOAT16 = Format(torch.int32, torch.int32, bits=18, limit=2.0**20, u_limit=2.0**30, fine=2)
 _FORMATS = {torch.float64: _FLOAT64, torch.float32: _FLOAT32, torch.bfloat16: _FLOAT16, torch.float16: _FLOAT16}
 
@@ -121,7 +121,7 @@ class State:
         held: hold the stream as one of this dtype, because it will be promoted to it; default its own.
 
     Exactness: after `step(y, ...)` gave a record r, `unstep_x(r)` and `unstep_u(r, y)` restore every bit of X, U and every other field.
-    The forward itself errs by half a unit per rounding: 2**-30 of max|x[0]| for float32, see `Format`.
+    The forward itself errs by half a unit per rounding: at most 2**-30 of max|x[0]| for float32, see `Format`.
     """
 
     X: Tensor
@@ -142,6 +142,8 @@ class State:
         v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
         self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
         fill(self.X, x0, 1 / self.unit)
+        self.x_bound += 0.5 * self.unit if self.x_bound else 0.0  # the roundings; a bound of 0 says that all are 0
+        self.v_bound += 0.5 * self.unit * self.ratio if self.v_bound else 0.0
         if v0 is not None:
             fill(self.U, v0, 1 / (self.unit * self.ratio))
 
@@ -265,7 +267,7 @@ class State:
     def _room_in_x(self, record: Record, x_bound: float) -> None:
         if x_bound < self.format.limit * self.unit - 4 * self.unit:
             return
-        bits = _exponent(x_bound) - round(math.log2(self.unit)) - self.format.bits
+        bits = _exponent(x_bound) - round(math.log2(self.unit)) - (self.format.bits - 1)  # room for more than one doubling
         bound = self.x_bound / self.unit
         if bound >= 0.5:  # else X is all zeros, which any unit serves
             record.x_spill = spill(self.X, bits, bound)

@@ -11,7 +11,8 @@ from oracles import IntegerState, recurrence, unpack
 from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
 from mnet_fx.fixed_point import State
-from mnet_fx.loops import fingerprint, read, spill, unspill
+from mnet_fx.loops import fingerprint, fingerprints, read, spill, unspill
+from mnet_fx.memory import measure
 from mnet_fx.settings import matched_weights, momentum_weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -83,6 +84,11 @@ def test_every_number_is_that_of_integers_of_any_size(run):
                 assert spilled is None or unpack(spilled.bytes, i) == low
             assert abs(oracle.U) < 2**53
             assert abs(oracle.X) <= state.format.limit
+            assert abs(oracle.X) * state.unit <= state.x_bound
+            assert abs(oracle.U) * state.ratio * state.unit <= state.v_bound
+        assert state.v_bound < 1.001 * state.format.u_limit * state.ratio * state.unit
+        if record.u_spill is not None:
+            assert state.ratio > 2**-8 * 2.0 ** -min(state.fine, state.format.fine)  # all whole bytes that U has no need of are out
 
 
 @given(
@@ -108,25 +114,53 @@ def test_spill_is_lossless(numbers, bits, dtype):
 )
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_forward_errs_no_more_than_twice_the_float32_recurrence(weights, gamma, scale):
-    steps = 40
-    W = torch.randn(steps, 24, 24, dtype=torch.float64) / 24**0.5
-    functions = [lambda x, w=w: scale * torch.tanh(x @ w.to(x.dtype) / scale) for w in W]
-    schedule = [gamma(t, steps) if callable(gamma) else gamma for t in range(steps)]
-    factors = list(zip(schedule, weights(schedule), strict=True))
+    schedule = [gamma(t, 40) if callable(gamma) else gamma for t in range(40)]
+    ours, float32 = errors(mixing("saturating", 40, scale), list(zip(schedule, weights(schedule), strict=True)), scale, horizon=10)
+    assert ours <= 2 * float32
+
+
+@pytest.mark.parametrize("kind", ["saturating", "linear", "normalised"])
+@pytest.mark.parametrize(
+    ("gamma", "steps"), [(g, steps) for g in (0.0, 1 / 256, 0.3, 0.9, 0.999) for steps in (2, 12, 100)] + [(0.99, 300), (0.999, 300)]
+)
+def test_the_promise_of_accuracy_holds_at_any_depth_where_elements_mix(kind, gamma, steps):
+    ours, float32 = errors(mixing(kind, steps), [(gamma, 1 - gamma)] * steps, horizon=min(steps, 1 / (1 - gamma)))
+    assert ours <= 2 * float32
+
+
+def test_roundings_of_a_velocity_that_lives_long_do_not_add_up():
+    ours, float32 = errors(mixing("saturating", 3000), [(0.999, 0.001)] * 3000, horizon=1000)
+    assert ours <= float32 / 5
+
+
+def mixing(kind, steps, scale=1.0):
+    """Residual functions in which every element depends on several, as in a network."""
+    forms = {
+        "saturating": lambda x, w: scale * torch.tanh(x @ w / scale),
+        "linear": lambda x, w: 0.5 * (x @ w),
+        "normalised": lambda x, w: scale * torch.nn.functional.layer_norm(x, (24,)) @ w,
+    }
+    return [lambda x, w=w: forms[kind](x, w.to(x.dtype)) for w in torch.randn(steps, 24, 24, dtype=torch.float64) / 24**0.5]
+
+
+def errors(functions, factors, scale=1.0, horizon=1.0):
+    """Largest errors of our x[0], ..., x[T] and of the float32 recurrence's, over the largest |x|, all against float64."""
     x0 = scale * torch.randn(50, 24)
-    exact = recurrence(x0.double(), functions, factors)
-    float32 = recurrence(x0, functions, factors)
-    state = State(x0, horizon=10)
+    exact, float32 = recurrence(x0.double(), functions, factors), recurrence(x0, functions, factors)
+    state = State(x0, horizon=horizon)
     ours = [state.read()]
     for f, (g, b) in zip(functions, factors, strict=True):
         ours.append(state.step(f(ours[-1]), g, b)[1])
         assert torch.equal(ours[-1], state.read())
     largest = max(x.abs().max() for x in exact)
+    return [max((a.double() - b).abs().max() for a, b in zip(stream, exact, strict=True)) / largest for stream in (ours, float32)]
 
-    def error(stream):
-        return max((a.double() - b).abs().max() for a, b in zip(stream, exact, strict=True)) / largest
 
-    assert error(ours) <= 2 * error(float32)
+@pytest.mark.parametrize("largest", [1.0, 1.999, 3e-7, 5e8])
+def test_a_float32_stream_is_held_to_two_to_the_minus_thirty_of_its_largest(largest):
+    x0 = largest * torch.linspace(-1, 1, 9999)
+    state = State(x0)
+    assert (state.X.double() * state.unit - x0.double()).abs().max() <= 2.0**-30 * largest
 
 
 def test_a_growing_stream_is_put_on_a_coarser_grid_and_comes_back():
@@ -163,6 +197,14 @@ def test_x_is_read_with_one_rounding(exponent, dtype, numbers):
     X, out = torch.tensor(numbers, dtype=torch.int32), torch.empty(len(numbers), dtype=dtype)
     read(X, out, 2.0**exponent)
     assert torch.equal(out, (X.double() * 2.0**exponent).to(dtype))
+
+
+def test_a_step_and_its_inverse_allocate_nothing_of_full_size_but_x():
+    state, y = State(torch.randn(1 << 20)), torch.randn(1 << 20)
+    state.unstep_u(state.step(y, 0.9, 0.1)[0], y)  # makes the work buffers of this thread
+    allocated = measure(lambda: state.step(y, 0.9, 0.1), lambda r: (state.unstep_x(r[0]), state.unstep_u(r[0], y)))
+    assert 4 << 20 <= allocated.kept <= (4 << 20) + 1000
+    assert allocated.peak <= (8 << 20) + 1000  # x[t+1] of the step, and x[t] of the inverse
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -204,6 +246,42 @@ def test_fingerprint_sees_one_changed_bit(data):
     assert before == fingerprint(view.clone()).item()
     view[data.draw(st.integers(0, len(view) - 1))] ^= 1 << data.draw(st.integers(0, 6))
     assert fingerprint(view).item() != before
+
+
+@pytest.mark.parametrize("words", [100, 50_001, 1_200_003])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+def test_fingerprint_sees_order_and_sign(words, dtype):
+    t = torch.randint(1, 1 << 40, (words,)) if dtype is torch.int64 else torch.randn(2 * words + 1)  # no whole number of words
+    apart = [1, 2, words // 3, *(d for d in (1056, 8224) if d < words // 2)]  # the last: one below the other in the table of words
+    step, other = t.numel() // words, t.clone()
+    other[-1] *= 2
+    prints = {fingerprint(other).item()} | {
+        fingerprint(t).item(),
+        fingerprint(-t).item(),
+        fingerprint(t.flip(0)).item(),
+        fingerprint(t.roll(step * apart[-1])).item(),
+    }
+    for distance in apart:
+        swapped, moved = t.clone(), t.clone()
+        swapped[[7 * step, (7 + distance) * step]] = swapped[[(7 + distance) * step, 7 * step]]
+        moved[: step * words].view(torch.int64)[7] += 1  # no change of the sum
+        moved[: step * words].view(torch.int64)[7 + distance] -= 1
+        prints |= {fingerprint(swapped).item(), fingerprint(moved).item()}
+    assert len(prints) == 5 + 2 * len(set(apart))
+
+
+def test_fingerprints_of_a_list_are_those_of_its_tensors():
+    tensors = [
+        torch.randn(5),
+        torch.zeros(0),
+        torch.randn(3, 7).t(),
+        torch.randn(9000),
+        torch.tensor(True),
+        torch.randn(3, dtype=torch.complex64),
+    ]
+    assert fingerprints(tensors).tolist() == [fingerprints([t]).item() for t in tensors]
+    assert fingerprints(tensors[:1]).item() == fingerprint(tensors[0]).item()
+    assert fingerprint(*tensors[:4]) != fingerprint(*reversed(tensors[:4]))
 
 
 @pytest.mark.parametrize(

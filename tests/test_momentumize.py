@@ -1,6 +1,7 @@
 """The options of `momentumize`, what it says about its work, and what it says where it cannot work."""
 
 import copy
+import logging
 import math
 import pickle
 import warnings
@@ -447,3 +448,13 @@ def test_the_class_and_the_shape_of_the_model_are_kept():
     assert isinstance(net.blocks[1], Perceptron)
     assert [name for name, _ in net.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert sum(1 for _ in net.parameters()) == sum(1 for _ in model.parameters())
+
+
+def test_each_region_logs_a_line_when_it_runs(caplog):
+    net = mnet_fx.momentumize(nn.Sequential(Chain(5), nn.Linear(6, 6), Chain(2)))
+    with caplog.at_level(logging.DEBUG, logger="mnet_fx"):
+        net(torch.randn(4, 5, 6))
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
+    assert len(lines) == 2
+    assert lines[0].startswith("momentum_region_0: 5 steps of torch.float32 (4, 5, 6), ReversingTape")
+    assert lines[1].startswith("momentum_region_1: 2 steps of torch.float32 (4, 5, 6), StoringTape")

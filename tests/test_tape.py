@@ -10,7 +10,7 @@ from torch import nn
 
 from mnet_fx import InversionError, MnetWarning, StreamError, state_bits
 from mnet_fx.fixed_point import State
-from mnet_fx.tape import PlainTape, ReversingTape, StoringTape, run_chain
+from mnet_fx.tape import Chain, PlainTape, ReversingTape, StoringTape, run_chain
 
 TAPES = [ReversingTape, StoringTape]
 D = 6
@@ -123,9 +123,10 @@ def test_frozen_steps_and_inputs_without_gradient(kind, frozen, leaf):
     assert all(map(torch.equal, gradients(kind), gradients(PlainTape)))
 
 
+@pytest.mark.parametrize("kind", TAPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("t", range(4))
-def test_nan_in_a_step_comes_out_and_does_not_reach_the_next_batch(bad, t):
+def test_nan_in_a_step_comes_out_and_does_not_reach_the_next_batch(kind, bad, t):
     fs = functions(4).eval()
     poison = nn.Parameter(torch.zeros(()))
     steps = [(lambda x, f=f: f(x) + poison) if i == t else f for i, f in enumerate(fs)]
@@ -134,23 +135,34 @@ def test_nan_in_a_step_comes_out_and_does_not_reach_the_next_batch(bad, t):
         x0 = torch.ones(5, D, requires_grad=True)
         with torch.no_grad():
             poison.fill_(value)
-        out, tape = chain(ReversingTape, steps, factors([0.5] * 4), x0)
+        out, tape = chain(kind, steps, factors([0.5] * 4), x0)
         (gradient,) = torch.autograd.grad(out.sum(), x0)
         results.append((out.detach(), gradient))
-        assert tape.time == 0
-        assert not tape.state.U.any()
+        assert kind is StoringTape or (tape.time == 0 and not tape.state.U.any())
     assert torch.isnan(results[1][0]).all()
     assert torch.equal(results[0][0], results[2][0])
     assert torch.equal(results[0][1], results[2][1])
 
 
-def test_a_flipped_bit_in_the_spilled_store_is_found():
+@pytest.mark.parametrize("which", ["u_spill", "x_spill"])
+def test_a_flipped_bit_in_the_spilled_store_is_found(which):
     fs, x0 = functions(40).eval(), torch.randn(5, D, requires_grad=True)
-    out, tape = chain(ReversingTape, fs, factors([0.3] * 40), x0)
-    spilled = [r.u_spill for r in tape.records if r.u_spill is not None]
+    out, tape = chain(ReversingTape, [lambda x, f=f: f(x) + x for f in fs], factors([0.3] * 40), x0)
+    spilled = [getattr(r, which) for r in tape.records if getattr(r, which) is not None]
     spilled[0].bytes[0, 3] ^= 1
     with pytest.raises(InversionError, match="the state before step"):
         out.sum().backward()
+
+
+def test_the_error_says_how_many_elements_of_the_state_are_off_and_by_how_much():
+    drift = torch.zeros(5, D)
+    steps = [lambda x: torch.tanh(x) + drift, torch.sin, torch.cos]
+    out, _ = chain(ReversingTape, steps, factors([0.75] * 3), torch.randn(5, D, requires_grad=True))
+    drift = torch.zeros(5, D).index_put((torch.tensor([1, 4]), torch.tensor([2, 2])), torch.tensor([0.5, -1.0]))
+    with pytest.raises(InversionError, match=r"in 2 element\(s\), by up to 0.25") as caught:
+        out.sum().backward()
+    assert (caught.value.step, caught.value.elements) == (0, 2)
+    assert caught.value.largest == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("kind", TAPES)
@@ -188,6 +200,42 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
     {"parameter": fs[1].inner.weight, "buffer": fs[1].mask, "side input": side}[what].data[0] += 1
     with pytest.raises(InversionError, match=what):
         out.sum().backward()
+
+
+def test_a_seek_runs_each_step_under_its_own_autocast():
+    fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
+
+    def gradients(kind):
+        run = Chain(kind("region", State(x0.detach()), factors([0.9] * 4)), x0, None)
+        for t, f in enumerate(fs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=t % 2 == 1):
+                run.step(Step(f), ())
+        wanted = [fs[i].parameters() for i in (0, 3, 1)]
+        return [g for parameters in wanted for g in torch.autograd.grad(run.x.exp().sum(), parameters, retain_graph=True)]
+
+    assert all(map(torch.equal, gradients(ReversingTape), gradients(PlainTape)))
+
+
+def test_a_step_that_differs_on_the_way_forward_again_is_named():
+    fs, x0, count = functions(6).eval(), torch.randn(5, D, requires_grad=True), itertools.count(1)
+    steps = [*fs[:2], lambda x: fs[2](x) + (next(count) > 2), *fs[3:]]  # right in its first rerun, wrong in the next
+    out, _ = chain(ReversingTape, steps, factors([0.9] * 6), x0)
+    torch.autograd.grad(out.sum(), fs[0].parameters(), retain_graph=True)
+    with pytest.raises(InversionError, match="the state after step 2") as caught:
+        torch.autograd.grad(out.sum(), fs[5].parameters())
+    assert caught.value.step == 2
+
+
+@pytest.mark.parametrize("change", [lambda x: x.detach().add_(1), lambda x: x.data.add_(1)], ids=["in place", "data"])
+def test_a_kept_input_that_changed_is_found_even_where_the_residual_hides_it(change):
+    scale = nn.Parameter(torch.zeros(()))
+    steps, x0 = [(Step(lambda x: scale * torch.exp(x)), ()) for _ in range(3)], torch.randn(5, D)
+    tape = StoringTape("region", State(x0), factors([0.9] * 3))
+    out, (escaped,), _ = run_chain(tape, x0, None, steps, escapes={1})
+    change(escaped)
+    with pytest.raises(InversionError, match="the stream before step 1, changed in place") as caught:
+        out.sum().backward()
+    assert caught.value.step == 1
 
 
 @pytest.mark.parametrize("kind", [*TAPES, PlainTape])
