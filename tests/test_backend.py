@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import onnxruntime
 import pytest
 import torch
 import zoo
@@ -349,8 +350,6 @@ def test_a_rewritten_model_compiles(regions):
 
 @pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["traced", "named"])
 def test_a_rewritten_model_runs_in_onnxruntime(regions, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     net = zoo.rewritten(Net(), regions=regions).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # onnxscript's own
