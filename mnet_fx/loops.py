@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -285,8 +286,15 @@ def _mixed(z: Tensor, lengths: Sequence[int] = ()) -> Tensor:
 
     The mixing is the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     """
-    places = torch.arange(1, max(lengths, default=z.numel()) + 1, device=z.device).mul_(-7046029254386353131)
-    z = z + (torch.cat([places[:length] for length in lengths]) if lengths else places)
+    z = z + _places(tuple(lengths) or (z.numel(),), z.device)
     z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
     z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
     return z.bitwise_xor_(z >> 31)
+
+
+@lru_cache(maxsize=64)
+def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """1, 2, ... up to each length, one after the other, each times an odd constant."""
+    with torch.inference_mode(False):
+        places = torch.arange(1, max(lengths) + 1, device=device).mul_(-7046029254386353131)
+        return torch.cat([places[:length] for length in lengths])
