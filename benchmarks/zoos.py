@@ -146,7 +146,7 @@ def _timm(name: str) -> Built:
                 model.eval()(torch.randn(1, channels, smaller, smaller))
             height = width = smaller
         except Exception:
-            height = width = min(height, 256)
+            height = width = min(height, 224)
     return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
 
 
@@ -309,6 +309,8 @@ def _transformers(name: str, kind: str) -> Built:
         config.layer_types = config.layer_types[:3]
     if hasattr(config, "attention_types"):
         config.attention_types, config.attention_layers = [[["global", "local"], 1], [["global"], 1]], ["global", "local", "global"]
+    if name == "xmod":
+        config.default_language = "en_XX"
     if name == "esm":
         config.vocab_size, config.pad_token_id, config.mask_token_id = 64, 1, 32
     if name == "funnel":
