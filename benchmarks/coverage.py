@@ -230,10 +230,6 @@ def _doubled(model: nn.Module, call: dict[str, Any]) -> tuple[nn.Module, dict[st
 def _against_original(row: dict[str, Any], model: nn.Module, net: nn.Module, call: dict[str, Any], training: bool) -> tuple[float, float]:
     """The error of a rewritten net, and what is allowed. Where the error is large, two more questions: whether dropout drew other masks,
     since a mask depends on the layout in memory; and how far the original itself moves when its weights are off by a rounding."""
-    if not training:
-        with torch.no_grad():
-            for each in (model, net):
-                each.eval()(**call)  # some fill caches at their first call in eval mode, which a gradient step would see half filled
     expected, found = _from_same_state([model, net], call, training)
     error, allowed = _error(found, expected), 1e-6 if row["oracle_dtype"] == "float64" else 1e-3
     dropouts = [m for each in (model, net) for m in each.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
@@ -279,7 +275,11 @@ def _from_same_state(nets: list[nn.Module], call: dict[str, Any], training: bool
     state = {name: buffer.clone() for name, buffer in nets[0].named_buffers()}
     results = []
     for net in nets:
-        results.append(_run(net.train(training), call))
+        net.train(training)
+        if not training:  # some fill caches at their first call in eval mode, which a step and its second run would see differently
+            with torch.no_grad():
+                net(**call)
+        results.append(_run(net, call))
         with torch.no_grad():
             for name, buffer in net.named_buffers():
                 buffer.copy_(state[name])
