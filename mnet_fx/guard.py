@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import MnetError
@@ -115,7 +116,7 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
             is_torch = type(child).__module__.startswith("torch.nn.modules.") and inner not in above
-            called = inner in leaves or (is_torch and not whole)
+            called = inner in leaves or (is_torch and not whole) or isinstance(child, torch.jit.ScriptModule)
             if not called or isinstance(child, _CONTAINERS):
                 yield from through(child, inner)
 

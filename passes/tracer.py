@@ -253,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 def reads_mode(module: nn.Module) -> bool:
     """True for a module without children whose forward reads `self.training`: StochasticDepth, DropPath and their kin."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.getattr_static(type(module), "forward", None), "__code__", None)  # static: that of a script is a descriptor
     return code is not None and "training" in code.co_names and next(module.children(), None) is None
 
 
