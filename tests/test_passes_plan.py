@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from passes_models import PlainRegion, check_same, codes, lengths, linears, planned, program, rewritten, traced
 from torch import nn
 
@@ -325,3 +326,41 @@ def test_two_thousand_steps():
     assert lengths(found) == [2000]
     assert len(bodies) == 1
     assert time.process_time() - start < 10
+
+
+def test_five_thousand_steps_of_twelve_nodes_are_matched_and_rewritten_in_thirty_seconds():
+    block = nn.ModuleDict({"norm": nn.LayerNorm(4), "f": nn.Linear(4, 4), "g": nn.Linear(4, 4)})
+    model = nn.Module()
+    model.blocks = nn.ModuleList([block] * 5000)
+    graph = torch.fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    for t in range(5000):
+        h = graph.call_module(f"blocks.{t}.f", (graph.call_module(f"blocks.{t}.norm", (x,)),))
+        h = graph.call_function(torch.mul, (graph.call_method("relu", (h,)), mask))
+        size = graph.call_method("size", (x, 0))
+        h = graph.call_method("flatten", (graph.call_method("transpose", (graph.call_method("view", (h, size, 2, 2)), 1, 2)), 1))
+        h = graph.call_function(torch.mul, (graph.call_module(f"blocks.{t}.g", (h,)), 0.5))
+        x = graph.call_function(torch.add, (x, graph.call_method("tanh", (h,))))
+    graph.output(x)
+    gm = torch.fx.GraphModule(model, graph)
+    bodies = set()
+
+    def build(code):
+        bodies.update(id(step.body) for step in code.steps)
+        return nn.Identity()
+
+    start = time.process_time()
+    found = plan(gm)
+    rewrite(gm, found, build)
+    assert time.process_time() - start < 30
+    assert len(graph.nodes) > 60_000
+    assert (lengths(found), len(bodies)) == ([5000], 1)
+
+
+def test_resnet_152_takes_less_than_a_second_after_capture():
+    gm = traced(torchvision.models.resnet152())
+    start = time.process_time()
+    found = plan(gm)
+    rewrite(gm, found, lambda code: nn.Identity())
+    assert time.process_time() - start < 1
+    assert lengths(found) == [2, 7, 35, 2]
