@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PASSES = "legality match plan rewrite capture layout programs".split()
+PASSES = ["legality", "match", "plan", "rewrite", "capture", "layout", "programs"]
 TESTS = {
     "passes": [*(f"tests/test_passes_{name}.py" for name in PASSES), "tests/test_torch_layers.py"],
     "mnet_fx": ["tests/test_tape.py", "tests/test_guard.py", "tests/test_everyday.py"],
@@ -30,7 +30,11 @@ SLOW = "not thousand and not resnet"
 # File, what stands there once, what the mutant has in its place.
 MUTANTS: list[tuple[str, str, str]] = [
     # The rules about single steps.
-    ("passes/legality.py", "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (\n    _overwrites_stream,", "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = ("),
+    (
+        "passes/legality.py",
+        "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (\n    _overwrites_stream,",
+        "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (",
+    ),
     ("passes/legality.py", "    _overwrites_side,\n    _ch", "    _ch"),
     ("passes/legality.py", "    _changes_shape,\n", ""),
     ("passes/legality.py", "    _changes_dtype,\n", ""),
@@ -40,47 +44,83 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/legality.py", "not (node.target in OUT_OF_PLACE and target in shared)", "not (target in shared)"),
     ("passes/legality.py", "not (node.target in OUT_OF_PLACE and target in shared)", "not (node.target in OUT_OF_PLACE)"),
     ("passes/legality.py", 'if target not in copied and memory.op in ("placeholder", "get_attr"):', "if False:"),
-    ("passes/legality.py", "copied if target in copied else shared if target in shared else set()", "shared if target in shared else set()"),
+    (
+        "passes/legality.py",
+        "copied if target in copied else shared if target in shared else set()",
+        "shared if target in shared else set()",
+    ),
     ("passes/legality.py", "        copied.add(node)\n", ""),
     ("passes/legality.py", "inside = {*span.nodes, facts.base[span.source]}", "inside = {*span.nodes}"),
     ("passes/legality.py", "or before == after:\n        return None\n    found", "or True:\n        return None\n    found"),
-    ("passes/legality.py", '"broadcast" if shape_of(span.add) == after and not span.link else', '"broadcast" if shape_of(span.add) == after else'),
+    (
+        "passes/legality.py",
+        '"broadcast" if shape_of(span.add) == after and not span.link else',
+        '"broadcast" if shape_of(span.add) == after else',
+    ),
     # Which adds are residual.
     ("passes/match.py", "if node not in facts.varies or not (", "if not ("),
-    ("passes/match.py", 'if found.branch is None and is_add(found.add)}', "if False}"),
+    ("passes/match.py", "if found.branch is None and is_add(found.add)}", "if False}"),
     ("passes/match.py", "for term, branch in (plain, plain[::-1])", "for term, branch in (plain,)"),
     ("passes/match.py", "for skip in _same_values(term, facts))", "for skip in [term])"),
     ("passes/match.py", "if len(terms) < 3 and plain is not None and all(", "if all("),
     ("passes/match.py", "key=lambda term: facts.index[skips[term]])", "key=lambda term: -facts.index[skips[term]])"),
     ("passes/match.py", "mixes=facts.kinds[add] in MIXING) is None", "mixes=True) is None"),
     ("passes/match.py", "mixes=facts.kinds[add] in MIXING) is None", "mixes=False) is None"),
-    ("passes/match.py", "return _whole(node, _unscaled(first, facts), terms, facts, sums)", "return _whole(node, first, terms, facts, sums)"),
+    (
+        "passes/match.py",
+        "return _whole(node, _unscaled(first, facts), terms, facts, sums)",
+        "return _whole(node, first, terms, facts, sums)",
+    ),
     ("passes/match.py", 'len(operands(add)) == 2 and add.kwargs.get("alpha", 1) == 1 else None', "len(operands(add)) == 2 else None"),
     ("passes/match.py", "and len(term.users) == 1 and _plain_terms(term)", "and _plain_terms(term)"),
-    ("passes/match.py", 'if skip.op == "get_attr" or skip not in facts.varies or', 'if'),
+    ("passes/match.py", 'if skip.op == "get_attr" or skip not in facts.varies or', "if"),
     ("passes/match.py", "facts.index[skip] >= facts.index[branch]:", "False:"),
     ("passes/match.py", "return walk if branch in walk.between and mixes and not", "return walk if branch in walk.between and not"),
     ("passes/match.py", "return walk if branch in walk.between and mixes and not", "return walk if mixes and not"),
     ("passes/match.py", "and mixes and not _enters(walk, skip, facts, sums) else None", "and mixes else None"),
-    ("passes/match.py", "facts.kinds[node] in MIXING or node in sums for node in walk.between", "facts.kinds[node] in MIXING for node in walk.between"),
-    ("passes/match.py", "jumps = known is not None and node is not start and facts.index[known.skip] >= lowest", "jumps = known is not None and node is not start"),
+    (
+        "passes/match.py",
+        "facts.kinds[node] in MIXING or node in sums for node in walk.between",
+        "facts.kinds[node] in MIXING for node in walk.between",
+    ),
+    (
+        "passes/match.py",
+        "jumps = known is not None and node is not start and facts.index[known.skip] >= lowest",
+        "jumps = known is not None and node is not start",
+    ),
     ("passes/match.py", 'other in short or other.op in ("placeholder", "get_attr")', "False"),
     ("passes/match.py", "if longer and not any(node in sums for node in walk.between):", "if longer:"),
     ("passes/match.py", "if longer and not any(", "if not any("),
     # Links and chains.
     ("passes/match.py", "or node in facts.writes or len(seen) > _WIDEST", "or len(seen) > _WIDEST"),
     ("passes/match.py", "if facts.kinds[node] not in _WIDE or", "if"),
-    ("passes/match.py", "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):", "if shape_of(end := found.pop()) != shape_of(start):"),
-    ("passes/match.py", "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):", "if len(found) != 1 or (end := found.pop()) is None:"),
+    (
+        "passes/match.py",
+        "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):",
+        "if shape_of(end := found.pop()) != shape_of(start):",
+    ),
+    (
+        "passes/match.py",
+        "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):",
+        "if len(found) != 1 or (end := found.pop()) is None:",
+    ),
     ("passes/match.py", "if len(varying) != 1 or (", "if ("),
     ("passes/match.py", "return facts.kinds[node] in LINKS or _is_scale(node, facts)", "return True"),
     ("passes/match.py", "or length[add] > length[successor[previous]]:", "or True:"),
     ("passes/match.py", "                length[previous] = length[add] + 1\n", ""),
     # Steps.
     ("passes/steps.py", "if not exact or found.add in facts.stale:", "if not exact:"),
-    ("passes/steps.py", "exact = len(self.sums) == 1 and found.add is self.target and found.branch is not None", "exact = len(self.sums) == 1 and found.branch is not None"),
+    (
+        "passes/steps.py",
+        "exact = len(self.sums) == 1 and found.add is self.target and found.branch is not None",
+        "exact = len(self.sums) == 1 and found.branch is not None",
+    ),
     ("passes/steps.py", "exact = len(self.sums) == 1 and found", "exact = found"),
-    ("passes/steps.py", "return found.branch if shape_of(found.add) == shape_of(found.branch or found.add) else None", "return found.branch"),
+    (
+        "passes/steps.py",
+        "return found.branch if shape_of(found.add) == shape_of(found.branch or found.add) else None",
+        "return found.branch",
+    ),
     ("passes/steps.py", "if node is not self.target and facts.users_outside(node, inside)", "if False"),
     ("passes/steps.py", 'return "branch" if operands(self.target)[0] is self.sums[0].branch else "skip"', 'return "skip"'),
     ("passes/steps.py", "if node.target in OUT_OF_PLACE and memory in facts.writes.get(node, ())}", "if node.target in OUT_OF_PLACE}"),
@@ -91,10 +131,14 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/steps.py", 'or facts.kinds[node] == "input")', ")"),
     ("passes/steps.py", "if any(memory not in serving for memory in facts.writes.get(node, ()))}", "if False}"),
     ("passes/steps.py", "if node in dead_ends and node not in cone and all(", "if node not in cone and all("),
-    ("passes/steps.py", "and all(n in known or n.op == \"get_attr\" for n in facts.flow[node]):", ":"),
+    ("passes/steps.py", 'and all(n in known or n.op == "get_attr" for n in facts.flow[node]):', ":"),
     ("passes/steps.py", "and node not in facts.writes and all(user in found", "and all(user in found"),
     # Memory and order.
-    ("passes/facts.py", "        newer = [last_write[base] for base in bases if base in last_write and last_write[base] not in inputs]\n", "        newer: list[fx.Node] = []\n"),
+    (
+        "passes/facts.py",
+        "        newer = [last_write[base] for base in bases if base in last_write and last_write[base] not in inputs]\n",
+        "        newer: list[fx.Node] = []\n",
+    ),
     ("passes/facts.py", "facts.order[node] = (*facts.order[node], *readers.get(memory, ()))", "pass"),
     ("passes/facts.py", "if any(last_read[memory] > facts.index[node] for memory in facts.writes[node]):", "if False:"),
     ("passes/facts.py", '() if facts.kinds[node] in ("shape", "create") else facts.flow[node]', "facts.flow[node]"),
@@ -111,35 +155,63 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/plan.py", "lost = inner if len(_adds(pieces[i])) >= inside else {i}", "lost = {i} if inner else inner"),
     ("passes/plan.py", "        if not stuck:\n", "        if True:\n"),
     ("passes/plan.py", "worst = min(stuck, key", "worst = max(stuck, key"),
-    ("passes/plan.py", "if (name := f\"momentum_region_{number}\") not in taken and not hasattr(gm, name):", "if (name := f\"momentum_region_{number}\"):"),
+    (
+        "passes/plan.py",
+        'if (name := f"momentum_region_{number}") not in taken and not hasattr(gm, name):',
+        'if (name := f"momentum_region_{number}"):',
+    ),
     ("passes/plan.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
     ("passes/plan.py", 'if granularity == "module" and not pieces:', "if False:"),
     # Bodies and the new graph.
     ("passes/body.py", "return (type(value), repr(value)) if isinstance(value, _PLAIN)", "return repr(value) if isinstance(value, _PLAIN)"),
-    ("passes/body.py", "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)", "return tuple(lines), len(self.step.sides), len(self.attributes)"),
+    (
+        "passes/body.py",
+        "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
+        "return tuple(lines), len(self.step.sides), len(self.attributes)",
+    ),
     ("passes/body.py", "OUT_OF_PLACE[node.target] if node in self.copied else node.target", "node.target"),
     ("passes/rewrite.py", "outputs += [self.named[name] for step in region.steps for name in step.extras]", "pass"),
     # Layouts.
-    ("passes/layout.py", "if any(map(self._is_written, (root, *path, branch, add))) or _is_identity(root, path) or", "if _is_identity(root, path) or"),
+    (
+        "passes/layout.py",
+        "if any(map(self._is_written, (root, *path, branch, add))) or _is_identity(root, path) or",
+        "if _is_identity(root, path) or",
+    ),
     ("passes/layout.py", "or not self._descends(branch, root):", "or False:"),
-    ("passes/layout.py", 'if root.meta.get("levelled") and _sizes(root) == _sizes(node) and _is_identity(root, path):', 'if root.meta.get("levelled") and _sizes(root) == _sizes(node):'),
+    (
+        "passes/layout.py",
+        'if root.meta.get("levelled") and _sizes(root) == _sizes(node) and _is_identity(root, path):',
+        'if root.meta.get("levelled") and _sizes(root) == _sizes(node):',
+    ),
     ("passes/layout.py", "(value, [dims.index(i) for i in range(len(dims))])", "(value, dims)"),
     ("passes/layout.py", "[-int(n) for n in node.args[1]]", "[int(n) for n in node.args[1]]"),
     ("passes/layout.py", "if _sizes(root) != _sizes(path[-1]):\n        return False\n", "pass\n"),
     ("passes/layout.py", "return torch.equal(value, start) if value.shape == start.shape else False", "return True"),
     # Capture.
-    ("passes/tracer.py", "if (reason := replaced_reason(m) or hook_reason(m)) is not None:", "if (reason := replaced_reason(m)) is not None:"),
+    (
+        "passes/tracer.py",
+        "if (reason := replaced_reason(m) or hook_reason(m)) is not None:",
+        "if (reason := replaced_reason(m)) is not None:",
+    ),
     ("passes/tracer.py", "if (reason := replaced_reason(m) or hook_reason(m)) is not None:", "if (reason := hook_reason(m)) is not None:"),
     ("passes/tracer.py", "    proxy_buffer_attributes = True\n", ""),
-    ("passes/tracer.py", "super().is_leaf_module(m, module_qualified_name) and opened(m) is None", "super().is_leaf_module(m, module_qualified_name)"),
+    (
+        "passes/tracer.py",
+        "super().is_leaf_module(m, module_qualified_name) and opened(m) is None",
+        "super().is_leaf_module(m, module_qualified_name)",
+    ),
     ("passes/tracer.py", "        if state != self._python_rng:\n", "        if False:\n"),
     ("passes/torch_layers.py", "x = x + block(norm(x)) if norm_first else norm(x + block(x))", "x = x + block(norm(x))"),
     ("passes/torch_layers.py", "src_mask=mask, is_causal=is_causal is True", "is_causal=is_causal is True"),
     ("passes/torch_layers.py", "memory_key_padding_mask=memory_key_padding_mask,\n            tgt", "tgt"),
-    ("passes/torch_layers.py", "key_padding_mask=src_key_padding_mask, is_causal=is_causal)", "key_padding_mask=None, is_causal=is_causal)"),
+    (
+        "passes/torch_layers.py",
+        "key_padding_mask=src_key_padding_mask, is_causal=is_causal)",
+        "key_padding_mask=None, is_causal=is_causal)",
+    ),
     # The runtime.
     ("mnet_fx/guard.py", "and inner not in above", ""),
-]  # fmt: skip
+]
 
 
 def main() -> None:
