@@ -10,7 +10,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 from passes.capture import Call, Capture, Captured, capture, capture_by_export, forward_children, inner_calls
 from passes.exporting import ExportError, Interface
 from passes.legality import CODES
-from passes.plan import plan
+from passes.plan import may_join, plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
 from passes.verify import InvariantError
@@ -37,6 +37,7 @@ __all__ = [
     "capture_by_export",
     "forward_children",
     "inner_calls",
+    "may_join",
     "plan",
     "rewrite",
 ]

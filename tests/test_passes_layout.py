@@ -137,3 +137,29 @@ def test_links_that_branch(link, chains):
     if chains:
         assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
         assert_exact(model, (x,), x)
+
+
+class TwoAdds(nn.Module):
+    """Two single adds with something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.f, self.g, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+
+    def forward(self, x):
+        x = x + torch.tanh(self.f(x))
+        y = self.between(x).transpose(1, 2)
+        return y + torch.tanh(self.g(y.transpose(1, 2))).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("between", "chains"), [(nn.Identity(), [2]), (nn.Linear(8, 8), [])], ids=["layout", "mixing"])
+def test_single_adds_are_exported_only_where_that_may_join_them(between, chains, monkeypatch):
+    model, x, exports = TwoAdds(between), torch.randn(2, 5, 8), []
+    export = passes.capture_by_export
+    monkeypatch.setattr(passes, "capture_by_export", lambda *args: exports.append(args) or export(*args))
+    if chains:
+        assert steps(mnet_fx.momentumize(model, (x,))) == chains
+    else:
+        with pytest.warns(mnet_fx.MnetWarning, match="no residual chain was rewritten"):
+            mnet_fx.momentumize(model, (x,))
+    assert bool(exports) == bool(chains)
