@@ -332,6 +332,15 @@ def test_capture_leaves_the_model_and_the_generators_as_they_were():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_noting_how_parts_are_called_leaves_no_hooks_behind(warm_up):
+    model = Stack()
+    model.blocks[0].register_forward_pre_hook(own := lambda module, args: None)
+    calls = passes.inner_calls(model, (tokens(),), {}, warm_up)
+    assert set(calls) == {path for path, module in model.named_modules() if path != "blocks"}
+    assert [hook for module in model.modules() for hook in module._forward_pre_hooks.values()] == [own]
+
+
 def test_autocast_around_the_call_is_followed():
     net = mnet_fx.momentumize(Stack(p=0.0), (tokens(),), gamma=0)
     with torch.autocast("cpu", torch.bfloat16):
