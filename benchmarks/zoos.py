@@ -277,7 +277,7 @@ _TINY: dict[str, Any] = {
     "n_head": 2, "n_heads": 2, "num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_encoder_attention_heads": 2,
     "num_decoder_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
     "d_ff": 64, "n_inner": 64, "hidden_dim": 64, "d_kv": 16, "head_dim": 16, "ffn_hidden_size": 64, "max_position_embeddings": 64,
-    "embedding_size": 32, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "rotary_dim": 8,
+    "embedding_size": 32, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "rotary_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "conv_dim": (16, 16), "conv_stride": (5, 2),
     "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0, "use_cache": False, "state_size": 8, "num_feat_extract_layers": 2, "d_inner": 64, "hidden_groups": 1, "attention_hidden_size": 32,

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import MnetError
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "hooked"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -100,6 +100,11 @@ def _children(module: nn.Module) -> tuple[str, ...]:
 
 def _hooks(module: nn.Module) -> int:
     return sum(len(getattr(module, hooks)) for hooks in _HOOKS)
+
+
+def hooked(owner: nn.Module) -> list[str]:
+    """Paths of the modules inside `owner` that have hooks."""
+    return [path for path, module in owner.named_modules() if path and not isinstance(module, torch.jit.ScriptModule) and _hooks(module)]
 
 
 def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ from passes import Call, ExportError, PlannedRegion, RegionCode
 from .cost import storage
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
-from .guard import Guard
+from .guard import Guard, hooked
 from .named import NamedLayer, NamedRegion, name_region
 from .parts import Part, Parts, exported, parts_of
 from .program import Program
@@ -165,6 +165,9 @@ def _rewrite(net: nn.Module, parts: Parts, settings: Settings) -> None:
         )
         if captured.interface is not None:
             owner.forward = exported
+            if hooks := hooked(owner):
+                found = f"{', '.join(hooks[:3])}{' and more' * (len(hooks) > 3)} of an exported part have hooks"
+                warnings.warn(f"{found}: what they did to tensors is kept, but they are not called any more", MnetWarning, stacklevel=3)
             continue
         leaves = {str(n.target) for part in both.values() for n in part.captured.graph_module.graph.nodes if n.op == "call_module"}
         owner.forward = Forward(owner, programs, captured.pinned, Guard(owner, leaves, one_mode=modes_differ), exported)
