@@ -299,3 +299,24 @@ def test_a_stream_that_forks_goes_on_with_the_longer_chain():
     found = check_same(program(forward, f=linears(2), g=linears(2), aux=nn.Linear(4, 4)), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([4], ["too_short"])
     assert found.regions[0].escapes == (2,)
+
+
+def test_the_sum_written_in_place_may_be_written_again_through_another_name():
+    def forward(self, x):
+        x = self.stem(x)
+        for f in self.f:
+            x += f(x.tanh())
+            x = x.contiguous().mul_(0.5)
+        return x
+
+    assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))) == [3]
+
+
+def test_a_skip_through_an_identity_is_the_value_itself():
+    def forward(self, x):
+        for f in self.f:
+            x = self.same(x).contiguous() + f(x)
+        return x
+
+    found = check_same(program(forward, same=nn.Identity(), f=linears(3)), torch.randn(2, 4))
+    assert [step.form for step in found.regions[0].steps] == ["branch"] * 3
