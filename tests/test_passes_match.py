@@ -62,7 +62,7 @@ def test_every_way_to_write_an_add(add):
         lambda x, y: x.addcmul(y, torch.ones(4), value=0.3),
         lambda x, y: x.addcdiv(y, y.square() + 1),
         lambda x, y: torch.lerp(x, y, 0.2),
-        lambda x, y: torch.addmm(x, x.tanh(), x.T @ y),
+        lambda x, y: torch.addmm(x, x.tanh(), torch.eye(4, dtype=x.dtype)),
     ],
 )
 def test_sums_of_which_only_the_whole_is_known(add):
@@ -320,3 +320,10 @@ def test_a_skip_through_an_identity_is_the_value_itself():
 
     found = check_same(program(forward, same=nn.Identity(), f=linears(3)), torch.randn(2, 4))
     assert [step.form for step in found.regions[0].steps] == ["branch"] * 3
+
+
+def test_a_parameter_is_no_stream():
+    def forward(self, x):
+        return self.p + self.f(self.p) * x
+
+    assert planned(program(forward, p=nn.Parameter(torch.randn(4)), f=nn.Linear(4, 4)), min_steps=1).residual_adds == ()
