@@ -62,7 +62,7 @@ def test_every_way_to_write_an_add(add):
         lambda x, y: x.addcmul(y, torch.ones(4), value=0.3),
         lambda x, y: x.addcdiv(y, y.square() + 1),
         lambda x, y: torch.lerp(x, y, 0.2),
-        lambda x, y: torch.addmm(x, x.tanh(), torch.eye(4, dtype=x.dtype)),
+        lambda x, y: torch.addmm(x, x.tanh(), x.new_ones(4, 4)),
     ],
 )
 def test_sums_of_which_only_the_whole_is_known(add):
