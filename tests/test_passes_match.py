@@ -327,3 +327,32 @@ def test_a_parameter_is_no_stream():
         return self.p + self.f(self.p) * x
 
     assert planned(program(forward, p=nn.Parameter(torch.randn(4)), f=nn.Linear(4, 4)), min_steps=1).residual_adds == ()
+
+
+def test_a_fused_sum_with_a_product_of_something_else_is_not_residual():
+    def forward(self, x, y):
+        for f in self.f:
+            x = torch.addmm(f(x), y, y)
+        return x
+
+    assert planned(program(forward, f=linears(3)), min_steps=1).residual_adds == ()
+
+
+def test_mixing_inside_an_inner_residual_add_counts():
+    def forward(self, x):
+        for f in self.f:
+            y = x.tanh()
+            x = x + (y + f(y)).relu()
+        return x
+
+    found = check_same(program(forward, f=linears(3)), torch.randn(2, 4))
+    assert (lengths(found), codes(found)) == ([3], ["nested"] * 3)
+
+
+def test_a_skip_from_inside_the_branch_of_an_older_sum():
+    def forward(self, x):
+        h = self.f[0](x)
+        z = x + self.f[1](h)
+        return h + self.f[2](z)
+
+    assert len(planned(program(forward, f=linears(3)), min_steps=1).residual_adds) == 2
