@@ -87,11 +87,6 @@ MUTANTS: list[tuple[str, str, str]] = [
         "facts.kinds[node] in MIXING or node in sums for node in walk.between",
         "facts.kinds[node] in MIXING for node in walk.between",
     ),
-    (
-        "passes/match.py",
-        "jumps = known is not None and node is not start and facts.index[known.skip] >= lowest",
-        "jumps = known is not None and node is not start",
-    ),
     ("passes/match.py", "if longer and not any(node in sums for node in walk.between):", "if longer:"),
     ("passes/match.py", "if longer and not any(", "if not any("),
     # Links and chains.

@@ -347,12 +347,3 @@ def test_mixing_inside_an_inner_residual_add_counts():
 
     found = check_same(program(forward, f=linears(3)), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([3], ["nested"] * 3)
-
-
-def test_a_skip_from_inside_the_branch_of_an_older_sum():
-    def forward(self, x):
-        h = self.f[0](x)
-        z = x + self.f[1](h)
-        return h + self.f[2](z)
-
-    assert len(planned(program(forward, f=linears(3)), min_steps=1).residual_adds) == 2
