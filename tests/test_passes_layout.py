@@ -163,3 +163,38 @@ def test_single_adds_are_exported_only_where_that_may_join_them(between, chains,
         with pytest.warns(mnet_fx.MnetWarning, match="no residual chain was rewritten"):
             mnet_fx.momentumize(model, (x,))
     assert bool(exports) == bool(chains)
+
+
+def test_a_value_of_two_streams_starts_a_chain():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x, y):
+            x, y = x + torch.tanh(self.f[0](x)), y + torch.tanh(self.f[1](y))
+            z = x * y
+            z = z + torch.tanh(self.f[2](z))
+            return z + torch.tanh(self.f[3](z))
+
+    captured = passes.capture_by_export(Joined(), (torch.randn(2, 8), torch.randn(2, 8)), {}, "held")
+    assert [len(region.steps) for region in passes.plan(captured.graph_module).regions] == [2]
+
+
+def test_a_value_of_another_shape_starts_a_chain():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.g = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            for f in self.f:
+                x = x + torch.tanh(f(x))
+            x = x[:, :4] * 2
+            for g in self.g:
+                x = x + torch.tanh(g(x))
+            return x
+
+    plan = passes.plan(passes.capture_by_export(Halved(), (torch.randn(2, 8),), {}, "held").graph_module)
+    assert ([len(region.steps) for region in plan.regions], plan.refusals) == ([2, 2], ())

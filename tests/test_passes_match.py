@@ -287,14 +287,16 @@ def test_nesting_prefers_what_rewrites_more_adds():
     assert (lengths(found), codes(found)) == ([3, 3], ["nested", "nested"])
 
 
-def test_a_stream_that_forks_goes_on_with_the_longer_chain():
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_that_forks_goes_on_with_the_longer_chain(late):
     def forward(self, x):
         for f in self.f:
             x = x + f(x)
-        y = x + self.aux(x)
+        middle = x
+        y = None if late else middle + self.aux(middle)
         for f in self.g:
             x = x + f(x)
-        return x, y
+        return x, middle + self.aux(middle) if late else y
 
     found = check_same(program(forward, f=linears(2), g=linears(2), aux=nn.Linear(4, 4)), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([4], ["too_short"])
