@@ -198,3 +198,19 @@ def test_a_value_of_another_shape_starts_a_chain():
 
     plan = passes.plan(passes.capture_by_export(Halved(), (torch.randn(2, 8),), {}, "held").graph_module)
     assert ([len(region.steps) for region in plan.regions], plan.refusals) == ([2, 2], ())
+
+
+def test_a_branch_that_is_broadcast_is_known_as_a_whole():
+    class Broadcasts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+
+        def forward(self, x):
+            for f in self.f:
+                x = x + torch.tanh(f(x))
+            return x
+
+    model, x = Broadcasts(), torch.randn(2, 8)
+    (region,) = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module).regions
+    assert [step.form for step in region.steps] == ["block"] * 3
