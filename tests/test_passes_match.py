@@ -349,3 +349,42 @@ def test_mixing_inside_an_inner_residual_add_counts():
 
     found = check_same(program(forward, f=linears(3)), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([3], ["nested"] * 3)
+
+
+def test_which_term_an_in_place_sum_is_written_to():
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.f[0](x)
+        x += self.f[1](x.tanh())
+        y = self.f[2](x.tanh())
+        y += x
+        return y
+
+    found = check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))
+    assert [step.written for step in found.regions[0].steps] == [None, "skip", "branch"]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_last_step_ends_with_the_sum_unless_all_links_go_on_after_it(mixed):
+    """Links of two kinds; or of one kind, and an operation of another kind at the end."""
+
+    def forward(self, x):
+        x = torch.relu(x + self.f[0](x))
+        x = self.norm(x + self.f[1](x)) if mixed else torch.relu(x + self.f[1](x))
+        x = x + self.f[2](x)
+        return (torch.relu(x), self.norm(x)) if mixed else self.norm(x)
+
+    (region,) = check_same(program(forward, norm=nn.LayerNorm(4), f=linears(3)), torch.randn(2, 4)).regions
+    assert region.steps[-1].target == region.steps[-1].adds[-1]
+
+
+def test_a_chain_that_only_one_step_reads_stays_a_chain():
+    def forward(self, x, y):
+        x = x + self.f[0](x)
+        for g in self.g:
+            y = y + g(y)
+        x = x + self.f[1](x) * y
+        return x + self.f[2](x)
+
+    found = check_same(program(forward, f=linears(3), g=linears(2)), torch.randn(2, 4), torch.randn(2, 4))
+    assert sorted(lengths(found)) == [2, 3]
