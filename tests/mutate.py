@@ -128,7 +128,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/steps.py", "if any(memory not in serving for memory in facts.writes.get(node, ()))}", "if False}"),
     ("passes/steps.py", "if node in dead_ends and node not in cone and all(", "if node not in cone and all("),
     ("passes/steps.py", 'and all(n in known or n.op == "get_attr" for n in facts.flow[node]):', ":"),
-    ("passes/steps.py", "and node not in facts.writes and all(user in found", "and all(user in found"),
     # Memory and order.
     (
         "passes/facts.py",

@@ -388,3 +388,14 @@ def test_a_chain_that_only_one_step_reads_stays_a_chain():
 
     found = check_same(program(forward, f=linears(3), g=linears(2)), torch.randn(2, 4), torch.randn(2, 4))
     assert sorted(lengths(found)) == [2, 3]
+
+
+def test_a_write_to_memory_from_outside_stays_outside():
+    def forward(self, x, y):
+        state = y * 1
+        x = x + self.f[0](x)
+        doubled = state.mul_(2)
+        x = x + self.f[1](x) * doubled
+        return x + self.f[2](x), state
+
+    assert lengths(check_same(program(forward, f=linears(3)), torch.randn(2, 4), torch.randn(2, 4))) == [3]
