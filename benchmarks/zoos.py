@@ -18,7 +18,15 @@ from torch import nn
 __all__ = ["ZOOS", "Built"]
 
 Built = tuple[nn.Module, dict[str, Any]]  # model and keyword arguments of a call
-_TOO_LARGE = {"regnet_y_128gf", "vit_h_14"}  # more than 2 GB of parameters
+_TOO_LARGE = {  # more than 1.5 GB of parameters
+    "regnet_y_128gf",
+    "vit_h_14",
+    "deepseek_vit_412m",
+    "deepseek_vit_412m_enc",
+    "samvit_huge_patch16",
+    "gemma4_vit_570m",
+    "naflexvit_so400m_patch16_siglip",
+}
 _LARGE = 60_000_000  # parameters
 _TOKENS = (2, 16)
 
@@ -124,10 +132,10 @@ def timm_zoo() -> dict[str, Callable[[], Built]]:
 
     chosen: list[list[str]] = []
     for family in timm.list_modules():
-        models = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
+        models = [name for name in timm.list_models(module=family) if not name.startswith("test_") and name not in _TOO_LARGE]
         rank = {name: next((i for i, word in enumerate(_SMALL) if word in name), len(_SMALL)) for name in models}
         chosen.append(sorted(models, key=lambda name: (rank[name], len(name), name))[:2])
-    names = dict.fromkeys(name for nth in zip_longest(*chosen) for name in nth if name and name not in _TOO_LARGE)
+    names = dict.fromkeys(name for nth in zip_longest(*chosen) for name in nth if name)
     return {name: partial(_timm, name) for name in names}
 
 
