@@ -364,3 +364,21 @@ def test_resnet_152_takes_less_than_a_second_after_capture():
     rewrite(gm, found, lambda code: nn.Identity())
     assert time.process_time() - start < 1
     assert lengths(found) == [2, 7, 35, 2]
+
+
+def test_only_what_lies_on_the_cycle_is_dropped():
+    """A shorter chain behind it merely waits."""
+
+    def forward(self, x, y):
+        y = y * 1
+        x = x + self.f[0](x) * y
+        y.mul_(2)
+        x = x + self.f[1](x) * y
+        x = self.stem(x + self.f[2](x))
+        for g in self.g:
+            x = x + g(x)
+        return x
+
+    model = program(forward, stem=nn.Linear(4, 4), f=linears(3), g=linears(2))
+    found = check_same(model, torch.randn(2, 4), torch.randn(2, 4), gradients=False)
+    assert (lengths(found), codes(found)) == ([2], ["interleaved"] * 3)
