@@ -382,3 +382,33 @@ def test_only_what_lies_on_the_cycle_is_dropped():
     model = program(forward, stem=nn.Linear(4, 4), f=linears(3), g=linears(2))
     found = check_same(model, torch.randn(2, 4), torch.randn(2, 4), gradients=False)
     assert (lengths(found), codes(found)) == ([2], ["interleaved"] * 3)
+
+
+def test_a_side_input_that_descends_from_inside_cuts_the_chain():
+    def forward(self, x):
+        x = x + self.f[0](x)
+        h = self.f[1](x)
+        x = x + h
+        k = self.stem(h)
+        x = x + self.f[2](x) * k
+        return x + self.g[0](x), k
+
+    found = check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3), g=linears(1)), torch.randn(2, 4))
+    assert lengths(found) == [2, 2]
+
+
+def test_the_outer_chain_wins_unless_those_inside_rewrite_more():
+    def inner(self, x):
+        x = self.f[0](x)
+        for f in self.f[1:]:
+            x = x + f(x)
+        return self.f[0](x)
+
+    def outer(self, x):
+        for f in self.f:
+            x = x + f(x)
+        return x
+
+    model = program(outer, f=[program(inner, f=linears(3)), *linears(3)])
+    found = check_same(model, torch.randn(2, 4))
+    assert (lengths(found), codes(found)) == ([4], ["nested"] * 2)
