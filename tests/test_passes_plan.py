@@ -412,3 +412,13 @@ def test_the_outer_chain_wins_unless_those_inside_rewrite_more():
     model = program(outer, f=[program(inner, f=linears(3)), *linears(3)])
     found = check_same(model, torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([4], ["nested"] * 2)
+
+
+def test_of_two_chains_that_need_each_other_the_longer_stays():
+    def forward(self, x, y):
+        x, y = x + self.f[0](x), y + self.g[0](y)
+        x, y = x + self.f[1](x) * y, y + self.g[1](y) * x
+        return x + self.f[2](x), y
+
+    found = check_same(program(forward, f=linears(3), g=linears(2)), torch.randn(2, 4), torch.randn(2, 4))
+    assert (lengths(found), codes(found)) == ([3], ["interleaved"] * 2)
