@@ -141,6 +141,13 @@ def test_granularity_module_falls_back_to_adds():
     found = check_same(nn.Sequential(shared, shared, shared), torch.randn(2, 4), granularity="module")
     assert lengths(found) == [3]  # three calls of one block are three steps
 
+    def two(self, x):
+        x = x + self.f(x)
+        return x + self.g(x)
+
+    blocks = nn.Sequential(*(program(two, f=nn.Linear(4, 4), g=nn.Linear(4, 4)) for _ in range(2)))
+    assert [lengths(planned(blocks, "module", min_steps)) for min_steps in (2, 3)] == [[2], [4]]
+
 
 def test_an_inner_value_as_side_input_cuts_the_chain():
     def forward(self, x):
