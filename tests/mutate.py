@@ -163,7 +163,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/plan.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
     ("passes/plan.py", 'if granularity == "module" and not pieces:', "if False:"),
     # Bodies and the new graph.
-    ("passes/body.py", "return (type(value), repr(value)) if isinstance(value, _PLAIN)", "return repr(value) if isinstance(value, _PLAIN)"),
     (
         "passes/body.py",
         "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",

@@ -401,13 +401,15 @@ def test_a_write_to_memory_from_outside_stays_outside():
     assert lengths(check_same(program(forward, f=linears(3)), torch.randn(2, 4), torch.randn(2, 4))) == [3]
 
 
-def test_a_reader_before_a_sum_in_place_may_run_after_the_region():
+@pytest.mark.parametrize("scale", [None, 0.5], ids=["branch", "block"])
+def test_a_reader_before_a_sum_in_place_may_run_after_the_region(scale):
     def forward(self, x):
         x = self.stem(x)
         h = self.f[0](x)
         x = x + h
         z = x * h
         x += self.f[1](x.tanh())
+        x = x if scale is None else x * scale
         return x + self.f[2](x.tanh()), z.detach()
 
     assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4), gradients=False)) == [3]
