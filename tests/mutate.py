@@ -176,7 +176,6 @@ MUTANTS: list[tuple[str, str, str]] = [
         "if any(map(self._is_written, (root, *path, branch, add))) or _is_identity(root, path) or",
         "if _is_identity(root, path) or",
     ),
-    ("passes/layout.py", "or not self._descends(branch, root):", "or False:"),
     (
         "passes/layout.py",
         'if root.meta.get("levelled") and _sizes(root) == _sizes(node) and _is_identity(root, path):',

@@ -214,3 +214,21 @@ def test_a_branch_that_is_broadcast_is_known_as_a_whole():
     model, x = Broadcasts(), torch.randn(2, 8)
     (region,) = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module).regions
     assert [step.form for step in region.steps] == ["block"] * 3
+
+
+def test_a_permutation_that_is_not_its_own_inverse():
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.h = nn.Linear(8, 8), nn.Linear(3, 3), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + torch.tanh(self.f(x))
+            y = x.permute(1, 2, 0)
+            x = (y + torch.tanh(self.g(y))).permute(2, 0, 1)
+            return x + torch.tanh(self.h(x))
+
+    model, x = Turns(), torch.randn(3, 2, 8)
+    gm = passes.capture_by_export(model, (x,), {}, "held").graph_module
+    assert [len(region.steps) for region in passes.plan(gm).regions] == [3]
+    torch.testing.assert_close(gm(x)[0], model(x))
