@@ -114,8 +114,6 @@ class ChainTracer(fx.Tracer):
         pinned: arguments of forward that were fixed to their defaults.
     """
 
-    proxy_buffer_attributes = True
-
     def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.leaves = leaves

@@ -60,6 +60,7 @@ def test_a_layout_that_does_not_come_back_changes_the_network_only_where_it_is_t
 
     model, x = Rolls(4), torch.randn(2, 3, 5, 8)
     net = mnet_fx.momentumize(model, (x,), gamma=0)
+    assert steps(net) == [4]
     assert_same_model(model, net, x)
     assert_exact(model, (x,), x)
 
