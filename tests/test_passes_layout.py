@@ -217,7 +217,10 @@ def test_a_branch_that_is_broadcast_is_known_as_a_whole():
     assert [step.form for step in region.steps] == ["block"] * 3
 
 
-def test_a_permutation_that_is_not_its_own_inverse():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_permutation_that_is_not_its_own_inverse(shift):
+    """And once more with a roll behind it, so that sizes come back and elements do not."""
+
     class Turns(nn.Module):
         def __init__(self):
             super().__init__()
@@ -226,7 +229,7 @@ def test_a_permutation_that_is_not_its_own_inverse():
         def forward(self, x):
             x = x + torch.tanh(self.f(x))
             y = x.permute(1, 2, 0)
-            x = (y + torch.tanh(self.g(y))).permute(2, 0, 1)
+            x = (y + torch.tanh(self.g(y))).permute(2, 0, 1).roll(shift, 1)
             return x + torch.tanh(self.h(x))
 
     model, x = Turns(), torch.randn(3, 2, 8)
