@@ -119,7 +119,7 @@ def _version() -> str:
 
 @cache
 def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 

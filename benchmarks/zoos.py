@@ -23,6 +23,7 @@ _TOO_LARGE = {  # more than 1.5 GB of parameters
     "vit_h_14",
     "deepseek_vit_412m",
     "deepseek_vit_412m_enc",
+    "deepseek_vit_412m_align",
     "samvit_huge_patch16",
     "gemma4_vit_570m",
     "naflexvit_so400m_patch16_siglip",
