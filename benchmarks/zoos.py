@@ -18,7 +18,16 @@ from torch import nn
 __all__ = ["ZOOS", "Built"]
 
 Built = tuple[nn.Module, dict[str, Any]]  # model and keyword arguments of a call
-_TOO_LARGE = {"regnet_y_128gf", "vit_h_14"}  # more than 2 GB of parameters
+_TOO_LARGE = {  # more than 1.5 GB of parameters
+    "regnet_y_128gf",
+    "vit_h_14",
+    "deepseek_vit_412m",
+    "deepseek_vit_412m_enc",
+    "deepseek_vit_412m_align",
+    "samvit_huge_patch16",
+    "gemma4_vit_570m",
+    "naflexvit_so400m_patch16_siglip",
+}
 _LARGE = 60_000_000  # parameters
 _TOKENS = (2, 16)
 
@@ -124,10 +133,10 @@ def timm_zoo() -> dict[str, Callable[[], Built]]:
 
     chosen: list[list[str]] = []
     for family in timm.list_modules():
-        models = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
+        models = [name for name in timm.list_models(module=family) if not name.startswith("test_") and name not in _TOO_LARGE]
         rank = {name: next((i for i, word in enumerate(_SMALL) if word in name), len(_SMALL)) for name in models}
         chosen.append(sorted(models, key=lambda name: (rank[name], len(name), name))[:2])
-    names = dict.fromkeys(name for nth in zip_longest(*chosen) for name in nth if name and name not in _TOO_LARGE)
+    names = dict.fromkeys(name for nth in zip_longest(*chosen) for name in nth if name)
     return {name: partial(_timm, name) for name in names}
 
 
@@ -146,7 +155,7 @@ def _timm(name: str) -> Built:
                 model.eval()(torch.randn(1, channels, smaller, smaller))
             height = width = smaller
         except Exception:
-            height = width = min(height, 256)
+            height = width = min(height, 224)
     return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
 
 
@@ -277,7 +286,7 @@ _TINY: dict[str, Any] = {
     "n_head": 2, "n_heads": 2, "num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_encoder_attention_heads": 2,
     "num_decoder_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
     "d_ff": 64, "n_inner": 64, "hidden_dim": 64, "d_kv": 16, "head_dim": 16, "ffn_hidden_size": 64, "max_position_embeddings": 64,
-    "embedding_size": 32, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "rotary_dim": 8,
+    "embedding_size": 32, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "rotary_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "conv_dim": (16, 16), "conv_stride": (5, 2),
     "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0, "use_cache": False, "state_size": 8, "num_feat_extract_layers": 2, "d_inner": 64, "hidden_groups": 1, "attention_hidden_size": 32,
@@ -309,6 +318,8 @@ def _transformers(name: str, kind: str) -> Built:
         config.layer_types = config.layer_types[:3]
     if hasattr(config, "attention_types"):
         config.attention_types, config.attention_layers = [[["global", "local"], 1], [["global"], 1]], ["global", "local", "global"]
+    if name == "xmod":
+        config.default_language = "en_XX"
     if name == "esm":
         config.vocab_size, config.pad_token_id, config.mask_token_id = 64, 1, 32
     if name == "funnel":

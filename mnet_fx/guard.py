@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import MnetError
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "hooked"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -101,6 +102,11 @@ def _hooks(module: nn.Module) -> int:
     return sum(len(getattr(module, hooks)) for hooks in _HOOKS)
 
 
+def hooked(owner: nn.Module) -> list[str]:
+    """Paths of the modules inside `owner` that have hooks."""
+    return [path for path, module in owner.named_modules() if path and not isinstance(module, torch.jit.ScriptModule) and _hooks(module)]
+
+
 def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Dtype and device of every parameter and buffer, which an exported graph may have fixed."""
     return {name: (t.dtype, t.device) for name, t in chain(owner.named_parameters(), owner.named_buffers())}
@@ -115,7 +121,7 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
             is_torch = type(child).__module__.startswith("torch.nn.modules.") and inner not in above
-            called = inner in leaves or (is_torch and not whole)
+            called = inner in leaves or (is_torch and not whole) or isinstance(child, torch.jit.ScriptModule)
             if not called or isinstance(child, _CONTAINERS):
                 yield from through(child, inner)
 

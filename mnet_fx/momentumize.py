@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import passes
 from passes import Call, ExportError, RegionCode
 
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
-from .guard import Guard
+from .guard import Guard, hooked
 from .named import NamedLayer, NamedRegion, name_region
 from .parts import Part, Parts, exported, parts_of
 from .program import Program
@@ -78,7 +79,7 @@ def momentumize(
 
     Raises:
         SettingsError: an option cannot work.
-        MnetError: the model cannot be copied, is a ScriptModule, or has parameters on the meta device.
+        MnetError: the model cannot be copied, is a ScriptModule, or has parameters without values (meta device, lazy modules).
         NotImplementedError: an option that is not built yet.
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
@@ -117,6 +118,8 @@ def _copied(model: nn.Module) -> nn.Module:
     tensors = [*chain(model.parameters(), model.buffers())]
     if any(t.is_meta for t in tensors):
         raise MnetError("the model has parameters on the meta device, which hold no values: load it first (to_empty, load_state_dict)")
+    if any(map(is_lazy, tensors)):
+        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
     shared = {id(t): t for t in tensors}
     try:
         net = copy.deepcopy(model, shared)
@@ -124,6 +127,10 @@ def _copied(model: nn.Module) -> nn.Module:
         raise MnetError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
         ) from error
+    for original, twin in zip(model.modules(), net.modules(), strict=True):
+        if isinstance(original, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
+            for name, tensor in chain(original.named_parameters(recurse=False), original.named_buffers(recurse=False)):
+                twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
     if REPORT in net.__dict__:
         _restore(net)
     return net
@@ -157,6 +164,9 @@ def _rewrite(net: nn.Module, parts: Parts, settings: Settings) -> None:
         )
         if captured.interface is not None:
             owner.forward = exported
+            if hooks := hooked(owner):
+                found = f"{', '.join(hooks[:3])}{' and more' * (len(hooks) > 3)} of an exported part have hooks"
+                warnings.warn(f"{found}: what they did to tensors is kept, but they are not called any more", MnetWarning, stacklevel=3)
             continue
         leaves = {str(n.target) for part in both.values() for n in part.captured.graph_module.graph.nodes if n.op == "call_module"}
         owner.forward = Forward(owner, programs, captured.pinned, Guard(owner, leaves, one_mode=modes_differ), exported)

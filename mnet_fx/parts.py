@@ -115,8 +115,14 @@ def _traced(net: nn.Module, settings: Settings) -> Parts:
 
 
 def _leaves_over(parts: Parts) -> bool:
-    refused = [refusal for both in parts.both.values() for refusal in both[True].plan.refusals]
-    return bool(parts.refusals) or any(refusal.code not in _EXPECTED for refusal in refused)
+    """Whether an export may find more than the trace did, which is worth its seconds."""
+    if parts.refusals:
+        return True
+    for both in parts.both.values():
+        codes = {refusal.code for refusal in both[True].plan.refusals} - _EXPECTED
+        if codes - {"too_short"} or (codes and passes.may_join(both[True].captured.graph_module, both[True].plan)):
+            return True
+    return False
 
 
 def exported(module: nn.Module, call: Call, settings: Settings, path: str = "", number: int = 0) -> dict[bool, Part]:

@@ -12,7 +12,7 @@ from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.exporting import ExportError, Interface
 from passes.legality import CODES
 from passes.pieces import pieces
-from passes.plan import plan
+from passes.plan import may_join, plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
 from passes.verify import InvariantError
@@ -42,6 +42,7 @@ __all__ = [
     "forward_children",
     "inner_calls",
     "lift",
+    "may_join",
     "pieces",
     "plan",
     "rewrite",

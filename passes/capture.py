@@ -209,6 +209,7 @@ def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         For the path of each submodule that ran, its calls; tensors are replaced by empty ones of the same kind.
     """
     calls: dict[str, list[Call]] = {}
+    attributes = Attributes(model)  # before there are hooks, which would come back with them
     hooks = [
         module.register_forward_pre_hook(
             lambda _, args, kwargs, path=path: calls.setdefault(path, []).append(_hollow((args, kwargs))), with_kwargs=True
@@ -216,7 +217,6 @@ def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         for path, module in model.named_modules()
     ]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = Attributes(model)
     try:
         with torch.no_grad(), torch.random.fork_rng(), keeping_python_rng():
             model(*args, **kwargs)

@@ -132,7 +132,8 @@ class _Flat(nn.Module):
     def forward(self, *flat: Any) -> Any:
         args, kwargs = pytree.tree_unflatten(list(flat), self.specs.input)
         attributes = Attributes(self)  # compared here, since export puts most of them back by itself, and says nothing
-        leaves, self.specs.output = pytree.tree_flatten(self._modules[WRAPPED](*args, **kwargs))  # type: ignore[misc]
+        result = self._modules[WRAPPED].forward(*args, **kwargs)  # type: ignore[union-attr]  # its own hooks will fire around its graph
+        leaves, self.specs.output = pytree.tree_flatten(result)
         changed = attributes.restore()
         self.specs.changed = [(path, name) for path, name in changed if not _is_torch(self.get_submodule(path))]
         return tuple(leaves)

@@ -89,7 +89,13 @@ def _find_edges(facts: Facts) -> None:
     for node in facts.nodes:
         inputs = tuple(node.all_input_nodes)
         bases = dict.fromkeys(facts.base[source] for source in inputs)
-        newer = [last_write[base] for base in bases if base in last_write and last_write[base] not in inputs]
+        newer = [
+            write
+            for base in bases
+            if (write := last_write.get(base)) is not None
+            and any(facts.base[source] is base and facts.index[source] < facts.index[write] for source in inputs)
+            and write not in inputs
+        ]
         facts.flow[node] = (*inputs, *newer)
         facts.values[node] = () if facts.kinds[node] in ("shape", "create") else facts.flow[node]
         facts.order[node] = facts.flow[node]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.fx as fx
 
 from passes.facts import Facts, dtype_of, owner_path, shape_of
@@ -40,6 +41,10 @@ CODES: dict[str, Code] = {
     "dtype_changed": Code(
         "The step returns another dtype than it takes.",
         "Cast inside the branch, so that the stream keeps one dtype.",
+    ),
+    "not_real": Code(
+        "The stream is not of a real floating dtype, so that no momentum chain can carry it.",
+        "Nothing needs to be done for integers; keep complex values inside the branch, and the stream real.",
     ),
     "broadcast": Code(
         "The skip is broadcast by the sum, so the step returns a larger tensor than it takes.",
@@ -156,4 +161,17 @@ def _changes_dtype(span: Span, facts: Facts) -> Refusal | None:
     return refuse("dtype_changed", span.add, f"%{span.source.name} is {before}, %{span.target.name} is {after}")
 
 
-RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (_overwrites_stream, _overwrites_side, _changes_shape, _changes_dtype)
+def _is_not_real(span: Span, facts: Facts) -> Refusal | None:
+    dtype = dtype_of(span.source)
+    if dtype is None or getattr(torch, dtype).is_floating_point:
+        return None
+    return refuse("not_real", span.add, f"%{span.source.name} is {dtype}")
+
+
+RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (
+    _overwrites_stream,
+    _overwrites_side,
+    _changes_shape,
+    _changes_dtype,
+    _is_not_real,
+)

@@ -7,6 +7,7 @@ another kernel. Left out are checks of sizes, and what the fast path (eval mode,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ __all__ = ["opened"]
 
 def opened(module: nn.Module) -> Callable[..., Any] | None:
     """The forward of a transformer of torch.nn in a form that can be traced; None for any other module."""
-    forward = _FORWARDS.get(type(module).forward)
+    forward = _FORWARDS.get(inspect.getattr_static(type(module), "forward", None))
     return None if forward is None else partial(forward, module)
 
 
@@ -111,7 +112,7 @@ def _applied(norm_first: bool, x: Any, *blocks: tuple[Callable[[Any], Any], Call
     return x
 
 
-_FORWARDS: dict[Callable[..., Any], Callable[..., Any]] = {
+_FORWARDS: dict[Any, Callable[..., Any]] = {
     nn.Transformer.forward: _transformer,
     nn.TransformerEncoder.forward: _encoder,
     nn.TransformerDecoder.forward: _decoder,

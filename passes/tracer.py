@@ -114,8 +114,6 @@ class ChainTracer(fx.Tracer):
         pinned: arguments of forward that were fixed to their defaults.
     """
 
-    proxy_buffer_attributes = True
-
     def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.leaves = leaves
@@ -253,7 +251,7 @@ def _first_line(error: Exception) -> str:
 
 def reads_mode(module: nn.Module) -> bool:
     """True for a module without children whose forward reads `self.training`: StochasticDepth, DropPath and their kin."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.getattr_static(type(module), "forward", None), "__code__", None)  # static: that of a script is a descriptor
     return code is not None and "training" in code.co_names and next(module.children(), None) is None
 
 

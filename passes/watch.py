@@ -153,7 +153,9 @@ class Attributes:
 
     def __init__(self, root: nn.Module) -> None:
         self.before = [
-            (path, module, {name: _shallow(value) for name, value in vars(module).items()}) for path, module in root.named_modules()
+            (path, module, {name: _shallow(value) for name, value in vars(module).items()})
+            for path, module in root.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # has only caches of its methods, set when they are first read
         ]
 
     def restore(self) -> list[tuple[str, str]]:

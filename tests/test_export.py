@@ -332,6 +332,30 @@ def test_capture_leaves_the_model_and_the_generators_as_they_were():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_noting_how_parts_are_called_leaves_no_hooks_behind(warm_up):
+    model = Stack()
+    model.blocks[0].register_forward_pre_hook(own := lambda module, args: None)
+    calls = passes.inner_calls(model, (tokens(),), {}, warm_up)
+    assert set(calls) == {path for path, module in model.named_modules() if path != "blocks"}
+    assert [hook for module in model.modules() for hook in module._forward_pre_hooks.values()] == [own]
+
+
+def test_hooks_of_an_exported_model():
+    """Its own fire around the graph, once; those inside are part of the graph, with a warning."""
+    model, seen = Stack(p=0.0), []
+    model.register_forward_pre_hook(lambda module, args: (seen.append("root"), 2 * args[0])[1:])
+    model.register_forward_hook(lambda module, args, out: Output(3 * out.last))
+    model.blocks[1].register_forward_hook(lambda module, args, out: (seen.append("block"), 1.5 * out)[1])
+    with pytest.warns(mnet_fx.MnetWarning, match="blocks.1 of an exported part have hooks"):
+        net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [4]
+    assert_same_model(model, net, tokens())
+    seen.clear()
+    net(tokens())
+    assert seen == ["root"]
+
+
 def test_autocast_around_the_call_is_followed():
     net = mnet_fx.momentumize(Stack(p=0.0), (tokens(),), gamma=0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -135,7 +135,7 @@ def test_scripts_are_not_traced():
     model = program(residual, f=[program(lambda self, x: self.f(x), f=script), nn.Linear(4, 4)])
     found = capture(model)
     assert lengths(plan(found.parts[0].graph_module)) == [2]
-    assert [refusal.path for refusal in found.refusals] == ["f.0"]
+    assert [(refusal.code, refusal.path) for refusal in found.refusals] == [("opaque_module", "f.0.f")]
 
 
 def test_optional_arguments_are_pinned():

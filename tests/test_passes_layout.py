@@ -60,6 +60,7 @@ def test_a_layout_that_does_not_come_back_changes_the_network_only_where_it_is_t
 
     model, x = Rolls(4), torch.randn(2, 3, 5, 8)
     net = mnet_fx.momentumize(model, (x,), gamma=0)
+    assert steps(net) == [4]
     assert_same_model(model, net, x)
     assert_exact(model, (x,), x)
 
@@ -137,3 +138,101 @@ def test_links_that_branch(link, chains):
     if chains:
         assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
         assert_exact(model, (x,), x)
+
+
+class TwoAdds(nn.Module):
+    """Two single adds with something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.f, self.g, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+
+    def forward(self, x):
+        x = x + torch.tanh(self.f(x))
+        y = self.between(x).transpose(1, 2)
+        return y + torch.tanh(self.g(y.transpose(1, 2))).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("between", "chains"), [(nn.Identity(), [2]), (nn.Linear(8, 8), [])], ids=["layout", "mixing"])
+def test_single_adds_are_exported_only_where_that_may_join_them(between, chains, monkeypatch):
+    model, x, exports = TwoAdds(between), torch.randn(2, 5, 8), []
+    export = passes.capture_by_export
+    monkeypatch.setattr(passes, "capture_by_export", lambda *args: exports.append(args) or export(*args))
+    if chains:
+        assert steps(mnet_fx.momentumize(model, (x,))) == chains
+    else:
+        with pytest.warns(mnet_fx.MnetWarning, match="no residual chain was rewritten"):
+            mnet_fx.momentumize(model, (x,))
+    assert bool(exports) == bool(chains)
+
+
+def test_a_value_of_two_streams_starts_a_chain():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x, y):
+            x, y = x + torch.tanh(self.f[0](x)), y + torch.tanh(self.f[1](y))
+            z = x * y
+            z = z + torch.tanh(self.f[2](z))
+            return z + torch.tanh(self.f[3](z))
+
+    captured = passes.capture_by_export(Joined(), (torch.randn(2, 8), torch.randn(2, 8)), {}, "held")
+    assert [len(region.steps) for region in passes.plan(captured.graph_module).regions] == [2]
+
+
+def test_a_value_of_another_shape_starts_a_chain():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.g = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            for f in self.f:
+                x = x + torch.tanh(f(x))
+            x = x[:, :4] * 2
+            for g in self.g:
+                x = x + torch.tanh(g(x))
+            return x
+
+    plan = passes.plan(passes.capture_by_export(Halved(), (torch.randn(2, 8),), {}, "held").graph_module)
+    assert ([len(region.steps) for region in plan.regions], plan.refusals) == ([2, 2], ())
+
+
+def test_a_branch_that_is_broadcast_is_known_as_a_whole():
+    class Broadcasts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+
+        def forward(self, x):
+            for f in self.f:
+                x = x + torch.tanh(f(x))
+            return x
+
+    model, x = Broadcasts(), torch.randn(2, 8)
+    (region,) = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module).regions
+    assert [step.form for step in region.steps] == ["block"] * 3
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_permutation_that_is_not_its_own_inverse(shift):
+    """And once more with a roll behind it, so that sizes come back and elements do not."""
+
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.h = nn.Linear(8, 8), nn.Linear(3, 3), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + torch.tanh(self.f(x))
+            y = x.permute(1, 2, 0)
+            x = (y + torch.tanh(self.g(y))).permute(2, 0, 1).roll(shift, 1)
+            return x + torch.tanh(self.h(x))
+
+    model, x = Turns(), torch.randn(3, 2, 8)
+    gm = passes.capture_by_export(model, (x,), {}, "held").graph_module
+    assert [len(region.steps) for region in passes.plan(gm).regions] == [3]
+    torch.testing.assert_close(gm(x)[0], model(x))

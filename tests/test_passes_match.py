@@ -62,7 +62,7 @@ def test_every_way_to_write_an_add(add):
         lambda x, y: x.addcmul(y, torch.ones(4), value=0.3),
         lambda x, y: x.addcdiv(y, y.square() + 1),
         lambda x, y: torch.lerp(x, y, 0.2),
-        lambda x, y: torch.addmm(x, x.tanh(), x.T @ y),
+        lambda x, y: torch.addmm(x, x.tanh(), x.new_ones(4, 4)),
     ],
 )
 def test_sums_of_which_only_the_whole_is_known(add):
@@ -287,15 +287,129 @@ def test_nesting_prefers_what_rewrites_more_adds():
     assert (lengths(found), codes(found)) == ([3, 3], ["nested", "nested"])
 
 
-def test_a_stream_that_forks_goes_on_with_the_longer_chain():
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stream_that_forks_goes_on_with_the_longer_chain(late):
     def forward(self, x):
         for f in self.f:
             x = x + f(x)
-        y = x + self.aux(x)
+        middle = x
+        y = None if late else middle + self.aux(middle)
         for f in self.g:
             x = x + f(x)
-        return x, y
+        return x, middle + self.aux(middle) if late else y
 
     found = check_same(program(forward, f=linears(2), g=linears(2), aux=nn.Linear(4, 4)), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([4], ["too_short"])
     assert found.regions[0].escapes == (2,)
+
+
+def test_the_sum_written_in_place_may_be_written_again_through_another_name():
+    def forward(self, x):
+        x = self.stem(x)
+        for f in self.f:
+            x += f(x.tanh())
+            x = x.contiguous().mul_(0.5)
+        return x
+
+    assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))) == [3]
+
+
+def test_a_skip_through_an_identity_is_the_value_itself():
+    def forward(self, x):
+        for f in self.f:
+            x = self.same(x).contiguous() + f(x)
+        return x
+
+    found = check_same(program(forward, same=nn.Identity(), f=linears(3)), torch.randn(2, 4))
+    assert [step.form for step in found.regions[0].steps] == ["branch"] * 3
+
+
+def test_a_parameter_is_no_stream():
+    def forward(self, x):
+        return self.p + self.f(self.p) * x
+
+    assert planned(program(forward, p=nn.Parameter(torch.randn(4)), f=nn.Linear(4, 4)), min_steps=1).residual_adds == ()
+
+
+def test_a_fused_sum_with_a_product_of_something_else_is_not_residual():
+    def forward(self, x, y):
+        for f in self.f:
+            x = torch.addmm(f(x), y, y)
+        return x
+
+    assert planned(program(forward, f=linears(3)), min_steps=1).residual_adds == ()
+
+
+def test_mixing_inside_an_inner_residual_add_counts():
+    def forward(self, x):
+        for f in self.f:
+            y = x.tanh()
+            x = x + (y + f(y)).relu()
+        return x
+
+    found = check_same(program(forward, f=linears(3)), torch.randn(2, 4))
+    assert (lengths(found), codes(found)) == ([3], ["nested"] * 3)
+
+
+def test_which_term_an_in_place_sum_is_written_to():
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.f[0](x)
+        x += self.f[1](x.tanh())
+        y = self.f[2](x.tanh())
+        y += x
+        return y
+
+    found = check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4))
+    assert [step.written for step in found.regions[0].steps] == [None, "skip", "branch"]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_last_step_ends_with_the_sum_unless_all_links_go_on_after_it(mixed):
+    """Links of two kinds; or of one kind, and an operation of another kind at the end."""
+
+    def forward(self, x):
+        x = torch.relu(x + self.f[0](x))
+        x = self.norm(x + self.f[1](x)) if mixed else torch.relu(x + self.f[1](x))
+        x = x + self.f[2](x)
+        return (torch.relu(x), self.norm(x)) if mixed else self.norm(x)
+
+    (region,) = check_same(program(forward, norm=nn.LayerNorm(4), f=linears(3)), torch.randn(2, 4)).regions
+    assert region.steps[-1].target == region.steps[-1].adds[-1]
+
+
+def test_a_chain_that_only_one_step_reads_stays_a_chain():
+    def forward(self, x, y):
+        x = x + self.f[0](x)
+        for g in self.g:
+            y = y + g(y)
+        x = x + self.f[1](x) * y
+        return x + self.f[2](x)
+
+    found = check_same(program(forward, f=linears(3), g=linears(2)), torch.randn(2, 4), torch.randn(2, 4))
+    assert sorted(lengths(found)) == [2, 3]
+
+
+def test_a_write_to_memory_from_outside_stays_outside():
+    def forward(self, x, y):
+        state = y * 1
+        x = x + self.f[0](x)
+        doubled = state.mul_(2)
+        x = x + self.f[1](x) * doubled
+        return x + self.f[2](x), state
+
+    assert lengths(check_same(program(forward, f=linears(3)), torch.randn(2, 4), torch.randn(2, 4))) == [3]
+
+
+@pytest.mark.parametrize("scale", [None, 0.5], ids=["branch", "block"])
+def test_a_reader_before_a_sum_in_place_may_run_after_the_region(scale):
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.f[0](x)
+        x = x + h
+        z = x * h
+        x += self.f[1](x.tanh())
+        x = x if scale is None else x * scale
+        return x + self.f[2](x.tanh()), z.detach()
+
+    assert lengths(check_same(program(forward, stem=nn.Linear(4, 4), f=linears(3)), torch.randn(2, 4), gradients=False)) == [3]

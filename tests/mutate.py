@@ -1,0 +1,277 @@
+"""Breaks the passes on purpose, one condition at a time, and sees that a test notices. Run by hand:
+
+    python tests/mutate.py [--only WORD] [--skip N] [--list]
+
+Each mutant is one replacement of text in a temporary copy of the project, in which the tests of that file then run until the first one
+fails. A mutant that no test notices is a test that is missing; it is printed, and the exit status is 1. About ten seconds for each mutant.
+`test_mutants.py` sees that every replacement still applies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+import torchvision  # noqa: F401  # takes seconds, which its children save
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "rewrite", "programs", "layout")]
+CAPTURE = ["tests/test_passes_capture.py", "tests/test_torch_layers.py"]
+TESTS = {
+    "passes/layout.py": ["tests/test_passes_layout.py"],
+    "passes/tracer.py": CAPTURE,
+    "passes/torch_layers.py": CAPTURE,
+    "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py"],
+}
+SLOW = "not thousand and not resnet"
+
+# File, what stands there once, what the mutant has in its place.
+MUTANTS: list[tuple[str, str, str]] = [
+    # The rules about single steps.
+    (
+        "passes/legality.py",
+        "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (\n    _overwrites_stream,",
+        "RULES: tuple[Callable[[Span, Facts], Refusal | None], ...] = (",
+    ),
+    ("passes/legality.py", "    _overwrites_side,\n    _ch", "    _ch"),
+    ("passes/legality.py", "    _changes_shape,\n", ""),
+    ("passes/legality.py", "    _changes_dtype,\n", ""),
+    ("passes/legality.py", "    _is_not_real,\n)", ")"),
+    ("passes/legality.py", "if node in facts.stale and node.target in OUT_OF_PLACE:", "if False:"),
+    ("passes/legality.py", "if target not in copied and not (node.target in OUT_OF_PLACE and target in shared):", "if False:"),
+    ("passes/legality.py", "not (node.target in OUT_OF_PLACE and target in shared)", "not (target in shared)"),
+    ("passes/legality.py", 'if target not in copied and memory.op in ("placeholder", "get_attr"):', "if False:"),
+    (
+        "passes/legality.py",
+        "copied if target in copied else shared if target in shared else set()",
+        "shared if target in shared else set()",
+    ),
+    ("passes/legality.py", "        copied.add(node)\n", ""),
+    ("passes/legality.py", "inside = {*span.nodes, facts.base[span.source]}", "inside = {*span.nodes}"),
+    ("passes/legality.py", "or before == after:\n        return None\n    found", "or True:\n        return None\n    found"),
+    (
+        "passes/legality.py",
+        '"broadcast" if shape_of(span.add) == after and not span.link else',
+        '"broadcast" if shape_of(span.add) == after else',
+    ),
+    # Which adds are residual.
+    ("passes/match.py", "if found.branch is None and is_add(found.add)}", "if False}"),
+    ("passes/match.py", "for term, branch in (plain, plain[::-1])", "for term, branch in (plain,)"),
+    ("passes/match.py", "for skip in _same_values(term, facts))", "for skip in [term])"),
+    ("passes/match.py", "if len(terms) < 3 and plain is not None and all(", "if all("),
+    ("passes/match.py", "key=lambda term: facts.index[skips[term]])", "key=lambda term: -facts.index[skips[term]])"),
+    ("passes/match.py", "mixes=facts.kinds[add] in MIXING) is None", "mixes=True) is None"),
+    ("passes/match.py", "mixes=facts.kinds[add] in MIXING) is None", "mixes=False) is None"),
+    (
+        "passes/match.py",
+        "return _whole(node, _unscaled(first, facts), terms, facts, sums)",
+        "return _whole(node, first, terms, facts, sums)",
+    ),
+    ("passes/match.py", 'len(operands(add)) == 2 and add.kwargs.get("alpha", 1) == 1 else None', "len(operands(add)) == 2 else None"),
+    ("passes/match.py", "and len(term.users) == 1 and _plain_terms(term)", "and _plain_terms(term)"),
+    ("passes/match.py", 'if skip.op == "get_attr" or skip not in facts.varies or', "if"),
+    ("passes/match.py", "return walk if branch in walk.between and mixes and not", "return walk if branch in walk.between and not"),
+    ("passes/match.py", "return walk if branch in walk.between and mixes and not", "return walk if mixes and not"),
+    ("passes/match.py", "and mixes and not _enters(walk, skip, facts, sums) else None", "and mixes else None"),
+    (
+        "passes/match.py",
+        "facts.kinds[node] in MIXING or node in sums for node in walk.between",
+        "facts.kinds[node] in MIXING for node in walk.between",
+    ),
+    ("passes/match.py", "if longer and not any(node in sums for node in walk.between):", "if longer:"),
+    ("passes/match.py", "if longer and not any(", "if not any("),
+    # Links and chains.
+    ("passes/match.py", "if facts.kinds[node] not in _WIDE or", "if"),
+    (
+        "passes/match.py",
+        "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):",
+        "if shape_of(end := found.pop()) != shape_of(start):",
+    ),
+    (
+        "passes/match.py",
+        "if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):",
+        "if len(found) != 1 or (end := found.pop()) is None:",
+    ),
+    ("passes/match.py", "if len(varying) != 1 or (", "if ("),
+    ("passes/match.py", "return facts.kinds[node] in LINKS or _is_scale(node, facts)", "return True"),
+    ("passes/match.py", "or length[add] > length[successor[previous]]:", "or True:"),
+    ("passes/match.py", "                length[previous] = length[add] + 1\n", ""),
+    # Steps.
+    ("passes/steps.py", "if not exact or found.add in facts.stale:", "if not exact:"),
+    (
+        "passes/steps.py",
+        "exact = len(self.sums) == 1 and found.add is self.target and found.branch is not None",
+        "exact = len(self.sums) == 1 and found.branch is not None",
+    ),
+    (
+        "passes/steps.py",
+        "return found.branch if shape_of(found.add) == shape_of(found.branch or found.add) else None",
+        "return found.branch",
+    ),
+    ("passes/steps.py", "if node is not self.target and facts.users_outside(node, inside)", "if False"),
+    ("passes/steps.py", 'return "branch" if operands(self.target)[0] is self.sums[0].branch else "skip"', 'return "skip"'),
+    ("passes/steps.py", "if node.target in OUT_OF_PLACE and memory in facts.writes.get(node, ())}", "if node.target in OUT_OF_PLACE}"),
+    ("passes/steps.py", "if len(kinds) != 1:\n        return ()", "if not kinds:\n        return ()"),
+    ("passes/steps.py", "facts.kinds[user] == kind and is_link(user, facts) and node in", "is_link(user, facts) and node in"),
+    ("passes/steps.py", "private = node.users and all(user in cone or user in serving for user in node.users)", "private = True"),
+    ("passes/steps.py", "or node in sums or node in blocked or", "or node in blocked or"),
+    ("passes/steps.py", 'or facts.kinds[node] == "input")', ")"),
+    ("passes/steps.py", "if any(memory not in serving for memory in facts.writes.get(node, ()))}", "if False}"),
+    ("passes/steps.py", "if node in dead_ends and node not in cone and all(", "if node not in cone and all("),
+    ("passes/steps.py", 'and all(n in known or n.op == "get_attr" for n in facts.flow[node]):', ":"),
+    # Memory and order.
+    (
+        "passes/facts.py",
+        "facts.index[source] < facts.index[write] for",
+        "False for",
+    ),
+    (
+        "passes/facts.py",
+        "facts.index[source] < facts.index[write] for",
+        "True for",
+    ),
+    ("passes/facts.py", "facts.order[node] = (*facts.order[node], *readers.get(memory, ()))", "pass"),
+    ("passes/facts.py", "if any(last_read[memory] > facts.index[node] for memory in facts.writes[node]):", "if False:"),
+    ("passes/facts.py", '() if facts.kinds[node] in ("shape", "create") else facts.flow[node]', "facts.flow[node]"),
+    ("passes/facts.py", "source is None else facts.base[source]", "True else facts.base[source]"),
+    ("passes/schedule.py", "facts.flow[node] if node in copied else facts.order[node]", "facts.flow[node]"),
+    ("passes/schedule.py", "facts.flow[node] if node in copied else facts.order[node]", "facts.order[node]"),
+    ("passes/schedule.py", "waits[v] -= 1", "pass"),
+    # Plans.
+    ("passes/plan.py", "if inner and t > starts[-1]:", "if False:"),
+    ("passes/plan.py", "if newest.get(node, -1) >= starts[-1]]", "if newest.get(node, -1) >= 0]"),
+    ("passes/plan.py", "return [piece for piece in pieces if len(piece) >= draft.min_steps]", "return pieces"),
+    ("passes/plan.py", "            if step >= 0:\n                newest[node] = step\n", "            pass\n"),
+    ("passes/plan.py", "lost = inner if len(_adds(pieces[i])) >= inside else {i}", "lost = inner"),
+    ("passes/plan.py", "lost = inner if len(_adds(pieces[i])) >= inside else {i}", "lost = {i} if inner else inner"),
+    ("passes/plan.py", "        if not stuck:\n", "        if True:\n"),
+    ("passes/plan.py", "worst = min(stuck, key", "worst = max(stuck, key"),
+    (
+        "passes/plan.py",
+        'if (name := f"momentum_region_{number}") not in taken and not hasattr(gm, name):',
+        'if (name := f"momentum_region_{number}"):',
+    ),
+    ("passes/plan.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
+    ("passes/plan.py", 'if granularity == "module" and not pieces:', "if False:"),
+    # Bodies and the new graph.
+    (
+        "passes/body.py",
+        "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
+        "return tuple(lines), len(self.step.sides), len(self.attributes)",
+    ),
+    ("passes/body.py", "OUT_OF_PLACE[node.target] if node in self.copied else node.target", "node.target"),
+    ("passes/rewrite.py", "outputs += [self.named[name] for step in region.steps for name in step.extras]", "pass"),
+    # Layouts.
+    (
+        "passes/layout.py",
+        "if any(map(self._is_written, (root, *path, branch, add))) or _is_identity(root, path) or",
+        "if _is_identity(root, path) or",
+    ),
+    (
+        "passes/layout.py",
+        'if root.meta.get("levelled") and _sizes(root) == _sizes(node) and _is_identity(root, path):',
+        'if root.meta.get("levelled") and _sizes(root) == _sizes(node):',
+    ),
+    ("passes/layout.py", "(value, [dims.index(i) for i in range(len(dims))])", "(value, dims)"),
+    ("passes/layout.py", "[-int(n) for n in node.args[1]]", "[int(n) for n in node.args[1]]"),
+    ("passes/layout.py", "return torch.equal(value, start) if value.shape == start.shape else False", "return True"),
+    # Capture.
+    (
+        "passes/tracer.py",
+        "if (reason := replaced_reason(m) or hook_reason(m)) is not None:",
+        "if (reason := replaced_reason(m)) is not None:",
+    ),
+    ("passes/tracer.py", "if (reason := replaced_reason(m) or hook_reason(m)) is not None:", "if (reason := hook_reason(m)) is not None:"),
+    (
+        "passes/tracer.py",
+        "super().is_leaf_module(m, module_qualified_name) and opened(m) is None",
+        "super().is_leaf_module(m, module_qualified_name)",
+    ),
+    ("passes/tracer.py", "        if state != self._python_rng:\n", "        if False:\n"),
+    ("passes/torch_layers.py", "x = x + block(norm(x)) if norm_first else norm(x + block(x))", "x = x + block(norm(x))"),
+    ("passes/torch_layers.py", "src_mask=mask, is_causal=is_causal is True", "is_causal=is_causal is True"),
+    ("passes/torch_layers.py", "memory_key_padding_mask=memory_key_padding_mask,\n            tgt", "tgt"),
+    (
+        "passes/torch_layers.py",
+        "key_padding_mask=src_key_padding_mask, is_causal=is_causal)",
+        "key_padding_mask=None, is_causal=is_causal)",
+    ),
+    # The runtime.
+    ("mnet_fx/guard.py", "and inner not in above", ""),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose file or text has this in it")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.only in "".join(mutant)][options.skip :]
+    if options.list:
+        print(*(describe(mutant) for mutant in chosen), sep="\n\n")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("passes", "mnet_fx", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy)
+        survivors = []
+        for mutant in tqdm(chosen):
+            if survives(mutant, copy):
+                survivors.append(mutant)
+                tqdm.write(f"\nNot noticed: {describe(mutant)}")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants were noticed")
+    sys.exit(bool(survivors))
+
+
+def describe(mutant: tuple[str, str, str]) -> str:
+    file, old, new = mutant
+    return f"{file}\n- {old.strip()}\n+ {new.strip()}"
+
+
+def mutated(text: str, old: str, new: str) -> str:
+    """The text with its one occurrence of `old` replaced."""
+    if text.count(old) != 1:
+        raise ValueError(f"stands there {text.count(old)} times, not once: {old}")
+    return text.replace(old, new)
+
+
+def survives(mutant: tuple[str, str, str], copy: Path) -> bool:
+    """Whether all tests pass although the mutant is in place."""
+    file, old, new = mutant
+    path = copy / file
+    original = path.read_text()
+    path.write_text(mutated(original, old, new))
+    child = os.fork()  # of a process that has imported torch, and nothing of ours
+    if child == 0:
+        _run_tests(copy, TESTS.get(file, MATCHER))
+    _, status = os.waitpid(child, 0)
+    path.write_text(original)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def _run_tests(copy: Path, tests: list[str]) -> NoReturn:
+    """The tests in the copy, in this process, which ends with their status, or by a signal after ten minutes."""
+    signal.alarm(600)
+    os.chdir(copy)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.path[:] = [str(copy), *(path for path in sys.path if path != str(Path(__file__).parent))]
+    sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
+    os._exit(pytest.main(["-x", "-q", "-n", "0", "-k", SLOW, "-p", "no:cacheprovider", *tests]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""One program for each refusal code, and the table of codes in `passes/README.md`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passes_models import linears, program
+from torch import nn
+
+from passes import CODES, capture, capture_by_export, plan
+
+
+def traced(forward, **parts):
+    """Codes of the refusals of a traced program, with the modules that stayed Python."""
+    found = capture(program(forward, **({"f": linears(3), "g": linears(3)} | parts)))
+    return [*found.refusals, *(refusal for part in found.parts for refusal in plan(part.graph_module).refusals)]
+
+
+def exported(forward, *inputs, f=None):
+    """The same of an exported one, which records shapes and dtypes."""
+    return plan(capture_by_export(program(forward, f=f or linears(3)), inputs, {}, "held").graph_module).refusals
+
+
+def projection_shortcut(self, x):
+    for f, g in zip(self.f, self.g, strict=True):
+        x = f(x) + g(g(x).relu())
+    return x
+
+
+def widened(self, x, y):
+    for f in self.f:
+        x = x + f(x) * y
+    return x
+
+
+def widened_before_a_link(self, x, y):
+    for f in self.f:
+        x = F.relu(x + f(x) * y)
+    return x
+
+
+def promoted(self, x):
+    for f in self.f:
+        x = x + f(x.float())
+    return x
+
+
+def residual(self, x):
+    for f in self.f:
+        x = x + f(x)
+    return x
+
+
+def complex_stream():
+    return exported(residual, torch.ones(2, 4, dtype=torch.complex64), f=[nn.Linear(4, 4, dtype=torch.complex64) for _ in range(3)])
+
+
+def activation_in_place(self, x):
+    x = self.f[0](x)
+    for g in self.g:
+        x = x + g(F.relu_(x))
+    return x
+
+
+def writes_to_a_side_input(self, x, y):
+    state = y * 1
+    for f in self.f:
+        x = x + f(state.add_(x))
+    return x
+
+
+def reads_inside(self, x):
+    x1 = x + self.f[0](x)
+    h = self.f[1](x1)
+    x2 = x1 + h
+    return x2 + self.f[2](x2 * h)
+
+
+def written_between(self, x, y):
+    y = y * 1
+    x = x + self.f[0](x) * y
+    y.mul_(2)
+    return x + self.f[1](x) * y
+
+
+def single(self, x):
+    return x + self.f[0](x)
+
+
+def within(self, x):
+    def inner(x):
+        y = self.g[0](x)
+        for f in self.f:
+            y = y + f(y)
+        return x + y
+
+    return inner(inner(x))
+
+
+def branches(self, x):
+    return residual(self, x) if x.sum() > 0 else x
+
+
+def in_autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return residual(self, x)
+
+
+def with_a_hook():
+    f = linears(2)
+    block = program(lambda self, x: self.g(x).relu(), g=nn.Linear(4, 4))
+    block.register_forward_hook(lambda module, args, out: out)
+    return traced(residual, f=[block, *f])
+
+
+TRIGGERS = {
+    "projection_shortcut": lambda: traced(projection_shortcut),
+    "shape_changed": lambda: exported(widened_before_a_link, torch.randn(1, 4), torch.randn(2, 4)),
+    "broadcast": lambda: exported(widened, torch.randn(1, 4), torch.randn(2, 4)),
+    "dtype_changed": lambda: exported(promoted, torch.randn(2, 4).bfloat16()),
+    "not_real": complex_stream,
+    "inplace_stream": lambda: traced(activation_in_place),
+    "mutated_side": lambda: traced(writes_to_a_side_input),
+    "side_from_inside": lambda: traced(reads_inside),
+    "interleaved": lambda: traced(written_between),
+    "too_short": lambda: traced(single),
+    "nested": lambda: traced(within),
+    "untraceable": lambda: traced(branches),
+    "lost_context": lambda: traced(in_autocast),
+    "opaque_module": with_a_hook,
+}
+
+
+def test_every_code_has_a_trigger():
+    assert set(TRIGGERS) == set(CODES)
+
+
+@pytest.mark.parametrize("code", TRIGGERS)
+def test_the_program_of_each_code(code):
+    """It meets its code, and no other but that of what is left over next to it."""
+    refusals = TRIGGERS[code]()
+    assert code in {refusal.code for refusal in refusals}
+    assert {refusal.code for refusal in refusals} <= {code, "too_short"}
+    for refusal in refusals:
+        assert refusal.explanation
+        assert refusal.hint == CODES[refusal.code].hint
+
+
+def test_the_table_in_the_readme():
+    text = (Path(__file__).parent.parent / "passes" / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4 and "." not in line.split("`")[1]]
+    assert rows == [f"| `{code}` | {entry.meaning} | {entry.hint} |" for code, entry in CODES.items()]
