@@ -184,6 +184,40 @@ def test_other_shapes_and_modes_are_compiled_again(dynamic):
     assert {report.rewritten_adds for report in mnet_fx.reports()} == {3}
 
 
+class Odd(nn.Module):
+    """A chain of three steps `x + tanh(linear(x))` with something odd around or in it: `forward(self, x, more)` is given."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers, self.odd = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), forward
+
+    def chain(self, x, factor=1.0):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * factor
+        return x
+
+    def forward(self, x, *more):
+        return self.odd(self, x, *more)
+
+
+def odd_is_right(forward, *more, adds=3):
+    """Gamma 0 equals the inner backend, and reversible equals stored."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    doubles = [x.double(), *(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in more)]
+    zoo.assert_identical(*(step(*compiled(Odd(forward), backward=kind), x, *more) for kind in ("reversible", "stored")))
+    assert [report.rewritten_adds for report in mnet_fx.reports()] == [adds, adds]
+    model = Odd(forward).double()
+    torch._dynamo.reset()
+    expected = step(torch.compile(plain := copy.deepcopy(model), backend="aot_eager"), plain, *doubles)
+    torch._dynamo.reset()
+    zoo.assert_near(step(*compiled(model, gamma=0), *doubles), expected, 1e-8)
+
+
+def test_what_follows_a_chain_may_write_to_its_end():
+    odd_is_right(lambda self, x: self.chain(self.chain(x).relu_().sin()).view(-1).mul_(2), adds=6)
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
