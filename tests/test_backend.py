@@ -218,6 +218,17 @@ def test_what_follows_a_chain_may_write_to_its_end():
     odd_is_right(lambda self, x: self.chain(self.chain(x).relu_().sin()).view(-1).mul_(2), adds=6)
 
 
+def test_views_of_what_each_step_leaves_are_of_that_step():
+    def forward(self, x):
+        maps = []
+        for layer in self.layers:
+            maps.append(torch.softmax(layer(x), -1).sin())
+            x = x + maps[-1] * x
+        return x.tanh(), maps[1].view(-1), maps[2].t(), maps[0][1]
+
+    odd_is_right(forward)
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
