@@ -7,6 +7,7 @@ Steps that differ in their parameters alone share it, so the time to compile doe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ class Compiler:
 
 def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
     """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
-    with fake_mode, enable_python_dispatcher():  # the latter for operations on symbolic sizes
+    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
+    with fake_mode, enable_python_dispatcher(), sizes:  # the dispatcher for operations on symbolic sizes
         return gm(*inputs)
 
 

@@ -229,6 +229,45 @@ def test_views_of_what_each_step_leaves_are_of_that_step():
     odd_is_right(forward)
 
 
+def scaled_by_a_sum(self, x):
+    k = x.abs().sum().item()
+    return self.chain(x, k * 2 + 1) / k
+
+
+def of_chosen_rows(self, x):
+    return self.chain(x[x[:, 0] > 0])
+
+
+def repeated(self, x, times):
+    k = times.max().item()
+    for layer in self.layers:
+        x = x + torch.tanh(layer(x)).unsqueeze(0).expand(k, -1, -1).sum(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "more", "adds"),
+    [(scaled_by_a_sum, (), 2), (of_chosen_rows, (), 3), (repeated, (torch.tensor([2, 3]),), 3)],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_numbers_and_sizes_that_depend_on_values(forward, more, adds):
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        odd_is_right(forward, *more, adds=adds)
+
+
+def test_a_float_of_a_tensor_that_is_written_to_is_refused():
+    def forward(self, x, scale):
+        k = scale.item()
+        scale.add_(1)
+        return self.chain(x, k)
+
+    function, model = compiled(Odd(forward))
+    x = torch.ones(5, 6)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
+        assert torch.equal(function(x, torch.tensor(2.0)), model(x, torch.tensor(2.0)))
+    assert [refusal.code for refusal in mnet_fx.reports()[0].refusals] == ["lost_context"]
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
