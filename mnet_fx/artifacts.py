@@ -44,7 +44,10 @@ class Compiler:
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
-        with tracing(TracingContext(self.fake_mode)), functorch_config.patch(force_non_lazy_backward_lowering=True):
+        # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
+        # which then knows whether retain_graph forbids it to overwrite what the forward saved.
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=torch._dynamo.config.repro_after is not None)
+        with tracing(TracingContext(self.fake_mode)), at_once:
             return self.inner(gm, list(inputs))
 
 

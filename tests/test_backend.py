@@ -268,6 +268,18 @@ def test_a_float_of_a_tensor_that_is_written_to_is_refused():
     assert [refusal.code for refusal in mnet_fx.reports()[0].refusals] == ["lost_context"]
 
 
+def test_a_graph_that_is_kept_gives_its_gradients_again():
+    grads = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        function, model = compiled(Net(), backward=kind)
+        torch.manual_seed(7)
+        loss = function(images()).square().sum()
+        grads += [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)]
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
