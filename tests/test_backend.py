@@ -280,6 +280,25 @@ def test_a_graph_that_is_kept_gives_its_gradients_again():
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
+def under_autocast(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.chain(x)
+
+
+def checkpointed(self, x):
+    return torch.utils.checkpoint.checkpoint(self.chain, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [under_autocast, checkpointed])
+def test_chains_hidden_in_a_context_are_reported(forward):
+    function, model = compiled(Odd(forward), inner="eager")
+    step(function, model, torch.ones(5, 6))
+    (report,) = mnet_fx.reports()
+    assert (report.rewritten_adds, report.residual_adds) == (0, 3)
+    (refusal,) = report.refusals
+    assert (refusal.code, refusal.explanation[:15]) == ("lost_context", "3 residual adds")
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
