@@ -7,6 +7,7 @@ Steps that differ in their parameters alone share it, so the time to compile doe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -43,13 +44,17 @@ class Compiler:
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
-        with tracing(TracingContext(self.fake_mode)), functorch_config.patch(force_non_lazy_backward_lowering=True):
+        # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
+        # which then knows whether retain_graph forbids it to overwrite what the forward saved.
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=torch._dynamo.config.repro_after is not None)
+        with tracing(TracingContext(self.fake_mode)), at_once:
             return self.inner(gm, list(inputs))
 
 
 def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
     """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
-    with fake_mode, enable_python_dispatcher():  # the latter for operations on symbolic sizes
+    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
+    with fake_mode, enable_python_dispatcher(), sizes:  # the dispatcher for operations on symbolic sizes
         return gm(*inputs)
 
 
@@ -75,7 +80,7 @@ class Artifacts:
 
     def __init__(self, compiler: Compiler, statics: Callable[[str], Any]) -> None:
         self.compiler, self.statics = compiler, statics
-        self.known: dict[Hashable, tuple[Artifact, tuple[Any, ...]]] = {}
+        self.known: dict[Hashable, tuple[Artifact, fx.GraphModule, tuple[Any, ...]]] = {}
 
     def of(self, code: StepCode, inputs: Sequence[Any]) -> tuple[Artifact, tuple[Any, ...]]:
         """The artifact of a step for fake inputs (x, *sides, *attributes, *sizes), and its fake outputs.
@@ -87,9 +92,13 @@ class Artifacts:
         key = (id(code.body), code.form, code.written, tuple(map(_form, inputs)), _contents(fixed | modules))
         if key not in self.known:
             self.known[key] = self._made(code, inputs, fixed | modules)
-        return self.known[key]
+        artifact, body, outputs = self.known[key]
+        if len(outputs) > 1 and self.compiler.fake_mode is not None:
+            # Were the extras of two steps one fake tensor, what reads them would be compiled as if they were one tensor.
+            outputs = tuple(fake_output(body, inputs, self.compiler.fake_mode))
+        return artifact, outputs
 
-    def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> tuple[Artifact, tuple[Any, ...]]:
+    def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> tuple[Artifact, fx.GraphModule, tuple[Any, ...]]:
         fake_mode = self.compiler.fake_mode
         assert fake_mode is not None
         body = fx.GraphModule(fixed, _with_inputs(code, fixed, len(inputs)))
@@ -98,7 +107,14 @@ class Artifacts:
             _finish(body, code, inputs[0], y)
         outputs = fake_output(body, inputs, fake_mode)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-        return Artifact(self.compiler(body, inputs), needs_grad), tuple(outputs)
+        return Artifact(self.compiler(_copied(body), inputs), needs_grad), body, tuple(outputs)
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, for a compiler that may change it."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
 
 
 def _with_inputs(code: StepCode, fixed: dict[str, Any], number: int) -> fx.Graph:

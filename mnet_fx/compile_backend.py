@@ -36,6 +36,9 @@ __all__ = ["backend", "mnet_fx", "reports", "reset_reports"]
 log = logging.getLogger("mnet_fx")
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
+_BODY_HINT = (
+    "Put the context around the call of the compiled model, or around each branch; leave the checkpoint out, a chain keeps no activations."
+)
 _reports: list[Report] = []
 _lock = threading.Lock()
 
@@ -191,9 +194,23 @@ def _report(gm: fx.GraphModule, found: _Found | Refusal, settings: Settings) -> 
     plan, nodes = found.plan, {node.name: node for node in found.unlifted.graph_module.graph.nodes}
     dtypes = [getattr(torch, region.dtype) if region.dtype else torch.get_default_dtype() for region in plan.regions]
     rows = tuple(region_report(r, r.path, settings, dtype) for r, dtype in zip(plan.regions, dtypes, strict=True))
-    adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
-    refusals = (*plan.refusals, *_at_breaks(gm, plan, nodes))
+    hidden, in_bodies = _in_bodies(found.unlifted.graph_module, settings)
+    adds, rewritten = len(plan.residual_adds) + hidden, len(plan.rewritten_adds)
+    refusals = (*plan.refusals, *in_bodies, *_at_breaks(gm, plan, nodes))
     return Report(adds, rewritten, rows, refusals, (CapturedPart("", "torch.compile", adds, rewritten),))
+
+
+def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusal]]:
+    """How many adds could be rewritten that are inside of blocks under a context, or of bodies of higher-order operations; and refusals."""
+    bodies = {name: body for name, body in gm.named_modules() if name and isinstance(body, fx.GraphModule)}
+    plans = {name: passes.plan(body, granularity=settings.granularity, min_steps=settings.min_steps) for name, body in bodies.items()}
+    hidden = {name: len(plan.rewritten_adds) for name, plan in plans.items() if plan.regions}
+    found = "inside of a block under torch.autocast or torch.no_grad, or of the body of a torch.utils.checkpoint or the like"
+    refusals = [
+        Refusal("lost_context", name, plans[name].regions[0].path, f"{number} residual adds are {found}", _BODY_HINT)
+        for name, number in hidden.items()
+    ]
+    return sum(hidden.values()), refusals
 
 
 def _at_breaks(gm: fx.GraphModule, plan: Plan, nodes: dict[str, fx.Node]) -> list[Refusal]:

@@ -86,6 +86,7 @@ class CompiledRegion(ChainRegion):
                 extras += more
                 needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
                 x = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype), requires_grad=False).requires_grad_(needs_grad)
+            x, *escaped = (stream.clone() for stream in (x, *escaped))  # no leaves of autograd, as what is to come may write to them
         return (x, *escaped, *extras) if escaped or extras else x
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:

@@ -2,7 +2,7 @@
 
 before                                            after `unlift`
 placeholder l_self_modules_fc_parameters_weight_  get_attr of a name in `Unlifted.attributes`, as in the other dialects
-item = eps.item(); used by several nodes          one item for each user, so that no block depends on the inside of another
+item = eps.item(); used by several nodes          one item for each user, so that no block depends on the inside of another, nor on a float
 enter autocast; a; b; exit                        one call of a module that does all of it
 
 `lift` makes attributes inputs again, in the order they had, and hands those that a region's steps read to the region's call.
@@ -71,14 +71,18 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
         else:
             values[node] = graph.node_copy(node)
         values[node].meta = _meta(node)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or (_is_scalar_input(node) and node.users):
-            continue
+    scalars = _scalars(gm)
+
+    def copied(node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            if _is_scalar_input(source):
-                values[source] = graph.node_copy(source, values.__getitem__)
+            if source in scalars:
+                copied(source)
         values[node] = graph.node_copy(node, values.__getitem__)
         values[node].meta = _meta(node)
+
+    for node in gm.graph.nodes:
+        if node.op != "placeholder" and not (node in scalars and node.users):
+            copied(node)
     root = _attributes(gm, graph) | {node.name: node.meta["example_value"] for node in placeholders if node.name in attributes}
     sizes = (node.name for node in placeholders if isinstance(node.meta.get("example_value"), torch.SymInt))
     return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes, tuple(sizes))
@@ -131,9 +135,22 @@ def _is_attribute(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
 
 
-def _is_scalar_input(node: fx.Node) -> bool:
-    """`x.item()` of a 0-d input, into which Dynamo turns a float that may vary."""
-    return node.op == "call_method" and node.target == "item" and node.all_input_nodes[0].op in ("placeholder", "get_attr")
+def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
+    """Floats read from a 0-d tensor with `item`, into which Dynamo turns a float that may vary, and what is computed from them.
+
+    No compiled part takes such a number as an input, so each user works it out from the tensor, which nothing may write to.
+    """
+    facts = Facts.of(gm)
+    written = {memory for memories in facts.writes.values() for memory in memories}
+    scalars = [node for node in gm.graph.nodes if node.op != "placeholder" and _is_float(node)]
+    for node in scalars:
+        if any(facts.base[source] in written for source in node.all_input_nodes):
+            raise LostContextError(f"%{node.name} is a float read from a tensor that is written to")
+    return set(scalars)
+
+
+def _is_float(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.SymFloat)
 
 
 def _path(node: fx.Node) -> str:

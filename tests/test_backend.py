@@ -185,6 +185,121 @@ def test_other_shapes_and_modes_are_compiled_again(dynamic):
     assert {report.rewritten_adds for report in mnet_fx.reports()} == {3}
 
 
+class Odd(nn.Module):
+    """A chain of three steps `x + tanh(linear(x))` with something odd around or in it: `forward(self, x, more)` is given."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers, self.odd = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), forward
+
+    def chain(self, x, factor=1.0):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * factor
+        return x
+
+    def forward(self, x, *more):
+        return self.odd(self, x, *more)
+
+
+def odd_is_right(forward, *more, adds=3):
+    """Gamma 0 equals the inner backend, and reversible equals stored."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    doubles = [x.double(), *(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in more)]
+    zoo.assert_identical(*(step(*compiled(Odd(forward), backward=kind), x, *more) for kind in ("reversible", "stored")))
+    assert [report.rewritten_adds for report in mnet_fx.reports()] == [adds, adds]
+    model = Odd(forward).double()
+    torch._dynamo.reset()
+    expected = step(torch.compile(plain := copy.deepcopy(model), backend="aot_eager"), plain, *doubles)
+    torch._dynamo.reset()
+    zoo.assert_near(step(*compiled(model, gamma=0), *doubles), expected, 1e-8)
+
+
+def test_what_follows_a_chain_may_write_to_its_end():
+    odd_is_right(lambda self, x: self.chain(self.chain(x).relu_().sin()).view(-1).mul_(2), adds=6)
+
+
+def test_views_of_what_each_step_leaves_are_of_that_step():
+    def forward(self, x):
+        maps = []
+        for layer in self.layers:
+            maps.append(torch.softmax(layer(x), -1).sin())
+            x = x + maps[-1] * x
+        return x.tanh(), maps[1].view(-1), maps[2].t(), maps[0][1]
+
+    odd_is_right(forward)
+
+
+def scaled_by_a_sum(self, x):
+    k = x.abs().sum().item()
+    return self.chain(x, k * 2 + 1) / k
+
+
+def of_chosen_rows(self, x):
+    return self.chain(x[x[:, 0] > 0])
+
+
+def repeated(self, x, times):
+    k = times.max().item()
+    for layer in self.layers:
+        x = x + torch.tanh(layer(x)).unsqueeze(0).expand(k, -1, -1).sum(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "more", "adds"),
+    [(scaled_by_a_sum, (), 2), (of_chosen_rows, (), 3), (repeated, (torch.tensor([2, 3]),), 3)],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_numbers_and_sizes_that_depend_on_values(forward, more, adds):
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        odd_is_right(forward, *more, adds=adds)
+
+
+def test_a_float_of_a_tensor_that_is_written_to_is_refused():
+    def forward(self, x, scale):
+        k = scale.item()
+        scale.add_(1)
+        return self.chain(x, k)
+
+    function, model = compiled(Odd(forward))
+    x = torch.ones(5, 6)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
+        assert torch.equal(function(x, torch.tensor(2.0)), model(x, torch.tensor(2.0)))
+    assert [refusal.code for refusal in mnet_fx.reports()[0].refusals] == ["lost_context"]
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again():
+    grads = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        function, model = compiled(Net(), backward=kind)
+        torch.manual_seed(7)
+        loss = function(images()).square().sum()
+        grads += [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)]
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def under_autocast(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.chain(x)
+
+
+def checkpointed(self, x):
+    return torch.utils.checkpoint.checkpoint(self.chain, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [under_autocast, checkpointed])
+def test_chains_hidden_in_a_context_are_reported(forward):
+    function, model = compiled(Odd(forward), inner="eager")
+    step(function, model, torch.ones(5, 6))
+    (report,) = mnet_fx.reports()
+    assert (report.rewritten_adds, report.residual_adds) == (0, 3)
+    (refusal,) = report.refusals
+    assert (refusal.code, refusal.explanation[:15]) == ("lost_context", "3 residual adds")
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
