@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from passes_models import linears, program
 from torch import nn
 
+import mnet_fx
 from passes import CODES, capture, capture_by_export, plan
 
 
@@ -116,6 +117,21 @@ def with_a_hook():
     return traced(residual, f=[block, *f])
 
 
+def before_a_graph_break():
+    """The one code that only the backend of torch.compile gives."""
+
+    def forward(self, x):
+        x = residual(self, x)
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch._dynamo.reset()
+    mnet_fx.reset_reports()
+    with torch.no_grad():
+        torch.compile(program(forward, f=linears(3)), backend=mnet_fx.backend(inner="eager"))(torch.randn(2, 4))
+    return [refusal for report in mnet_fx.reports() for refusal in report.refusals]
+
+
 TRIGGERS = {
     "projection_shortcut": lambda: traced(projection_shortcut),
     "shape_changed": lambda: exported(widened_before_a_link, torch.randn(1, 4), torch.randn(2, 4)),
@@ -131,6 +147,7 @@ TRIGGERS = {
     "untraceable": lambda: traced(branches),
     "lost_context": lambda: traced(in_autocast),
     "opaque_module": with_a_hook,
+    "graph_break": before_a_graph_break,
 }
 
 
