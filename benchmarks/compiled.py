@@ -6,7 +6,8 @@
   16 layers, in train mode with dropout;
 - time: medians of interleaved training steps in one process as ratios to inductor alone, on the pre-norm encoder of memory.py with 12
   layers and on GPT-2 small's width with 6 layers;
-- compilation: seconds that the backend takes (all of it but Dynamo's tracing), no caches, for encoders of 2 (which warms up), 12 and 48 layers.
+- compilation: seconds that the backend takes (all of it but Dynamo's tracing), no caches, for encoders of 2 (which warms up), 12 and 48
+  layers.
 """
 
 from __future__ import annotations
