@@ -463,6 +463,18 @@ def test_a_rewritten_model_compiles(regions):
         torch.compile(again, backend="aot_eager", fullgraph=True)(images())
 
 
+def test_a_momentum_net_compiles():
+    results = []
+    for stored in (False, True):
+        torch._dynamo.reset()
+        net = nn.Sequential(nn.Linear(4, 6), mnet_fx.MomentumNet([Block(6) for _ in range(3)], 0.9, use_backprop=stored), nn.Linear(6, 2))
+        torch.manual_seed(3)
+        for parameter in net.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
+        results.append(step(torch.compile(net, backend="aot_eager"), net, images()))
+    zoo.assert_identical(*results)
+
+
 @pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["traced", "named"])
 def test_a_rewritten_model_runs_in_onnxruntime(regions, tmp_path):
     net = zoo.rewritten(Net(), regions=regions).eval()

@@ -18,6 +18,7 @@ momentumnet:
 - state_dict keys renamed: test_momentum_net::test_a_resnet_as_in_the_documentation_of_momentumnet
 - inf and NaN hidden: test_tape::test_nan_in_a_step_comes_out_and_does_not_reach_the_next_batch, and below
 - memory grows with the parameters: test_memory
+- torch.compile fails or runs uncompiled: test_backend
 
 memcnn and RevTorch:
 - two runs of dropout differ; the global random state is changed: test_everyday::compare looks at both
