@@ -300,6 +300,43 @@ def test_chains_hidden_in_a_context_are_reported(forward):
     assert (refusal.code, refusal.explanation[:15]) == ("lost_context", "3 residual adds")
 
 
+def test_a_compiler_is_told_what_sizes_are_made_of():
+    """Inductor must find every symbol among the inputs, by itself or as a whole size: batch * 2 alone does not tell it batch."""
+    seen = []
+
+    def inner(gm, inputs):
+        sizes = [size.node.expr for t in inputs if isinstance(t, torch.Tensor) for size in t.shape if isinstance(size, torch.SymInt)]
+        told = {expr for expr in [*sizes, *(i.node.expr for i in inputs if isinstance(i, torch.SymInt))] if expr.is_symbol}
+        seen.append({symbol for expr in sizes for symbol in expr.free_symbols} - told)
+        return gm
+
+    def forward(x, f):
+        y = x.view(x.shape[0] * 2, -1, 4)
+        for layer in f:
+            y = y + layer(y)
+        return y.sum(1)
+
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    torch.compile(forward, backend=mnet_fx.backend(inner=inner), dynamic=True)(torch.randn(3, 8, 4), layers)
+    assert mnet_fx.reports()[0].rewritten_adds == 3
+    assert seen
+    assert not any(seen)
+
+
+def test_a_checkpoint_inside_of_a_context():
+    class Inside(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return torch.utils.checkpoint.checkpoint(self.head, x, use_reentrant=False).float()
+
+    pair = [step(*compiled(Inside(), backward=kind), images()) for kind in ("reversible", "stored")]
+    zoo.assert_identical(*pair)
+    assert mnet_fx.reports()[0].rewritten_adds == 6
+
+
 def counting(calls):
     def inner(gm, inputs):
         calls.append(gm)
