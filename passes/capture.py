@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -25,7 +24,7 @@ from passes.exporting import ExportError, Interface, SetsAttribute, export
 from passes.facts import owner_path
 from passes.layout import level_layouts
 from passes.legality import CODES
-from passes.live import LiveCalls
+from passes.live import LiveCalls, Result
 from passes.regions import Refusal
 from passes.torch_layers import opened
 from passes.tracer import Blame, ChainTracer, replaced_reason
@@ -194,11 +193,11 @@ def capture_by_export(
     """
     if (reason := replaced_reason(model)) is not None:
         raise ExportError(f"the module {reason}")
-    calls = cache(seen or (lambda: inner_calls(model, args, kwargs)))
     live: dict[str, Blame] = {}
+    results: dict[str, list[Result]] | None = None
     warm = False
     for _ in range(_MOST_EXPORTS):
-        watcher = LiveCalls(model, live, lambda inner: [call.result for call in calls().get(inner, [])])
+        watcher = LiveCalls(model, live, results)
         try:
             graph_module, interface, constants = export(model, args, kwargs, holder, watcher)
         except ExportError as error:
@@ -209,6 +208,9 @@ def capture_by_export(
             elif not new or "" in watcher.blames:
                 raise
             live |= new
+            if new and results is None:
+                calls = inner_calls(model, args, kwargs) if seen is None else seen()
+                results = {inner: [call.result for call in found] for inner, found in calls.items()}
         else:
             break
     else:

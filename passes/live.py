@@ -180,25 +180,26 @@ class LiveCalls:
     Args:
         root: the module that is exported.
         live: for the path of each module that must stay Python, why.
-        results: for the path of a module, what its calls gave in a run of the model; for those that fail on fake tensors.
+        results: for the path of a module, what its calls gave in a run of the model, for those that fail on fake tensors; None as long
+            as there was no such run.
 
     Attributes:
         blames: for the path of each module that must be live too, why; "" is the root itself.
         made: the calls in the graph, in order.
     """
 
-    def __init__(self, root: nn.Module, live: Mapping[str, Blame], results: Callable[[str], list[Result]]) -> None:
+    def __init__(self, root: nn.Module, live: Mapping[str, Blame], results: Mapping[str, list[Result]] | None) -> None:
         self.root, self.live, self.results = root, live, results
         self.blames: dict[str, Blame] = {}
         self.made: list[LiveCall] = []
         self._paths = {id(vars(module)): path for path, module in root.named_modules()}  # export hands out proxies with the same __dict__
         self._running = [""]
         self._count: dict[str, int] = {}
-        self._off = False
+        self._off = self._over = False
 
     def blame(self, reason: str, code: str = "lost_context") -> None:
         """Note that the module whose forward runs now must stay Python; the first reason counts."""
-        if not self._off:
+        if not (self._off or self._over):
             self.blames.setdefault(self._running[-1], Blame(code, reason))
 
     @contextlib.contextmanager
@@ -229,6 +230,10 @@ class LiveCalls:
                 return run()
             except Exception as error:
                 self.blame(f"cannot be exported ({type(error).__name__}: {_first_line(error)})", "untraceable")
+                if self.results is None:
+                    self._over = True
+                if self._over:
+                    raise
             finally:
                 self._running.pop()
             return self._recorded(path, run, args, kwargs)  # so that more can be blamed; this graph is thrown away
@@ -253,7 +258,7 @@ class LiveCalls:
         sizes = None if faked else [[_size(n, d, leaves) for d, n in enumerate(like.shape)] for like in likes]
         tensors = _put(len(self.made), inputs, sizes, likes, any(p.requires_grad for p in module.parameters()))
         form = tuple("tensor" if isinstance(leaf, Like) else leaf[0] if leaf[0] == "given" else (leaf[1],) for leaf in result.leaves)
-        checked = form != ("tensor",) or sizes is not None
+        checked = form != ("tensor",) or not result.spec.is_leaf() or sizes is not None
         self.made.append(LiveCall(path, tuple(leaves), spec, form if checked else None))
         rest = iter(tensors)
         found = [next(rest) if isinstance(x, Like) else leaves[x[1]] if x[0] == "given" else x[1] for x in result.leaves]
@@ -280,7 +285,7 @@ class LiveCalls:
         return result
 
     def _from_a_run(self, path: str, number: int) -> Result:
-        seen = self.results(path)
+        seen = (self.results or {}).get(path)
         if not seen:
             raise LiveError("fails on the fake tensors of torch.export, and example_inputs do not reach it")
         return seen[min(number, len(seen) - 1)]
