@@ -214,7 +214,9 @@ class _Again:
             owner.__dict__["forward"] = forward
         for mode, part in both.items():
             if part.captured.live.keys() != self.live[mode]:
-                raise ExportError(f"it would call {', '.join(part.captured.live) or 'no submodule'} as they are, which no guard is made for")
+                raise ExportError(
+                    f"it would call {', '.join(part.captured.live) or 'no submodule'} as they are, which no guard is made for"
+                )
             if _chains(part) != self.chains[mode]:
                 raise ExportError(
                     f"its residual chains would have {_chains(part)} steps, not {self.chains[mode]}, which is another momentum network"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.live import Result, result_of, versions
+from passes.live import LOSES, Result, result_of, versions
 from passes.watch import Attributes, keeping_python_rng
 
 __all__ = ["Call", "Calls", "InnerCall", "inner_calls"]
@@ -93,7 +93,7 @@ class _Notes:
             own = next((name for owner, name in changed if owner == path or owner.startswith(f"{path}.")), None)
             fault = result.fault if result is not None else "fails"
             if own is not None:
-                fault = fault or f"sets its attribute {own}, which the graph around it would not see"
+                fault = fault or LOSES.format(own)
             leaves, spec = ((), pytree.tree_flatten(())[1]) if result is None else (result.leaves, result.spec)
             found.setdefault(path, []).append(InnerCall(call, Result(leaves, spec, fault)))
         return found

@@ -24,7 +24,8 @@ from passes.exporting import ExportError, Interface, SetsAttribute, export
 from passes.facts import owner_path
 from passes.layout import level_layouts
 from passes.legality import CODES
-from passes.live import LiveCalls, Result
+from passes.live import Result
+from passes.live_calls import LiveCalls
 from passes.regions import Refusal
 from passes.torch_layers import opened
 from passes.tracer import Blame, ChainTracer, replaced_reason
@@ -209,8 +210,7 @@ def capture_by_export(
                 raise
             live |= new
             if new and results is None:
-                calls = inner_calls(model, args, kwargs) if seen is None else seen()
-                results = {inner: [call.result for call in found] for inner, found in calls.items()}
+                results = _results(model, args, kwargs, error) if seen is None else _only_results(seen())
         else:
             break
     else:
@@ -218,3 +218,14 @@ def capture_by_export(
     level_layouts(graph_module)
     made = {call.path: live[call.path] for call in watcher.made}
     return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder, live=made)
+
+
+def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: ExportError) -> dict[str, list[Result]]:
+    try:
+        return _only_results(inner_calls(model, args, kwargs))
+    except Exception:  # the model itself fails
+        raise error from None
+
+
+def _only_results(calls: Calls) -> dict[str, list[Result]]:
+    return {inner: [call.result for call in found] for inner, found in calls.items()}

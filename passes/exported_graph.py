@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
-from passes.live import LIVE, LiveCall, live_results
+from passes.live import LIVE, SYMBOLIC, LiveCall, live_results
 
 __all__ = ["WRAPPED", "attribute", "rebuilt"]
 
@@ -82,10 +82,10 @@ class _Rebuilder:
 
     def _live_call(self, node: fx.Node) -> fx.Node:
         """The call of a module that stays Python, and if need be the check of what it returns."""
-        number, inputs, sizes = fx.node.map_arg(node.args, self.values.__getitem__)
+        arguments: Any = fx.node.map_arg(node.args, self.values.__getitem__)
+        number, inputs, sizes = arguments
         call, given = self.live[number], iter(inputs)
-        symbolic = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-        leaves = [next(given) if isinstance(leaf, symbolic) else leaf for leaf in call.leaves]
+        leaves = [next(given) if isinstance(leaf, SYMBOLIC) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         self.attributes[call.path] = self.module.get_submodule(call.path)
         new = self.graph.create_node("call_module", call.path, args, kwargs)

@@ -31,7 +31,8 @@ from torch.nn.modules import transformer
 
 from passes.exported_graph import WRAPPED, attribute, rebuilt
 from passes.facts import Facts
-from passes.live import LIVE, LiveCalls
+from passes.live import LIVE
+from passes.live_calls import LiveCalls
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -142,7 +143,7 @@ class _Flat(nn.Module):
 
 
 def export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, live: LiveCalls
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, live: LiveCalls | None = None
 ) -> tuple[fx.GraphModule, Interface, dict[str, Any]]:
     """Export a module in its current mode; the module is not changed.
 
@@ -160,7 +161,7 @@ def export(
         ExportError: torch.export fails, or the graph would lose something.
     """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    flat = _Flat(module, in_spec)
+    flat, live = _Flat(module, in_spec), live or LiveCalls(module, {}, None)
     free = tuple(map(_free_sizes, leaves))
     with _watched(module, flat, live):
         try:
@@ -266,7 +267,7 @@ def _require_all_live(gm: fx.GraphModule, module: nn.Module, live: LiveCalls) ->
         raise ExportError(f"a call of {paths[0]}, which stays Python, is under another grad or autocast mode, or serves nothing")
     buffers = {id(buffer) for call in live.made for buffer in module.get_submodule(call.path).buffers()}
     for node in gm.graph.find_nodes(op="get_attr"):
-        if id(attribute(gm, str(node.target))) in buffers:
+        if node.users and id(attribute(gm, str(node.target))) in buffers:
             raise ExportError(f"the buffer {node.target} is read both in the graph and by a module that stays Python")
 
 
