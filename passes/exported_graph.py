@@ -60,7 +60,7 @@ class _Rebuilder:
         self.last_input: fx.Node | None = None
 
     def copy(self, node: fx.Node) -> None:
-        if node.op == "call_module" or _is_check(node):
+        if node.op == "call_module" or _is_check(node) or (node.op == "get_attr" and not node.users):
             return
         if node.op == "output":
             self.graph.output(tuple(self.values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Modules that no graph can hold, inside of ones that can: they stay Python, the graph around calls them, and the chains go on past them."""
+"""Modules that no graph can hold, inside of ones that can: they stay Python, the graph calls them, and the chains go on past them."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_a_buffer_that_a_live_module_may_move_is_not_read_around_it():
         def forward(self, x):
             return super().forward(x) + self.blocks[0].odd.norm.running_mean.sum()
 
-    with pytest.raises(passes.ExportError, match="buffer .* is read both in the graph and by a module"):
+    with pytest.raises(passes.ExportError, match=r"buffer .* is read both in the graph and by a module"):
         passes.capture_by_export(Model(Custom), (tokens(),), {}, "held")
 
 
@@ -313,9 +313,9 @@ def test_a_live_call_that_serves_nothing_but_its_effect_is_not_lost():
 
     model = Model(Custom)
     net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
-    assert steps(net) == [3]
+    assert steps(net) == [2]  # a call of which nobody reads the result might write to its input
     assert_same(model, net, tokens())
-    assert model.blocks[0].odd.norm.num_batches_tracked == 4  # two calls of each
+    assert model.blocks[0].odd.norm.num_batches_tracked == 2
 
 
 def test_instead_of_a_module_called_with_what_no_graph_holds_its_caller_stays_python():
