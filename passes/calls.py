@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.live import LOSES, Result, result_of, versions
+from passes.live import LOSES, Before, Result, result_of
 from passes.watch import Attributes, keeping_python_rng
 
 __all__ = ["Call", "Calls", "InnerCall", "inner_calls"]
@@ -72,7 +72,7 @@ class _Notes:
 
     def hooks(self, path: str, module: nn.Module) -> list[Any]:
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.running.append((len(self.entered), module, versions(module, pytree.tree_leaves((args, kwargs)))))
+            self.running.append((len(self.entered), module, Before.of(module, pytree.tree_leaves((args, kwargs)))))
             self.entered.append((path, _hollow((args, kwargs)), None))
 
         def leave(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -93,7 +93,7 @@ class _Rebuilder:
             self.single[node] = new
             return new
         _keep_stack(new, node)
-        return self.graph.call_function(live_results, (new, call.form, sizes))
+        return self.graph.call_function(live_results, (new, call.form, sizes, [leaves[i] for i in call.given]))
 
     def _bind(self, node: fx.Node) -> None:
         """Points a get_attr node to the module's own attribute, or to the holder."""

@@ -31,7 +31,7 @@ from torch.nn.modules import transformer
 
 from passes.exported_graph import WRAPPED, attribute, rebuilt
 from passes.facts import Facts
-from passes.live import LIVE
+from passes.live import LIVE, live_results
 from passes.live_calls import LiveCalls
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
@@ -175,6 +175,7 @@ def export(
     conditions = (*program._guards_code, *_relations(placeholders, program.range_constraints))
     _require_all_live(gm, module, live)
     graph_module, constants = rebuilt(gm, module, holder, live.made)
+    _require_unwritten(graph_module)
     interface = Interface(in_spec, expected, conditions, flat.specs.output)
     return graph_module, interface, constants
 
@@ -269,6 +270,22 @@ def _require_all_live(gm: fx.GraphModule, module: nn.Module, live: LiveCalls) ->
     for node in gm.graph.find_nodes(op="get_attr"):
         if node.users and id(attribute(gm, str(node.target))) in buffers:
             raise ExportError(f"the buffer {node.target} is read both in the graph and by a module that stays Python")
+
+
+def _require_unwritten(gm: fx.GraphModule) -> None:
+    """A result of which only a run is known may on other values be memory that the module was given: no write may show that."""
+    facts = Facts.of(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=live_results):
+        call, _, sizes, _ = node.args
+        if sizes is None:
+            continue
+        given = {facts.base[source] for source in call.all_input_nodes}
+        readers = [other for other in facts.nodes if any(facts.base[source] is node for source in other.all_input_nodes)]
+        for write, memories in facts.writes.items():
+            read_later = any(facts.index[reader] > facts.index[write] for reader in readers)
+            to_given = facts.index[write] > facts.index[node] and not given.isdisjoint(memories) and read_later
+            if node in memories or to_given:
+                raise ExportError(f"{call.target} stays Python, and may return memory that it is given, to which {write.target} writes")
 
 
 def _require_pure_subgraphs(gm: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ A live module must leave alone what it is given, and return memory of its own, s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 
-__all__ = ["LIVE", "LOSES", "PLAIN", "SYMBOLIC", "Like", "LiveCall", "Result", "live_results", "result_of", "versions"]
+from passes.watch import python_rng_state
+
+__all__ = ["LIVE", "LOSES", "PLAIN", "SYMBOLIC", "Before", "Like", "LiveCall", "Result", "live_results", "result_of"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 SYMBOLIC = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -71,28 +74,31 @@ class LiveCall:
         leaves: of its `(args, kwargs)`; the symbolic ones and tensors are in the graph.
         spec: structure of these.
         form: what `live_results` must find; None where the result is one tensor, and nothing about it has to be checked.
+        given: positions, among the leaves, of the tensors that it returns as they are.
     """
 
     path: str
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     form: tuple[Any, ...] | None
+    given: tuple[int, ...]
 
 
-def live_results(result: Any, form: tuple[Any, ...], sizes: list[list[int]] | None) -> tuple[Tensor, ...]:
+def live_results(result: Any, form: tuple[Any, ...], sizes: list[list[int]] | None, given: list[Tensor]) -> tuple[Tensor, ...]:
     """The tensors of what a live module returned, if it is what the graph was captured for.
 
     Args:
         result: what the module returned.
         form: for each leaf, "tensor" for one to return, "given" for one of its arguments, or the value that it must be, in a tuple.
         sizes: for each of the tensors, what its shape must be; None where it follows from the arguments.
+        given: those of its arguments that it must return, in order.
 
     Raises:
         RuntimeError: it is something else.
     """
-    leaves = pytree.tree_leaves(result)
-    tensors = [leaf for leaf, kind in zip(leaves, form, strict=False) if kind == "tensor"]
-    alike = len(leaves) == len(form) and all(map(_fits, leaves, form))
+    leaves, kept = pytree.tree_leaves(result), iter(given)
+    alike = len(leaves) == len(form) and all(_fits(leaf, kind, kept) for leaf, kind in zip(leaves, form, strict=True))
+    tensors = tuple(leaf for leaf, kind in zip(leaves, form, strict=False) if kind == "tensor")
     if alike and sizes is not None:
         alike = all(list(tensor.shape) == list(shape) for tensor, shape in zip(tensors, sizes, strict=True))
     if not alike:
@@ -102,36 +108,51 @@ def live_results(result: Any, form: tuple[Any, ...], sizes: list[list[int]] | No
             f"a module that stays Python inside an exported graph returned {found}, where the graph was captured for {wanted}: "
             "call the model with sizes like those of example_inputs"
         )
-    return tuple(tensors)
+    return tensors
 
 
-def _fits(leaf: Any, kind: Any) -> bool:
-    if kind in ("tensor", "given"):
-        return isinstance(leaf, Tensor)
-    return type(leaf) is type(kind[0]) and bool(leaf == kind[0])
+def _fits(leaf: Any, kind: Any, given: Iterator[Tensor]) -> bool:
+    if kind == "given":
+        return leaf is next(given)
+    return isinstance(leaf, Tensor) if kind == "tensor" else type(leaf) is type(kind[0]) and bool(leaf == kind[0])
 
 
-def versions(module: nn.Module, inputs: list[Any]) -> list[tuple[Tensor, int]]:
-    """The tensors that a call of the module must not write to, with how often they have been written to."""
-    given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-    return [(tensor, _version(tensor)) for tensor in (*given, *module.parameters())]
+@dataclass(frozen=True)
+class Before:
+    """What a call must leave alone: tensors, with how often they have been written to, and Python's random numbers."""
+
+    tensors: tuple[tuple[Tensor, int], ...]
+    random: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: list[Any]) -> Before:
+        given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        return cls(tuple((tensor, _version(tensor)) for tensor in (*given, *module.parameters())), python_rng_state())
+
+    def fault(self) -> str | None:
+        """What it did not leave alone."""
+        if any(_version(tensor) != version for tensor, version in self.tensors):
+            return "writes in place to what it is given"
+        if python_rng_state() != self.random:
+            return "draws from Python's random module or NumPy's, which a second run would not repeat"
+        return None
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def result_of(module: nn.Module, inputs: list[Any], before: list[tuple[Tensor, int]], output: Any) -> Result:
+def result_of(module: nn.Module, inputs: list[Any], before: Before, output: Any) -> Result:
     """What a call gave.
 
     Args:
         module: the module.
         inputs: leaves of its arguments.
-        before: what `versions` gave before the call.
+        before: what there was before the call.
         output: what it returned.
     """
     leaves, spec = pytree.tree_flatten(output)
-    fault = "writes in place to what it is given" if any(_version(tensor) != version for tensor, version in before) else None
+    fault = before.fault()
     owned = {memory for leaf in (*inputs, *module.parameters(), *module.buffers()) if (memory := _memory(leaf)) is not None}
     found: list[Any] = []
     for leaf in leaves:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 
-from passes.live import LIVE, LOSES, PLAIN, SYMBOLIC, Like, LiveCall, Result, result_of, versions
+from passes.live import LIVE, LOSES, PLAIN, SYMBOLIC, Before, Like, LiveCall, Result, result_of
 from passes.tracer import Blame
-from passes.watch import Attributes, keeping_python_rng, python_rng_state, replacing
+from passes.watch import Attributes, keeping_python_rng, replacing
 
 __all__ = ["LiveCalls"]
 
@@ -116,20 +116,20 @@ class LiveCalls:
         tensors = _put(len(self.made), inputs, sizes, likes, any(p.requires_grad for p in module.parameters()))
         form = tuple("tensor" if isinstance(leaf, Like) else leaf[0] if leaf[0] == "given" else (leaf[1],) for leaf in result.leaves)
         checked = form != ("tensor",) or not result.spec.is_leaf() or sizes is not None
-        self.made.append(LiveCall(path, tuple(leaves), spec, form if checked else None))
+        given = tuple(leaf[1] for leaf in result.leaves if not isinstance(leaf, Like) and leaf[0] == "given")
+        self.made.append(LiveCall(path, tuple(leaves), spec, form if checked else None, given))
         rest = iter(tensors)
         found = [next(rest) if isinstance(x, Like) else leaves[x[1]] if x[0] == "given" else x[1] for x in result.leaves]
         return pytree.tree_unflatten(found, result.spec)
 
     def _faked(self, module: nn.Module, run: Callable[[], Any], leaves: list[Any]) -> Result | None:
         """What the call gives on the fake tensors of the export, unrecorded; None if it fails on them."""
-        attributes, before, drawn = Attributes(module), versions(module, leaves), python_rng_state()
+        attributes, before = Attributes(module), Before.of(module, leaves)
         self._off = True
         try:
             with disable_proxy_modes_tracing(), _discarding_symbols(leaves), keeping_python_rng():
                 output = run()
                 result = result_of(module, leaves, before, output)
-                drew = python_rng_state() != drawn
         except Exception:
             return None
         finally:
@@ -139,8 +139,6 @@ class LiveCalls:
             raise LiveError(LOSES.format(changed[0][1]))
         if any(isinstance(leaf, Like) and None in map(_hint, leaf.shape) for leaf in result.leaves):
             raise LiveError("returns a tensor whose size depends on values")
-        if drew:
-            raise LiveError("draws from Python's random module or NumPy's, which a second run would not repeat")
         return result
 
     def _from_a_run(self, path: str, number: int) -> Result:

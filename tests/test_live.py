@@ -242,6 +242,11 @@ class Draws(Odd):
         return Doubled.apply(x) * random.choice([1.0, 1.0])
 
 
+class DrawsByValue(Odd):
+    def forward(self, x):
+        return x * random.choice([2.0, 2.0]) if x.sum() > -1e9 else x * 3
+
+
 class ReturnsObject(Odd):
     def forward(self, x):
         return Doubled.apply(x), object()
@@ -263,6 +268,7 @@ class ReturnsSome(Odd):
         (Keeps, "sets its attribute kept"),
         (KeepsByValue, "sets its attribute kept"),
         (Draws, "random module"),
+        (DrawsByValue, "random module"),
         (ReturnsObject, "returns a object"),
         (ReturnsSome, "size depends on values"),
     ],
@@ -351,6 +357,48 @@ def test_a_result_of_another_size_than_in_the_capture_is_an_error():
         net(tokens(2, 7))
 
 
+class MayGiveBack(nn.Module):
+    """Returns what it is given, or something else."""
+
+    def forward(self, x):
+        return x if x.sum() > 1e9 else x * 2
+
+
+@pytest.mark.parametrize("target", ["result", "argument"])
+def test_what_may_be_an_argument_is_not_written_to(target):
+    """With other values than in the capture the two are the same memory."""
+
+    class Model(Trunk):
+        def forward(self, x):
+            h = x * 1
+            y = self.blocks[0].odd(h)
+            (y if target == "result" else h).add_(1)
+            return super().forward(x) + y + h
+
+    with pytest.raises(passes.ExportError, match=r"blocks\.0\.odd stays Python, and may return memory that it is given"):
+        passes.capture_by_export(Model(MayGiveBack), (tokens(),), {}, "held")
+
+
+def test_a_result_that_is_an_argument_must_stay_one():
+    class Gives(nn.Module):
+        def forward(self, x):
+            return (x, x * 2) if x.sum() > -1e9 else (x * 3, x * 2)
+
+    class Takes(Block):
+        def forward(self, x):
+            first, second = self.odd(self.fc(x))
+            return first + second
+
+    model = Trunk(Gives, block=Takes)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [3]
+    assert_same(model, net, tokens(3))
+    with torch.no_grad():
+        model.blocks[1].fc.bias.fill_(-1e10)
+    with pytest.raises(RuntimeError, match="stays Python"):
+        net(tokens())
+
+
 @pytest.mark.parametrize(
     ("result", "form"),
     [
@@ -359,8 +407,9 @@ def test_a_result_of_another_size_than_in_the_capture_is_an_error():
         ((torch.ones(2), 2), ("tensor", (3,))),
         ((torch.ones(2), True), ("tensor", (1,))),
         ((torch.ones(2), None), ("tensor", "given")),
+        ((torch.ones(2), torch.ones(2)), ("tensor", "given")),
     ],
 )
 def test_a_result_of_another_form_is_an_error(result, form):
     with pytest.raises(RuntimeError, match="returned"):
-        live_results(result, form, None)
+        live_results(result, form, None, [torch.ones(2)])
