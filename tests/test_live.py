@@ -149,6 +149,14 @@ def test_a_live_module_may_return_a_structure():
         torch.testing.assert_close(twin(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_live_module_that_several_blocks_share():
+    shared = Custom()
+    model = Trunk(lambda: shared)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [3]
+    assert_same(model, net, tokens(3))
+
+
 def test_live_modules_are_live():
     """Their hooks fire, once a call; replacing one has its effect."""
     model, seen = Trunk(Custom), []
