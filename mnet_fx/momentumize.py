@@ -159,7 +159,7 @@ def _rewrite(net: nn.Module, parts: Parts, settings: Settings) -> None:
         programs = _programs(owner, both, settings)
         captured, modes_differ = both[True].captured, _modes_differ(both)
         variants = [] if captured.interface is None else [_variant(both, programs)]
-        live = frozenset[str]().union(*(part.captured.live for part in both.values()))
+        live = frozenset(both[True].captured.live) & frozenset(both[False].captured.live)
         exported = ExportedForward(
             owner, variants, Guard(owner, live, one_mode=modes_differ or not variants, whole=True), _Again(both, settings)
         )
@@ -204,7 +204,7 @@ class _Again:
 
     def __init__(self, both: dict[bool, Part], settings: Settings) -> None:
         self.chains, self.settings = {mode: _chains(part) for mode, part in both.items()}, settings
-        self.live = {mode: set(part.captured.live) for mode, part in both.items()}
+        self.live = set(both[True].captured.live) & set(both[False].captured.live)
 
     def __call__(self, owner: nn.Module, call: Call, number: int) -> Variant:
         forward = owner.__dict__.pop("forward")
@@ -213,9 +213,9 @@ class _Again:
         finally:
             owner.__dict__["forward"] = forward
         for mode, part in both.items():
-            if part.captured.live.keys() != self.live[mode]:
+            if traced := self.live - set(part.captured.live):  # these, the guard does not watch
                 raise ExportError(
-                    f"it would call {', '.join(part.captured.live) or 'no submodule'} as they are, which no guard is made for"
+                    f"its graph would stand for the forward of {', '.join(sorted(traced))}, which the first one calls as it is"
                 )
             if _chains(part) != self.chains[mode]:
                 raise ExportError(

@@ -179,7 +179,8 @@ class _Exporter:
             if not _inside(path, chosen)
         ]
         both = kept | chosen
-        return Parts({path: both[path] for path in sorted(both)}, (*refusals, *self.refusals))
+        in_order = [path for path, _ in self.net.named_modules(remove_duplicate=False) if path in both]
+        return Parts({path: both[path] for path in in_order}, (*refusals, *self.refusals))
 
     def _fit(self, path: str) -> dict[str, dict[bool, Part]]:
         """The traced parts at a path and below that fit the calls they get."""
