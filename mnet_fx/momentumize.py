@@ -214,9 +214,7 @@ class _Again:
             owner.__dict__["forward"] = forward
         for mode, part in both.items():
             if traced := self.live - set(part.captured.live):  # these, the guard does not watch
-                raise ExportError(
-                    f"its graph would stand for the forward of {', '.join(sorted(traced))}, which the first one calls as it is"
-                )
+                raise ExportError(f"its graph would hold {', '.join(sorted(traced))}, which the first one calls as it is")
             if _chains(part) != self.chains[mode]:
                 raise ExportError(
                     f"its residual chains would have {_chains(part)} steps, not {self.chains[mode]}, which is another momentum network"

@@ -33,6 +33,7 @@ TESTS = {
     "passes/torch_layers.py": CAPTURE,
     "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py", *LIVE],
     "mnet_fx/parts.py": LIVE,
+    "mnet_fx/momentumize.py": LIVE,
     "passes/live.py": LIVE,
     "passes/live_calls.py": LIVE,
     "passes/calls.py": LIVE,
@@ -235,6 +236,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/exporting.py", "        if node.users and id(attribute(", "        if False and id(attribute("),
     ("passes/exported_graph.py", ' or (node.op == "get_attr" and not node.users)', ""),
     ("mnet_fx/guard.py", ' if not any(name.startswith(f"{leaf}.") for leaf in leaves)}', "}"),
+    ("mnet_fx/momentumize.py", "if traced := self.live - set(part.captured.live):", "if traced := set():"),
     ("mnet_fx/parts.py", "chosen |= self._children(inner, below) if fails_alone else self._chosen(inner, below, live=True)", "pass"),
     ("mnet_fx/parts.py", " and not any(_under(path, inner) for inner in _live(both))", ""),
     # The runtime.

@@ -105,16 +105,16 @@ def assert_same(model, net, x):
         torch.testing.assert_close(value, moved[name], rtol=1e-4, atol=1e-5)
 
 
-def assert_exact(model, x):
+def assert_exact(net, x):
     """Gradients and buffers of "reversible" are those of "stored"; switched over, since captures take long."""
-    net, state = mnet_fx.momentumize(model, (x,)), copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(net.train().state_dict())
     regions = [value for module in net.modules() for value in vars(module).values() if isinstance(value, MomentumRegion)]
     found = []
     for backward in ("reversible", "stored"):
-        model.load_state_dict(state)
+        net.load_state_dict(state)
         for region in regions:
             region.backward = backward
-        found.append([*gradients(net, x), *(value.clone() for value in model.state_dict().values())])
+        found.append([*gradients(net, x), *(value.clone() for value in net.state_dict().values())])
     assert regions
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -131,7 +131,7 @@ def test_a_chain_goes_on_past_modules_that_no_graph_holds(odd):
     for training in (True, False):
         for x in (tokens(), tokens(4), -tokens()):
             assert_same(model.train(training), net.train(training), x)
-    assert_exact(Trunk(odd), tokens())
+    assert_exact(mnet_fx.momentumize(model.train(), (tokens(),)) if odd is Custom else net, tokens())
 
 
 class Reads(Block):
@@ -155,6 +155,32 @@ def test_a_live_module_that_several_blocks_share():
     net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
     assert steps(net) == [3]
     assert_same(model, net, tokens(3))
+
+
+class Sometimes(nn.Module):
+    def forward(self, x, custom):
+        return Doubled.apply(x) if custom else 2 * x
+
+
+class Passes(Block):
+    def forward(self, x, custom=True):
+        return torch.tanh(self.odd(self.fc(x), custom))
+
+
+def test_calls_of_another_kind_are_captured_again_if_they_keep_the_live_modules():
+    class Told(Trunk):
+        def forward(self, x, scale=None, custom=True):
+            if x.dim() != 3:
+                raise ValueError
+            for block in self.blocks:
+                x = x + block(x, custom)
+            return x if scale is None else x * scale
+
+    model = Told(Sometimes, block=Passes)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    torch.testing.assert_close(net(tokens(), 2.0), model(tokens(), 2.0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(mnet_fx.MnetError, match=r"would hold blocks\.0\.odd, .* which the first one calls as it is"):
+        net(tokens(), 2.0, False)
 
 
 def test_live_modules_are_live():
@@ -186,7 +212,7 @@ def test_what_is_inside_a_live_module_is_captured_on_its_own():
     assert sorted(steps(net)) == [2, 4, 4]
     assert_same(model, net, tokens())
     assert_same(model, net, -tokens(3))
-    assert_exact(Trunk(Wraps, depth=2), tokens())
+    assert_exact(net, tokens())
 
 
 # ---- What a graph must not stand around
