@@ -32,7 +32,7 @@ from torch.nn.modules import transformer
 from passes.exported_graph import WRAPPED, attribute, rebuilt
 from passes.facts import Facts
 from passes.live import LIVE, live_results
-from passes.live_calls import LiveCalls
+from passes.live_calls import LiveCalls, LiveError
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -167,6 +167,8 @@ def export(
         try:
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes={"flat": free}, strict=False)
             gm = program.module(check_guards=False)
+        except LiveError as error:
+            raise ExportError(f"the module {error}") from error
         except Exception as error:
             raise ExportError(f"torch.export failed with {type(error).__name__}: {_first_line(error)}") from error
     _require_pure_subgraphs(gm)

@@ -24,7 +24,7 @@ from passes.live import LIVE, LOSES, PLAIN, SYMBOLIC, Before, Like, LiveCall, Re
 from passes.tracer import Blame
 from passes.watch import Attributes, keeping_python_rng, replacing
 
-__all__ = ["LiveCalls"]
+__all__ = ["LiveCalls", "LiveError"]
 
 
 class LiveError(Exception):
