@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import IntegerState, recurrence, unpack
 
+from mnet_fx import loops
 from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
 from mnet_fx.fixed_point import State
@@ -205,6 +206,28 @@ def test_a_step_and_its_inverse_allocate_nothing_of_full_size_but_x():
     allocated = measure(lambda: state.step(y, 0.9, 0.1), lambda r: (state.unstep_x(r[0]), state.unstep_u(r[0], y)))
     assert 4 << 20 <= allocated.kept <= (4 << 20) + 1000
     assert allocated.peak <= (8 << 20) + 1000  # x[t+1] of the step, and x[t] of the inverse
+
+
+def test_bits_do_not_depend_on_the_number_of_threads_which_may_grow_on_the_way(monkeypatch):
+    monkeypatch.setattr(loops, "CHUNK_CPU", 1 << 14)
+    loops._scratch.buffers.clear()
+    x0, ys, found = torch.randn(70_000), [torch.randn(70_000) for _ in range(4)], []
+    for threads in ((1, 1, 1, 1), (2, 2, 2, 2), (1, 3, 2, 6)):
+        torch.set_num_threads(threads[0])
+        state, seen = State(x0), []
+        for n, y in zip(threads, ys, strict=True):
+            torch.set_num_threads(n)
+            record, x = state.step(y, 1e-5, 0.5)
+            seen.append((record, x))
+        found.append([x for _, x in seen] + [r.u_spill.bytes for r, _ in seen if r.u_spill is not None])
+        for n, y, (record, _) in zip(threads, reversed(ys), reversed(seen), strict=True):
+            torch.set_num_threads(n)
+            state.unstep_x(record)
+            state.unstep_u(record, y)
+        assert torch.equal(state.read(), State(x0).read())
+        assert not state.U.any()
+    assert len(found[0]) > 4
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
