@@ -129,26 +129,37 @@ def test_the_promise_of_accuracy_holds_at_any_depth_where_elements_mix(kind, gam
     assert ours <= 2 * float32
 
 
+@pytest.mark.parametrize("kind", ["elementwise, saturating", "elementwise, linear"])
+@pytest.mark.parametrize(("gamma", "steps"), [(g, steps) for g in (0.0, 1 / 256, 0.3, 0.9, 0.999) for steps in (2, 12, 100)])
+def test_held_as_float64_the_promise_holds_where_elements_do_not_mix(kind, gamma, steps):
+    x0 = 10.0 ** (-5 * torch.rand(50, 24)) * torch.randn(50, 24).sign()
+    functions, factors = mixing(kind, steps), [(gamma, 1 - gamma)] * steps
+    ours, float32 = errors(functions, factors, horizon=min(steps, 1 / (1 - gamma)), x0=x0, held=torch.float64)
+    assert ours <= 2 * float32
+
+
 def test_roundings_of_a_velocity_that_lives_long_do_not_add_up():
     ours, float32 = errors(mixing("saturating", 3000), [(0.999, 0.001)] * 3000, horizon=1000)
     assert ours <= float32 / 5
 
 
 def mixing(kind, steps, scale=1.0):
-    """Residual functions in which every element depends on several, as in a network."""
+    """Residual functions in which every element depends on several, as in a network, or on itself alone."""
     forms = {
         "saturating": lambda x, w: scale * torch.tanh(x @ w / scale),
         "linear": lambda x, w: 0.5 * (x @ w),
         "normalised": lambda x, w: scale * torch.nn.functional.layer_norm(x, (24,)) @ w,
+        "elementwise, saturating": lambda x, w: torch.tanh(3 * x),
+        "elementwise, linear": lambda x, w: 1.5 * w[0] * x,
     }
     return [lambda x, w=w: forms[kind](x, w.to(x.dtype)) for w in torch.randn(steps, 24, 24, dtype=torch.float64) / 24**0.5]
 
 
-def errors(functions, factors, scale=1.0, horizon=1.0):
+def errors(functions, factors, scale=1.0, horizon=1.0, x0=None, held=None):
     """Largest errors of our x[0], ..., x[T] and of the float32 recurrence's, over the largest |x|, all against float64."""
-    x0 = scale * torch.randn(50, 24)
+    x0 = scale * torch.randn(50, 24) if x0 is None else x0
     exact, float32 = recurrence(x0.double(), functions, factors), recurrence(x0, functions, factors)
-    state = State(x0, horizon=horizon)
+    state = State(x0, horizon=horizon, held=held)
     ours = [state.read()]
     for f, (g, b) in zip(functions, factors, strict=True):
         ours.append(state.step(f(ours[-1]), g, b)[1])
