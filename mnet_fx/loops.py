@@ -111,7 +111,7 @@ def max_abs(t: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(t)
     low, high = torch.stack([low, high]).double().tolist()
-    return math.nan if math.isnan(low) else max(-low, high)
+    return max(-low, high)  # a NaN anywhere makes NaNs of both
 
 
 def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
@@ -222,7 +222,7 @@ def spill(T: Tensor, bits: float, bound: float) -> Spill:
         else:
             whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
             low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
-            part.copy_(whole.add_(0.0))  # no -0.0, see fill
+            part.copy_(whole)  # never -0.0: x + 0.5 is none
         for plane in range(planes):
             torch.bitwise_and(low, 255, out=whole.view(torch.int64))
             store[plane, start : start + size].copy_(whole.view(torch.int64))

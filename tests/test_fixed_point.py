@@ -107,6 +107,24 @@ def test_spill_is_lossless(numbers, bits, dtype):
     assert torch.equal(T, before)
 
 
+@pytest.mark.parametrize("bits", [math.inf, 9, 12])
+def test_a_spill_has_room_for_its_bound(bits):
+    T = torch.tensor([128.0, -128.0, 0.0])
+    unspill(T, spilled := spill(T, bits, 128.0))
+    assert T.tolist() == [128.0, -128.0, 0.0]
+    assert spilled.bytes.shape[0] == 2
+
+
+def test_zeros_of_either_sign_are_one_integer():
+    zeros = torch.tensor([-0.0, 0.0, -1e-30, 1.0], dtype=torch.float64)
+    for state in (State(zeros), State(torch.ones(4), zeros.float())):
+        before, y = state.fingerprint(), torch.ones(4)
+        record, _ = state.step(y, 0.5, 0.5)
+        state.unstep_x(record)
+        state.unstep_u(record, y)
+        assert state.fingerprint() == before
+
+
 @pytest.mark.parametrize("weights", [momentum_weights, matched_weights])
 @pytest.mark.parametrize(
     "gamma",
@@ -302,6 +320,14 @@ def test_fingerprint_sees_order_and_sign(words, dtype):
         moved[: step * words].view(torch.int64)[7 + distance] -= 1
         prints |= {fingerprint(swapped).item(), fingerprint(moved).item()}
     assert len(prints) == 5 + 2 * len(set(apart))
+
+
+@pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag, lambda z: torch._neg_view(z.real)])
+def test_fingerprint_sees_conjugates_and_negatives_that_are_only_noted(lazy):
+    z = torch.randn(50, dtype=torch.complex64)
+    eager = lazy(z).resolve_conj().resolve_neg()
+    assert fingerprint(lazy(z)) == fingerprint(eager)
+    assert fingerprint(lazy(z)) != fingerprint(-eager if eager.is_floating_point() else z)
 
 
 def test_fingerprints_of_a_list_are_those_of_its_tensors():
