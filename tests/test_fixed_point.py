@@ -186,6 +186,41 @@ def errors(functions, factors, scale=1.0, horizon=1.0, x0=None, held=None):
     return [max((a.double() - b).abs().max() for a, b in zip(stream, exact, strict=True)) / largest for stream in (ours, float32)]
 
 
+def test_bounds_hold_from_the_start_with_the_roundings_of_x_and_v():
+    state = State(torch.tensor([1 + 0.75 * 2.0**-38], dtype=torch.float64), torch.tensor([1 + 0.75 * 2.0**-40], dtype=torch.float64))
+    assert state.X.item() * state.unit > 1 + 0.75 * 2.0**-38  # rounded up
+    assert state.U.item() * state.ratio * state.unit > 1 + 0.75 * 2.0**-40
+    assert state.X.item() * state.unit <= state.x_bound
+    assert state.U.item() * state.ratio * state.unit <= state.v_bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_velocity_far_beyond_the_stream_fits(dtype):
+    x0, v0, ys = 2e-7 * torch.ones(50).to(dtype), 100 * torch.randn(50).to(dtype), torch.randn(4, 50).to(dtype)
+    state = State(x0, v0)
+    before, expected = snapshot(state), recurrence(x0.double(), [lambda x, y=y: y.double() for y in ys], [(0.5, 0.5)] * 4, v0.double())
+    assert state.U.abs().max() <= state.format.u_limit
+    records = []
+    for y, exact in zip(ys, expected[1:], strict=True):
+        record, x = state.step(y, 0.5, 0.5)
+        records.append(record)
+        assert (x.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 2.0**-37) * exact.abs().max()
+    for record, y in zip(reversed(records), reversed(list(ys)), strict=True):
+        state.unstep_x(record)
+        state.unstep_u(record, y)
+    assert same(snapshot(state), before)
+
+
+def test_a_promoted_stream_has_the_precision_of_its_new_dtype():
+    x0, y = torch.randn(50).bfloat16(), torch.randn(50)
+    state = State(x0)
+    record, x = state.step(y, 0.5, 0.7)
+    exact = x0.double() + 0.7 * y.double()
+    assert x.dtype is torch.float32
+    assert (x.double() - exact).abs().max() <= 2.0**-24 * exact.abs().max()
+    assert torch.equal(state.unstep_x(record), x0)
+
+
 @pytest.mark.parametrize("largest", [1.0, 1.999, 3e-7, 5e8])
 def test_a_float32_stream_is_held_to_two_to_the_minus_thirty_of_its_largest(largest):
     x0 = largest * torch.linspace(-1, 1, 9999)
@@ -274,6 +309,21 @@ def test_inf_and_nan_come_out_as_nan_and_leave_the_integers_alone(bad, where):
     assert torch.isnan(state.read()).tolist() == [False, False, where == "x0", False]
     state.unstep_u(record, y)
     assert same(snapshot(state), start)
+
+
+def test_what_was_not_finite_stays_so_when_more_joins_it():
+    x0, v0, big = torch.full((5,), 3e38), torch.zeros(5), torch.tensor([0.0, 0.0, 3e38, 0.0, 0.0])
+    x0[0], v0[1], y = math.nan, math.inf, torch.tensor([0.0, 0.0, 0.0, -math.inf, 0.0])
+    state, records, seen = State(x0, v0), [], []
+    for step in (big, y):
+        seen.append(snapshot(state))
+        records.append(state.step(step, 0.0, 1.0)[0])
+    assert torch.isnan(state.read()).tolist() == [True, True, True, True, False]
+    for record, step, before in zip(reversed(records), (y, big), reversed(seen), strict=True):
+        state.unstep_x(record)
+        state.unstep_u(record, step)
+        assert same(snapshot(state), before)
+    assert torch.isnan(state.read()).tolist() == [True, True, False, False, False]
 
 
 def test_layout_of_the_stream_is_kept_whatever_the_layout_of_y():
