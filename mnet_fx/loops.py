@@ -35,8 +35,9 @@ __all__ = [
     "unspill",
 ]
 
-CHUNK_CPU = 1 << 18  # elements per pass
+CHUNK_CPU = 1 << 18  # elements per pass and thread; less, and calling operations takes longer than they do
 CHUNK_DEVICE = 1 << 23
+MOST_CHUNKS = 4  # of so many threads together; more would not stay in cache
 _ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,7 +58,7 @@ class Spill:
 
 
 class _Scratch(threading.local):
-    """Chunk-sized work buffers of the current thread, allocated once."""
+    """Chunk-sized work buffers of the current thread, allocated once (again when it may use more threads)."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
@@ -65,9 +66,9 @@ class _Scratch(threading.local):
     def get(self, like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
         if like.device.type != "cpu":  # a caching allocator is as quick, and knows about streams
             return torch.empty(size, dtype=dtype, device=like.device)
-        if dtype not in self.buffers:
+        if dtype not in self.buffers or self.buffers[dtype].numel() < size:
             with torch.inference_mode(False):
-                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype, device="cpu")
+                self.buffers[dtype] = torch.empty(_chunk_size(), dtype=dtype, device="cpu")
         return self.buffers[dtype][:size]
 
 
@@ -93,9 +94,13 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
+def _chunk_size() -> int:
+    return CHUNK_CPU * min(torch.get_num_threads(), MOST_CHUNKS)
+
+
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
-    size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
+    size = _chunk_size() if tensors[0].device.type == "cpu" else CHUNK_DEVICE
     whole = [flat(t) for t in tensors]
     return [tuple(whole)] if tensors[0].numel() <= size else zip(*(t.split(size) for t in whole), strict=True)
 
@@ -106,7 +111,7 @@ def max_abs(t: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(t)
     low, high = torch.stack([low, high]).double().tolist()
-    return math.nan if math.isnan(low) else max(-low, high)
+    return max(-low, high)  # a NaN anywhere makes NaNs of both
 
 
 def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
@@ -217,7 +222,7 @@ def spill(T: Tensor, bits: float, bound: float) -> Spill:
         else:
             whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
             low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
-            part.copy_(whole.add_(0.0))  # no -0.0, see fill
+            part.copy_(whole)  # never -0.0: x + 0.5 is none
         for plane in range(planes):
             torch.bitwise_and(low, 255, out=whole.view(torch.int64))
             store[plane, start : start + size].copy_(whole.view(torch.int64))

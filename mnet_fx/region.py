@@ -116,7 +116,7 @@ class ChainRegion(nn.Module):
     def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None = None) -> None:
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
-        self.backward, self.on_drift, self.arithmetic = settings.backward, settings.on_drift, arithmetic
+        self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity = (settings.velocity,)
@@ -137,6 +137,7 @@ class ChainRegion(nn.Module):
         v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
         steps = self.bound(sides)
         widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
+        widest |= set() if self.held is None else {self.held}
         tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest, self.arithmetic)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last

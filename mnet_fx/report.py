@@ -129,7 +129,7 @@ def row(
     gammas = settings.gammas(steps)
     later = gammas[1:] or gammas
     gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
-    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
+    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None, settings.held)
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
     return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)

@@ -1,4 +1,4 @@
-"""Breaks the passes on purpose, one condition at a time, and sees that a test notices. Run by hand:
+"""Breaks the passes and the runtime on purpose, one condition at a time, and sees that a test notices. Run by hand:
 
     python tests/mutate.py [--only WORD] [--skip N] [--list]
 
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+import mutants_runtime
 import pytest
 import torch
 import torchvision  # noqa: F401  # takes seconds, which its children save
@@ -31,6 +32,7 @@ TESTS = {
     "passes/tracer.py": CAPTURE,
     "passes/torch_layers.py": CAPTURE,
     "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py"],
+    **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"
 
@@ -207,6 +209,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ),
     # The runtime.
     ("mnet_fx/guard.py", "and inner not in above", ""),
+    *mutants_runtime.MUTANTS,
 ]
 
 

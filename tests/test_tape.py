@@ -165,6 +165,29 @@ def test_the_error_says_how_many_elements_of_the_state_are_off_and_by_how_much()
     assert caught.value.largest == pytest.approx(0.25)
 
 
+def test_a_chain_that_started_moving_does_not_count_elements_that_differ_from_rest():
+    drift, x0, v0 = [0.0], torch.randn(5, D, requires_grad=True), torch.randn(5, D)
+    out, _ = chain(ReversingTape, [lambda x: torch.tanh(x) + drift[0], torch.sin], factors([0.75] * 2), x0, v0)
+    drift[0] = 0.5
+    with pytest.raises(InversionError, match="the state before step 0 differs between") as caught:
+        out.sum().backward()
+    assert caught.value.elements is None
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_an_error_of_ours_in_a_rerun_keeps_its_words(kind):
+    count = itertools.count(1)
+
+    def inner(x):
+        if next(count) > 1:
+            raise StreamError("of a chain inside of the step")
+        return torch.tanh(x)
+
+    out, _ = chain(kind, [inner, torch.sin], factors([0.9] * 2), torch.randn(5, D, requires_grad=True))
+    with pytest.raises(StreamError, match=r"^of a chain inside of the step"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("kind", TAPES)
 @pytest.mark.parametrize("on_drift", ["raise", "warn", "ignore"])
 def test_a_step_that_does_not_repeat_is_reported_as_asked(kind, on_drift, recwarn):
