@@ -31,13 +31,24 @@ def verify_plan(gm: fx.GraphModule, plan: Plan) -> None:
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     accounted = [*plan.rewritten_adds, *(refusal.node for refusal in plan.refusals)]
     _require(sorted(accounted) == sorted(plan.residual_adds), "regions and refusals do not account for each residual add exactly once")
-    claimed: set[str] = set()
+    claimed: dict[str, set[str]] = {}  # by the region that they lie within
     for region in plan.regions:
         _verify_region(region, position)
         for step in region.steps:
-            overlap = claimed & set(step.nodes)
+            taken = claimed.setdefault(region.within, set())
+            overlap = taken & set(step.nodes)
             _require(not overlap, f"nodes {sorted(overlap)} belong to two steps")
-            claimed |= set(step.nodes)
+            taken |= set(step.nodes)
+    _verify_nesting(plan)
+
+
+def _verify_nesting(plan: Plan) -> None:
+    around = {region.name: region for region in plan.regions}
+    for region in plan.regions:
+        inside = {name for step in region.steps for name in step.nodes}
+        steps = around[region.within].steps if region.within in around else ()
+        held = any(inside <= set(step.nodes) - {step.target} for step in steps)
+        _require(held or not region.within, f"{region.name} does not lie within one step of {region.within}")
 
 
 def _verify_region(region: PlannedRegion, position: dict[str, int]) -> None:
@@ -84,6 +95,6 @@ def verify_rewrite(before: fx.GraphModule, after: fx.GraphModule, plan: Plan) ->
     allowed = {node.name for node in after.graph.nodes} | {name for region in plan.regions for step in region.steps for name in step.nodes}
     missing = [node.name for node in before.graph.nodes if node.op != "get_attr" and node.name not in allowed]
     _require(not missing, f"nodes outside of all regions are missing from the rewritten graph: {missing}")
-    regions = sorted(region.name for region in plan.regions)
+    regions = sorted(region.name for region in plan.regions if not region.within)
     calls = sorted(str(node.target) for node in after.graph.nodes if node.op == "call_module" and node.target in regions)
     _require(calls == regions, f"the regions {regions} are called as {calls}")
