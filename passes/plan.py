@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from passes.facts import Facts, dtype_of, free_shape_of
+from passes.hoisting import hoisted
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
@@ -178,14 +179,35 @@ def _refuse_insides(nest: Nest, draft: _Draft) -> None:
 
 
 def _order(nest: Nest, draft: _Draft) -> None:
-    """Drop the shortest piece of every cycle until the graph can run, and within each step its code."""
-    while stuck := next((stuck for level in nest.levels() if (stuck := _stuck(level, nest, draft))), set()):
+    """Where pieces need each other's values, compute these before the pieces, or else drop the shortest, until the graph can run, and
+    within each step its code."""
+    while level := next((level for level in nest.levels() if _stuck(level, nest, draft)), []):
+        stuck = _stuck(level, nest, draft)
+        if _hoist(stuck, level, nest, draft):
+            continue
         worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
         for add in adds_of(nest.pieces[worst]):
             draft.refusals[add] = refuse(
                 "interleaved", add, f"something between the steps of the chain of %{add.name} has to run both after and before it"
             )
         nest.drop(worst)
+
+
+def _hoist(stuck: set[int], level: list[int], nest: Nest, draft: _Draft) -> bool:
+    """Take out of the pieces what others read of their first steps; False where no piece gets unstuck by that."""
+    held = {node for i, parent in nest.parent.items() if parent in stuck for node in nodes_of(nest.pieces[i])}
+    before = {i: nest.pieces[i] for i in stuck}
+    after = {i: found for i in stuck if (found := hoisted(before[i], draft.facts)) and not (nodes_of(before[i]) - nodes_of(found)) & held}
+    nest.pieces = [after.get(i, piece) for i, piece in enumerate(nest.pieces)]
+    free = after.keys() - _stuck(level, nest, draft)
+    nest.pieces = [before[i] if i in before and i not in free else piece for i, piece in enumerate(nest.pieces)]
+    outside = {node for i in free for node in nodes_of(before[i]) - nodes_of(after[i])}
+    draft.refusals |= {
+        node: refuse("interleaved", node, f"%{node.name} is computed before a chain whose first step reads it, since others do too")
+        for node in outside
+        if node in draft.sums
+    }
+    return bool(free)
 
 
 def _stuck(level: list[int], nest: Nest, draft: _Draft) -> set[int]:
