@@ -181,8 +181,8 @@ def _refuse_insides(nest: Nest, draft: _Draft) -> None:
 def _order(nest: Nest, draft: _Draft) -> None:
     """Where pieces need each other's values, compute these before the pieces, or else drop the shortest, until the graph can run, and
     within each step its code."""
-    while level := next((level for level in nest.levels() if _stuck(level, nest, draft)), []):
-        stuck = _stuck(level, nest, draft)
+    while found := next(((level, stuck) for level in nest.levels() if (stuck := _stuck(level, nest, draft))), None):
+        level, stuck = found
         if _hoist(stuck, level, nest, draft):
             continue
         worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
