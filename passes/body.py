@@ -46,13 +46,12 @@ def region_code(
     Returns:
         The region with one code per step.
     """
-    named = {node.name: node for node in facts.nodes}
     sides = {name: i for i, name in enumerate(region.sides)}
     step_of = {name: t for t, step in enumerate(region.steps) for name in step.nodes} if inner else {}
     held: dict[int, list[PlannedRegion]] = {}
     for found in inner:
         held.setdefault(step_of[found.steps[-1].target], []).append(found)
-    writers = (_Writer(step, held.get(t, []), named, facts, position) for t, step in enumerate(region.steps))
+    writers = (_Writer(step, held.get(t, []), facts, position) for t, step in enumerate(region.steps))
     return RegionCode(region, tuple(writer.code(sides, bodies) for writer in writers))
 
 
@@ -73,10 +72,8 @@ def call_region(graph: fx.Graph, target: str, args: tuple[fx.Node, ...], outputs
 class _Writer:
     """Writes one step. A value is referred to by a pair: ("x", 0), ("s", j), ("a", i), or ("n", k) for the k-th value computed."""
 
-    def __init__(
-        self, step: Step, inner: list[PlannedRegion], named: dict[str, fx.Node], facts: Facts, position: Mapping[str, int]
-    ) -> None:
-        self.step, self.named = step, named
+    def __init__(self, step: Step, inner: list[PlannedRegion], facts: Facts, position: Mapping[str, int]) -> None:
+        self.step, self.named = step, (named := facts.named)
         held = {name for region in inner for within in region.steps for name in within.nodes}
         self.nodes = [named[name] for name in step.nodes if name not in held and (step.form == "block" or name != step.target)]
         self.units: list[_Unit] = [*self.nodes, *inner]

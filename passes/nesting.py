@@ -98,7 +98,7 @@ class Nest:
         adds: Counter[int] = Counter()
         for j in sorted(met):
             steps = {step_of.get(node, -1) for node in nodes_of(self.pieces[j])}
-            fits = self.within and len(steps) == 1 and -1 not in steps
-            (inside if fits else across).append(j)
-            adds[steps.pop() if fits else -1] += len(adds_of(self.pieces[j]))
+            step = steps.pop() if self.within and len(steps) == 1 else -1
+            (across if step < 0 else inside).append(j)
+            adds[step] += len(adds_of(self.pieces[j]))
         return inside, across, adds

@@ -86,7 +86,7 @@ def _codes(plan: Plan, facts: Facts) -> list[RegionCode]:
 
 def _order(regions: Sequence[PlannedRegion], facts: Facts) -> list[fx.Node | PlannedRegion]:
     """The nodes outside of some disjoint regions, and these, in an order in which the graph can run."""
-    named = {node.name: node for node in facts.nodes}
+    named = facts.named
     steps = [(named[step.source], [named[name] for name in step.nodes]) for region in regions for step in region.steps]
     inside = [{named[name] for step in region.steps for name in step.nodes} for region in regions]
     order, _ = schedule(facts, inside, {node for source, nodes in steps for node in copied_adds(source, nodes, facts)})
@@ -97,8 +97,7 @@ class _Rewriter:
     """Copies a graph unit by unit, in an order that suits the regions."""
 
     def __init__(self, gm: fx.GraphModule, facts: Facts, regions: list[PlannedRegion]) -> None:
-        self.facts, self.regions = facts, regions
-        self.named = {node.name: node for node in facts.nodes}
+        self.facts, self.regions, self.named = facts, regions, facts.named
         self.new = fx.Graph(tracer_cls=gm.graph._tracer_cls)
         self.new.set_codegen(gm.graph._codegen)
         self.values: dict[fx.Node, fx.Node] = {}

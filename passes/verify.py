@@ -43,12 +43,17 @@ def verify_plan(gm: fx.GraphModule, plan: Plan) -> None:
 
 
 def _verify_nesting(plan: Plan) -> None:
-    around = {region.name: region for region in plan.regions}
+    holding = {region.within for region in plan.regions}
+    step_of = {
+        region.name: {name: t for t, step in enumerate(region.steps) for name in step.nodes if name != step.target}
+        for region in plan.regions
+        if region.name in holding
+    }
     for region in plan.regions:
-        inside = {name for step in region.steps for name in step.nodes}
-        steps = around[region.within].steps if region.within in around else ()
-        held = any(inside <= set(step.nodes) - {step.target} for step in steps)
-        _require(held or not region.within, f"{region.name} does not lie within one step of {region.within}")
+        steps = {step_of.get(region.within, {}).get(name) for step in region.steps for name in step.nodes}
+        _require(
+            not region.within or len(steps - {None}) == len(steps) == 1, f"{region.name} does not lie within one step of {region.within}"
+        )
 
 
 def _verify_region(region: PlannedRegion, position: dict[str, int]) -> None:

@@ -165,11 +165,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     # Chains within chains, and chains that need each other.
     ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if False:"),
     ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if most:"),
-    ("passes/nesting.py", "fits = self.within and len(steps) == 1 and", "fits = self.within and"),
-    ("passes/nesting.py", "fits = self.within and len(steps) == 1 and", "fits = len(steps) == 1 and"),
-    ("passes/nesting.py", "and -1 not in steps\n", "\n"),
+    ("passes/nesting.py", "step = steps.pop() if self.within and len(steps) == 1 else -1", "step = steps.pop() if len(steps) == 1 else -1"),
+    ("passes/nesting.py", "if step < 0 else inside", "if False else inside"),
     ("passes/nesting.py", "for node in span.nodes if node is not span.target}", "for node in span.nodes}"),
-    ("passes/nesting.py", "adds[steps.pop() if fits else -1] +=", "adds[-1] +="),
+    ("passes/nesting.py", "adds[step] +=", "adds[-1] +="),
     ("passes/nesting.py", "self.parent |= {i: None} | dict.fromkeys(inside, i)", "self.parent[i] = None"),
     ("passes/nesting.py", "if j in nest.parent} if len(nest.lost) > gone else owner", "} if len(nest.lost) > gone else owner"),
     ("passes/nesting.py", "self.parent |= {j: above for j, parent in self.parent.items() if parent == i}", "pass"),
@@ -191,16 +190,16 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/body.py", "self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))", "self.frozen(self.inputs(unit))"),
     (
         "passes/rewrite.py",
-        "position = {unit.name: i for i, unit in enumerate(_order(below, facts))}",
-        "position = {n.name: i for i, n in enumerate([*facts.nodes, *below])}",
+        "for i, unit in enumerate(_order(below, facts))}",
+        "for i, unit in enumerate([*facts.nodes, *below])}",
     ),
     (
         "passes/body.py",
-        "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
-        "return tuple(lines), len(self.step.sides), len(self.attributes)",
+        "self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
+        "len(self.step.sides), len(self.attributes)",
     ),
     ("passes/body.py", "OUT_OF_PLACE[node.target] if node in self.copied else node.target", "node.target"),
-    ("passes/rewrite.py", "outputs += [self.named[name] for step in region.steps for name in step.extras]", "pass"),
+    ("passes/body.py", "(*names, *(name for step in region.steps for name in step.extras))", "names"),
     # Layouts.
     (
         "passes/layout.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -183,3 +184,12 @@ def test_a_plan_whose_inner_region_lies_elsewhere_is_not_rewritten():
         moved = dataclasses.replace(found, regions=(outer, dataclasses.replace(first, within=wrong), second))
         with pytest.raises(InvariantError, match=f"does not lie within one step of {wrong}"):
             rewrite(gm, moved, lambda code: PlainRegion(model, code))
+
+
+def test_two_thousand_chains_within_one_take_seconds():
+    model = chain(*(between(*linears(2)) for _ in range(2000)))
+    gm, start = traced(model), time.process_time()
+    found = plan(gm, nested=True)
+    assert len(rewrite(gm, found, lambda code: nn.Identity()).graph_module.graph.nodes) == 3
+    assert len(found.regions) == 2001
+    assert time.process_time() - start < 15  # two on an idle machine; a term quadratic in the regions would take minutes
