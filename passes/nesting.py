@@ -92,7 +92,7 @@ class Nest:
 
     def _sorted(self, i: int, met: set[int]) -> tuple[list[int], list[int], Counter[int]]:
         """Of the pieces met, those within one step of piece i and those that are not; and how many adds lie in each step, or in none."""
-        step_of = {node: t for t, span in enumerate(self.pieces[i]) for node in span.nodes if node is not span.target}
+        step_of = {node: t for t, span in enumerate(self.pieces[i]) for node in span.nodes}
         inside: list[int] = []
         across: list[int] = []
         adds: Counter[int] = Counter()

@@ -167,7 +167,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if most:"),
     ("passes/nesting.py", "step = steps.pop() if self.within and len(steps) == 1 else -1", "step = steps.pop() if len(steps) == 1 else -1"),
     ("passes/nesting.py", "if step < 0 else inside", "if False else inside"),
-    ("passes/nesting.py", "for node in span.nodes if node is not span.target}", "for node in span.nodes}"),
     ("passes/nesting.py", "adds[step] +=", "adds[-1] +="),
     ("passes/nesting.py", "self.parent |= {i: None} | dict.fromkeys(inside, i)", "self.parent[i] = None"),
     ("passes/nesting.py", "if j in nest.parent} if len(nest.lost) > gone else owner", "} if len(nest.lost) > gone else owner"),
