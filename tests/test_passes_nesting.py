@@ -188,6 +188,26 @@ def test_a_plan_whose_inner_region_lies_elsewhere_is_not_rewritten():
             rewrite(gm, moved, lambda code: PlainRegion(model, code))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_chain_that_went_makes_room(nested):
+    """The first chain shares a node with each of the others; the second has more adds, and with the first gone the third shares none."""
+
+    def forward(self, a, b, c):
+        p = self.p(a) * self.q(b)
+        a = a + self.f[0](p)
+        r = self.p(a) * self.q(c)
+        a = a + self.f[1](r)
+        b = b + self.g[0](p).relu()
+        for g in self.g[1:]:
+            b = b + g(b).relu()
+        c = c + self.h[0](r).relu().tanh().relu().tanh().relu().tanh()
+        return a, b, c + self.h[1](c).relu().tanh().relu().tanh().relu().tanh()
+
+    model = program(forward, p=nn.Linear(4, 4), q=nn.Linear(4, 4), f=linears(2), g=linears(3), h=linears(2))
+    found = check_same(model, *(torch.randn(2, 4) for _ in range(3)), nested=nested)
+    assert (sorted(lengths(found)), codes(found)) == ([2, 3], ["nested"] * 2)
+
+
 def test_two_thousand_chains_within_one_take_seconds():
     graph = fx.Graph()
     x = graph.placeholder("x")
