@@ -122,14 +122,14 @@ def test_a_submodule_replaced_later_has_its_effect():
 
 
 def test_functional_call_with_the_backward_after_the_call():
-    net = mnet_fx.momentumize(nested(), gamma=0.9)
+    net = mnet_fx.momentumize(nested(), gamma=0.9, initial_velocity=nn.Linear(6, 6))
     given = {name: (p + 0.1).detach().requires_grad_() for name, p in net.named_parameters()}
     out = zoo.seeded(torch.func.functional_call, net, given, (tokens(),))
     found = torch.autograd.grad(out.sum(), list(given.values()))
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.copy_(given[name])
-    fresh = mnet_fx.momentumize(nested(), gamma=0.9)
+    fresh = mnet_fx.momentumize(nested(), gamma=0.9, initial_velocity=nn.Linear(6, 6))
     fresh.load_state_dict({name: given[name].detach() if name in given else t for name, t in fresh.state_dict().items()})
     expected = torch.autograd.grad(zoo.seeded(fresh, tokens()).sum(), list(fresh.parameters()))
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(found)

@@ -108,6 +108,20 @@ def test_else_the_longest_chain_stays_alone(forward):
     assert (lengths(found), codes(found)) == ([2], ["interleaved"] * 2)
 
 
+def test_nothing_is_computed_outside_where_that_does_not_help():
+    """It is the second steps that need each other's values: one chain goes, and the other keeps its first step."""
+
+    def forward(self, a, b):
+        p, q = self.p(a), self.q(b)
+        a, b = a + self.f[0](p), b + self.g[0](q)
+        r, s = self.p(a), self.q(b)
+        return a + self.f[1](r) * s, b + self.g[1](s) * r, p, q
+
+    found = check_same(model(forward), *pair())
+    assert (lengths(found), codes(found)) == ([2], ["interleaved"] * 2)
+    assert len(found.regions[0].steps[0].extras) == 1
+
+
 def test_a_residual_add_in_it_is_refused():
     def forward(self, a, b):
         p, q = self.p(a), self.q(b)
