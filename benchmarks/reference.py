@@ -1,6 +1,8 @@
 """An independent count of the residual adds of a model, the denominator of `coverage.py`. Shares nothing with `passes`, not even a capture.
 
-The model runs once in eval mode, and every operation that the dispatcher sees becomes a node, if it depends on an input:
+The model runs once in eval mode, and every operation that the dispatcher sees becomes a node, if it depends on the values of an input
+(zeros_like gives none that does, until something is written to it: where a model returns zeros instead of its attention, for lack of a
+CUDA kernel, there is no branch):
 
     residual    a sum with a term s, its skip, such that another term is computed from s by way of a mixing operation; s and the sum have
                 one shape and dtype. A sum that only another sum reads is part of that one
@@ -25,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["count"]
 
+_MAKING = re.compile(r".*_like|new_.*")  # tensors of the shape of another one, whose values have nothing to do with it
 _MIXING = re.compile(r"conv|linear|mm|addmv|mv|dot|matmul|einsum|attention|pool|lstm|gru|rnn|fft|upsample|grid_sampl")
 
 
@@ -43,24 +46,42 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.nodes: list[_Node] = []
         self.made: Any = WeakTensorKeyDictionary()  # tensor -> its node
+        self.blank: dict[int, tuple[int, Tensor]] = {}  # memory that was made without values -> its node, and who keeps it alive
         for tensor in inputs:
             self._note(tensor, "input", [])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sources = [self.made[leaf] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self.made]
-        results = func(*args, **(kwargs or {}))
+        results, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         for result in tree_leaves(results) if sources else ():
             if isinstance(result, Tensor):
-                self._note(result, func.overloadpacket.__name__, sources)
+                makes = _MAKING.fullmatch(name) is not None
+                self._note(result, name, [] if makes else sources)
+                if makes:
+                    self.blank[result.untyped_storage()._cdata] = (self.made[result], result)
+        if func._schema.is_mutable and sources and isinstance(args[0], Tensor):
+            self._fill(args[0], sources)
         for source in set(sources):
             self.nodes[source].readers += 1
         return results
 
-    def _note(self, tensor: Tensor, name: str, sources: list[int]) -> None:
+    def _fill(self, view: Tensor, sources: list[int]) -> None:
+        """A write to memory that was made without values, through a view of it."""
+        node, _ = self.blank.get(view.untyped_storage()._cdata, (None, None))
+        if node is not None:
+            above, mixed = self._reached(sources)
+            self.nodes[node].above |= above
+            self.nodes[node].mixed |= mixed
+
+    def _reached(self, sources: list[int]) -> tuple[int, int]:
         above = mixed = 0
         for source in sources:
             above |= self.nodes[source].above | 1 << source
             mixed |= self.nodes[source].mixed
+        return above, mixed
+
+    def _note(self, tensor: Tensor, name: str, sources: list[int]) -> None:
+        above, mixed = self._reached(sources)
         self.made[tensor] = len(self.nodes)
         self.nodes.append(_Node(name, sources, (tensor.shape, tensor.dtype), above, above if _MIXING.search(name) else mixed))
 
@@ -120,9 +141,11 @@ def _terms(add: int, nodes: list[_Node]) -> list[int]:
 
 def _link(node: int, skips: dict[int, int], nodes: list[_Node]) -> int | None:
     """The residual add from which a skip is reached, or None."""
+    inputs = sum(1 << i for i, found in enumerate(nodes) if found.name == "input")
     while node not in skips:
         found = nodes[node]
-        if len(set(found.sources)) != 1 or _MIXING.search(found.name) or nodes[found.sources[0]].like != found.like:
+        sources = {source for source in found.sources if (nodes[source].above | 1 << source) & inputs}
+        if len(sources) != 1 or _MIXING.search(found.name) or nodes[source := sources.pop()].like != found.like:
             return None
-        node = found.sources[0]
+        node = source
     return node

@@ -48,11 +48,11 @@ class Guard:
     """
 
     def __init__(self, owner: nn.Module, leaves: Collection[str], one_mode: bool, whole: bool = False) -> None:
-        self.one_mode, self.whole = one_mode, whole
-        self.kinds = _kinds(owner) if whole else {}
+        self.one_mode, self.whole, self.leaves = one_mode, whole, frozenset(leaves)
+        self.kinds = _kinds(owner, self.leaves) if whole else {}
         self.seen = [
             _Seen(path, module, _children(module), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
-            for path, module in _traced_through(owner, frozenset(leaves), whole)
+            for path, module in _traced_through(owner, self.leaves, whole)
         ]
 
     def check(self, owner: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Guard:
             if (found := self._difference(seen, owner)) is not None:
                 where = seen.path or type(owner).__name__
                 raise MnetError(f"{where} {found}")
-        now = _kinds(owner) if self.whole else {}
+        now = _kinds(owner, self.leaves) if self.whole else {}
         for name, kind in self.kinds.items():
             if now.get(name) != kind:
                 raise MnetError(f"{name} went from {kind} to {now.get(name, 'nothing')} {_SINCE}")
@@ -107,9 +107,10 @@ def hooked(owner: nn.Module) -> list[str]:
     return [path for path, module in owner.named_modules() if path and not isinstance(module, torch.jit.ScriptModule) and _hooks(module)]
 
 
-def _kinds(owner: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Dtype and device of every parameter and buffer, which an exported graph may have fixed."""
-    return {name: (t.dtype, t.device) for name, t in chain(owner.named_parameters(), owner.named_buffers())}
+def _kinds(owner: nn.Module, leaves: frozenset[str]) -> dict[str, tuple[Any, Any]]:
+    """Dtype and device of every parameter and buffer, which an exported graph may have fixed, but for those of its leaves."""
+    named = chain(owner.named_parameters(remove_duplicate=False), owner.named_buffers(remove_duplicate=False))
+    return {name: (t.dtype, t.device) for name, t in named if not any(name.startswith(f"{leaf}.") for leaf in leaves)}
 
 
 def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> Iterator[tuple[str, nn.Module]]:

@@ -162,12 +162,13 @@ def _rewrite(net: nn.Module, parts: Parts, settings: Settings) -> None:
         programs = _programs(owner, both, settings)
         captured, modes_differ = both[True].captured, _modes_differ(both)
         variants = [] if captured.interface is None else [_variant(both, programs)]
+        live = frozenset(both[True].captured.live) & frozenset(both[False].captured.live)
         exported = ExportedForward(
-            owner, variants, Guard(owner, (), one_mode=modes_differ or not variants, whole=True), _Again(both, settings)
+            owner, variants, Guard(owner, live, one_mode=modes_differ or not variants, whole=True), _Again(both, settings)
         )
         if captured.interface is not None:
             owner.forward = exported
-            if hooks := hooked(owner):
+            if hooks := [inner for inner in hooked(owner) if not any(f"{inner}.".startswith(f"{top}.") for top in live)]:
                 found = f"{', '.join(hooks[:3])}{' and more' * (len(hooks) > 3)} of an exported part have hooks"
                 warnings.warn(f"{found}: what they did to tensors is kept, but they are not called any more", MnetWarning, stacklevel=3)
             continue
@@ -206,6 +207,7 @@ class _Again:
 
     def __init__(self, both: dict[bool, Part], settings: Settings) -> None:
         self.chains, self.settings = {mode: _chains(part) for mode, part in both.items()}, settings
+        self.live = set(both[True].captured.live) & set(both[False].captured.live)
 
     def __call__(self, owner: nn.Module, call: Call, number: int) -> Variant:
         forward = owner.__dict__.pop("forward")
@@ -214,6 +216,8 @@ class _Again:
         finally:
             owner.__dict__["forward"] = forward
         for mode, part in both.items():
+            if traced := self.live - set(part.captured.live):  # these, the guard does not watch
+                raise ExportError(f"its graph would hold {', '.join(sorted(traced))}, which the first one calls as it is")
             if _chains(part) != self.chains[mode]:
                 raise ExportError(
                     f"its residual chains would have {_chains(part)} steps, not {self.chains[mode]}, which is another momentum network"

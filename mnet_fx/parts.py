@@ -8,13 +8,14 @@ torch.export          the whole model if it can be exported and that rewrites mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 import passes
-from passes import Call, Captured, ExportError, Plan, Refusal
+from passes import Call, Calls, Captured, ExportError, Plan, Refusal
 
 from .errors import SettingsError
 from .forward import canonical, signature
@@ -126,7 +127,14 @@ def _leaves_over(parts: Parts) -> bool:
     return False
 
 
-def exported(module: nn.Module, call: Call, settings: Settings, path: str = "", number: int = 0) -> dict[bool, Part]:
+def exported(
+    module: nn.Module,
+    call: Call,
+    settings: Settings,
+    path: str = "",
+    number: int = 0,
+    seen: Callable[[bool], Calls] | None = None,
+) -> dict[bool, Part]:
     """Capture a module by torch.export for one kind of call, in both modes.
 
     Args:
@@ -135,6 +143,7 @@ def exported(module: nn.Module, call: Call, settings: Settings, path: str = "", 
         settings: options of the plan.
         path: path that the parts should name.
         number: which capture of this module it is; makes the names of its regions and constants unique.
+        seen: by mode, how a run of the model calls the submodules of this one; None to run the module.
 
     Raises:
         ExportError: it cannot be captured.
@@ -143,7 +152,8 @@ def exported(module: nn.Module, call: Call, settings: Settings, path: str = "", 
 
     def captured(mode: bool) -> Captured:
         holder = f"_mnet_fx_constants{suffix}" + ("" if mode else "_eval")
-        return in_mode(module, mode, lambda: passes.capture_by_export(module, *call, holder, path))
+        calls = None if seen is None else partial(seen, mode)
+        return in_mode(module, mode, lambda: passes.capture_by_export(module, *call, holder, path, calls))
 
     return _both(captured, settings, suffix)
 
@@ -154,26 +164,28 @@ class _Exporter:
     def __init__(self, net: nn.Module, settings: Settings, call: Call, traced: Parts) -> None:
         self.net, self.settings, self.call, self.traced = net, settings, call, traced
         self.refusals: list[Refusal] = []
-        self.calls: dict[str, list[Call]] | None = None
+        self.seen = cache(self._run)
         self.unfit = {path: other for path, both in traced.both.items() if (other := self._other_call(path, both[True])) is not None}
 
     def parts(self) -> Parts:
         if not self.unfit and not _leaves_over(self.traced):
             return self.traced
-        chosen = dict(self._chosen("", self.net))
-
-        def inside(path: str) -> bool:
-            return any(_under(path, top) for top in chosen)
-
-        kept = {path: both for path, both in self.traced.both.items() if not inside(path) and path not in self.unfit}
-        refusals = [refusal for refusal in self.traced.refusals if not inside(refusal.path)]
+        chosen = self._chosen("", self.net)
+        kept = {path: both for path, both in self._fit("").items() if not _inside(path, chosen)}
+        refusals = [refusal for refusal in self.traced.refusals if not _inside(refusal.path, chosen)]
         hint = passes.CODES["untraceable"].hint
         refusals += [
             Refusal("untraceable", "", path, f"example_inputs call it with {other}, for which it cannot be captured", hint)
             for path, other in self.unfit.items()
-            if not inside(path)
+            if not _inside(path, chosen)
         ]
-        return Parts(kept | chosen, (*refusals, *self.refusals))
+        both = kept | chosen
+        in_order = [path for path, _ in self.net.named_modules(remove_duplicate=False) if path in both]
+        return Parts({path: both[path] for path in in_order}, (*refusals, *self.refusals))
+
+    def _fit(self, path: str) -> dict[str, dict[bool, Part]]:
+        """The traced parts at a path and below that fit the calls they get."""
+        return {inner: both for inner, both in self.traced.both.items() if _under(inner, path) and inner not in self.unfit}
 
     def _other_call(self, path: str, part: Part) -> str | None:
         """The argument that a traced part is called with although its trace fixed it to something else; None if there is none."""
@@ -186,38 +198,64 @@ class _Exporter:
         given = signature(self.net.get_submodule(path)).bind(*args, **kwargs).arguments
         return next((name for name in given if name in part.captured.pinned), None)
 
-    def _chosen(self, path: str, module: nn.Module) -> Iterator[tuple[str, dict[bool, Part]]]:
-        below = [both[True] for inner, both in self.traced.both.items() if _under(inner, path) and inner not in self.unfit]
+    def _chosen(self, path: str, module: nn.Module, live: bool = False) -> dict[str, dict[bool, Part]]:
+        """What to export of a module; `live` where the graph around it calls it, so that no trace of something larger stands for it."""
         refused = any(_under(other, path) for other in (*self.unfit, *(refusal.path for refusal in self.traced.refusals)))
-        if path and not refused:
-            return  # traced as part of something larger, or completely
+        if path and not refused and not live:
+            return {}  # traced as part of something larger, or completely
         try:
-            both = exported(module, self._example(path), self.settings, path)
+            both = exported(module, self._example(path), self.settings, path, seen=partial(self._below, path))
         except ExportError as error:
             self.refusals.append(Refusal("untraceable", "", path, f"exporting it failed: {error}", passes.CODES["untraceable"].hint))
-            for name, child in passes.forward_children(module):
-                yield from self._chosen(f"{path}.{name}" if path else name, child)
-            return
-        if _gain([both[True]]) > _gain(below):
-            yield path, both
+            return self._children(path, module)
+        chosen = {path: both} if both[True].adds else {}
+        for inner, blame in _live(both).items():
+            found = f"the graph around it calls it as it is, since it {blame.reason}"
+            self.refusals.append(Refusal(blame.code, "", inner, found, passes.CODES[blame.code].hint))
+            below = self.net.get_submodule(inner)
+            fails_alone = blame.code == "lost_context"
+            chosen |= self._children(inner, below) if fails_alone else self._chosen(inner, below, live=True)
+        kept = {inner: part for inner, part in self._fit(path).items() if not _inside(inner, chosen)}
+        return chosen if _gain({**kept, **chosen}) > _gain(self._fit(path)) else {}
+
+    def _children(self, path: str, module: nn.Module) -> dict[str, dict[bool, Part]]:
+        found: dict[str, dict[bool, Part]] = {}
+        for name, child in passes.forward_children(module):
+            found |= self._chosen(f"{path}.{name}" if path else name, child)
+        return found
+
+    def _run(self, mode: bool) -> Calls:
+        try:
+            return in_mode(self.net, mode, lambda: passes.inner_calls(self.net, *self.call))
+        except Exception as error:
+            raise SettingsError(f"{type(self.net).__name__} does not run on example_inputs: {type(error).__name__}: {error}") from error
+
+    def _below(self, path: str, mode: bool) -> Calls:
+        """How the submodules of a module are called, by their paths from it."""
+        return {inner.removeprefix(path).removeprefix("."): calls for inner, calls in self.seen(mode).items() if _under(inner, path)}
 
     def _example(self, path: str) -> Call:
         if not path:
             return self.call
-        if self.calls is None:
-            try:
-                self.calls = in_mode(self.net, False, lambda: passes.inner_calls(self.net, *self.call))
-            except Exception as error:
-                raise SettingsError(f"{type(self.net).__name__} does not run on example_inputs: {type(error).__name__}: {error}") from error
-        seen = self.calls.get(path, [])
+        seen = self.seen(False).get(path, [])
         if not seen:
             raise ExportError("example_inputs do not reach the module")
-        return canonical(signature(self.net.get_submodule(path)), *seen[0])
+        return canonical(signature(self.net.get_submodule(path)), *seen[0].call)
 
 
-def _gain(parts: Sequence[Part]) -> tuple[int, int]:
-    """What a capture is worth: more adds rewritten, and of as many, in fewer and so longer chains."""
-    return sum(part.adds for part in parts), -sum(len(part.plan.regions) for part in parts)
+def _live(both: dict[bool, Part]) -> dict[str, passes.Blame]:
+    """Modules that the exported graphs call as they are."""
+    return {**both[False].captured.live, **both[True].captured.live}
+
+
+def _inside(path: str, chosen: dict[str, dict[bool, Part]]) -> bool:
+    """True for a module whose Python one of the exported graphs stands for."""
+    return any(_under(path, top) and not any(_under(path, inner) for inner in _live(both)) for top, both in chosen.items())
+
+
+def _gain(parts: dict[str, dict[bool, Part]]) -> tuple[int, int]:
+    """What captures are worth: more adds rewritten, and of as many, in fewer and so longer chains."""
+    return sum(both[True].adds for both in parts.values()), -sum(len(both[True].plan.regions) for both in parts.values())
 
 
 def _under(path: str, top: str) -> bool:

@@ -7,7 +7,8 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 (between the stages: `verify`)
 """
 
-from passes.capture import Call, Capture, Captured, capture, capture_by_export, forward_children, inner_calls
+from passes.calls import Call, Calls, inner_calls
+from passes.capture import Capture, Captured, capture, capture_by_export, forward_children
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.exporting import ExportError, Interface
 from passes.legality import CODES
@@ -15,11 +16,14 @@ from passes.pieces import pieces
 from passes.plan import may_join, plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
+from passes.tracer import Blame
 from passes.verify import InvariantError
 
 __all__ = [
     "CODES",
+    "Blame",
     "Call",
+    "Calls",
     "Capture",
     "Captured",
     "ExportError",

@@ -11,28 +11,29 @@ Refusal(path="head", ...)     why a module was not traced
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from passes.calls import Calls, inner_calls
 from passes.exporting import ExportError, Interface, SetsAttribute, export
 from passes.facts import owner_path
 from passes.layout import level_layouts
 from passes.legality import CODES
+from passes.live import Result
+from passes.live_calls import LiveCalls
 from passes.regions import Refusal
 from passes.torch_layers import opened
 from passes.tracer import Blame, ChainTracer, replaced_reason
-from passes.watch import Attributes, keeping_python_rng
+from passes.watch import Attributes
 
-__all__ = ["Call", "Capture", "Captured", "capture", "capture_by_export", "forward_children", "inner_calls"]
+__all__ = ["Capture", "Captured", "capture", "capture_by_export", "forward_children"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+_MOST_EXPORTS = 6  # each finds modules that have to stay Python, inside of which the next one does not look
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Captured:
         interface: None for a symbolic trace, whose graph has the signature of forward; for an export, how calls map to its flat inputs.
         constants: what the graph of an export reads and the module does not have, by name.
         holder: attribute of the module under which the graph looks for them.
+        live: for the path of each module that stays Python inside the graph of an export, why; the graph calls it.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Captured:
     interface: Interface | None = None
     constants: dict[str, Any] = field(default_factory=dict)
     holder: str = ""
+    live: dict[str, Blame] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,65 +177,55 @@ def _refusal(blame: Blame, path: str) -> Refusal:
     )
 
 
-def capture_by_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, path: str = "") -> Captured:
-    """Capture a whole module in its current mode by `torch.export`.
+def capture_by_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, path: str = "", seen: Callable[[], Calls] | None = None
+) -> Captured:
+    """Capture a whole module in its current mode by `torch.export`; modules inside that it cannot hold are called by the graph.
 
     Args:
         model: any module, which is not changed, except that one which sets itself up at its first call has done so.
         args, kwargs: a call of it, as `Interface` describes.
         holder: attribute name under which the graph looks for its constants.
         path: path of `model` from the root that the result should name.
+        seen: gives what `inner_calls` saw of this call, by paths from `model`; None to run the model where that is needed.
 
     Raises:
         ExportError: it cannot be exported, or the graph would lose something.
     """
     if (reason := replaced_reason(model)) is not None:
         raise ExportError(f"the module {reason}")
-    try:
-        graph_module, interface, constants = export(model, args, kwargs, holder)
-    except SetsAttribute:
-        inner_calls(model, args, kwargs, warm_up=True)
-        graph_module, interface, constants = export(model, args, kwargs, holder)
+    live: dict[str, Blame] = {}
+    results: dict[str, list[Result]] | None = None
+    warm = False
+    for _ in range(_MOST_EXPORTS):
+        watcher = LiveCalls(model, live, results)
+        try:
+            graph_module, interface, constants = export(model, args, kwargs, holder, watcher)
+        except ExportError as error:
+            new = {inner: blame for inner, blame in watcher.blames.items() if inner not in live}
+            if isinstance(error, SetsAttribute) and not warm:
+                warm = True
+                inner_calls(model, args, kwargs, warm_up=True)
+            elif not new or "" in watcher.blames:
+                raise
+            live |= new
+            if new and results is None:
+                results = _results(model, args, kwargs, error) if seen is None else _only_results(seen())
+        else:
+            break
+    else:
+        raise ExportError(f"after {_MOST_EXPORTS} exports there are still modules that have to stay Python: {', '.join([*live][-3:])}")
     level_layouts(graph_module)
-    return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder)
+    made = {call.path: live[call.path] for call in watcher.made}
+    return Captured(path, graph_module, model.training, interface=interface, constants=constants, holder=holder, live=made)
 
 
-def inner_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], warm_up: bool = False) -> dict[str, list[Call]]:
-    """Runs a model once, in its current mode, and notes how its submodules are called; leaves no trace.
-
-    Args:
-        model: any module.
-        args, kwargs: a call of it.
-        warm_up: whether what the model sets up at its first call (hooks, flags) stays, as some models do once and for all.
-
-    Returns:
-        For the path of each submodule that ran, its calls; tensors are replaced by empty ones of the same kind.
-    """
-    calls: dict[str, list[Call]] = {}
-    attributes = Attributes(model)  # before there are hooks, which would come back with them
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: calls.setdefault(path, []).append(_hollow((args, kwargs))), with_kwargs=True
-        )
-        for path, module in model.named_modules()
-    ]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+def _results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: ExportError) -> dict[str, list[Result]]:
     try:
-        with torch.no_grad(), torch.random.fork_rng(), keeping_python_rng():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if not warm_up:
-            attributes.restore()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    return calls
+        return _only_results(inner_calls(model, args, kwargs))
+    except Exception:  # the model itself fails
+        raise error from None
 
 
-def _hollow(call: Call) -> Call:
-    def empty(leaf: Any) -> Any:
-        return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
-
-    return pytree.tree_map(empty, call)
+def _only_results(calls: Calls) -> dict[str, list[Result]]:
+    return {inner: [call.result for call in found] for inner, found in calls.items()}

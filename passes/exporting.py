@@ -5,8 +5,9 @@
     graph(flat_0, flat_1)                        leaves of (args, kwargs); scale=2.0 is fixed, and checked at each call
       | parameters and buffers read from the model by path, constants of the trace kept in `constants`
 
-What export itself would lose is looked for and makes a refusal: custom autograd functions (their backward would be gone), Python's and
-NumPy's random numbers, attributes that forward sets.
+What export itself would lose is looked for. A module that calls a custom autograd function, whose backward would be gone, or that export
+cannot read, is blamed, so that it can stay Python inside the graph (see `live`). Python's and NumPy's random numbers, and attributes that
+forward sets, make a refusal.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules import transformer
 
-from passes.exported_graph import WRAPPED, rebuilt
+from passes.exported_graph import WRAPPED, attribute, rebuilt
 from passes.facts import Facts
+from passes.live import LIVE, live_results
+from passes.live_calls import LiveCalls
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -140,7 +143,7 @@ class _Flat(nn.Module):
 
 
 def export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holder: str, live: LiveCalls | None = None
 ) -> tuple[fx.GraphModule, Interface, dict[str, Any]]:
     """Export a module in its current mode; the module is not changed.
 
@@ -148,6 +151,7 @@ def export(
         module: any module; its parameters keep their names in the graph.
         args, kwargs: a call of it. Sizes of tensors may vary later where the model allows it; everything else is fixed.
         holder: attribute name under which the graph will look for its constants.
+        live: watches the modules inside, and is left with those to blame.
 
     Returns:
         The graph, with flat placeholders and a flat tuple as its output, that reads attributes by their path in the module; how calls map
@@ -157,9 +161,9 @@ def export(
         ExportError: torch.export fails, or the graph would lose something.
     """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    flat = _Flat(module, in_spec)
+    flat, live = _Flat(module, in_spec), live or LiveCalls(module, {}, None)
     free = tuple(map(_free_sizes, leaves))
-    with _watched(module, flat):
+    with _watched(module, flat, live):
         try:
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes={"flat": free}, strict=False)
             gm = program.module(check_guards=False)
@@ -169,7 +173,9 @@ def export(
     placeholders = gm.graph.find_nodes(op="placeholder")
     expected = tuple(_expected(leaf, node.meta["val"]) for leaf, node in zip(leaves, placeholders, strict=True))
     conditions = (*program._guards_code, *_relations(placeholders, program.range_constraints))
-    graph_module, constants = rebuilt(gm, module, holder)
+    _require_all_live(gm, module, live)
+    graph_module, constants = rebuilt(gm, module, holder, live.made)
+    _require_unwritten(graph_module)
     interface = Interface(in_spec, expected, conditions, flat.specs.output)
     return graph_module, interface, constants
 
@@ -188,9 +194,9 @@ def _is_torch(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _watched(module: nn.Module, flat: _Flat) -> Iterator[None]:
+def _watched(module: nn.Module, flat: _Flat, live: LiveCalls) -> Iterator[None]:
     """Quiet, with gradients on; raises if something happened that the graph cannot hold."""
-    attributes, seen = Attributes(module), list[str]()
+    attributes = Attributes(module)
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
     with contextlib.ExitStack() as stack:
@@ -202,7 +208,8 @@ def _watched(module: nn.Module, flat: _Flat) -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # a failed export prints its graph there
         stack.enter_context(torch.enable_grad())
         stack.enter_context(keeping_python_rng())
-        stack.enter_context(watching_functions(seen.append))
+        stack.enter_context(watching_functions(live.blame))
+        stack.enter_context(live.watching())
         stack.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _causal_as_told))
         before = python_rng_state()
         try:
@@ -210,8 +217,8 @@ def _watched(module: nn.Module, flat: _Flat) -> Iterator[None]:
         finally:
             drew = python_rng_state() != before
             attributes.restore()
-    if seen:
-        raise ExportError(f"the module {seen[0]}")
+    for path, blame in live.blames.items():
+        raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
     if drew:
         raise ExportError("the module draws from Python's random module or NumPy's, whose result a graph would bake in")
     for path, name in flat.specs.changed:
@@ -251,6 +258,34 @@ def _relations(placeholders: list[fx.Node], ranges: dict[Any, Any]) -> Iterator[
                     yield f"{text} >= {int(known.lower)}"
                 if not math.isinf(float(known.upper)) and int(known.upper) < 2**31:
                     yield f"{text} <= {int(known.upper)}"
+
+
+def _require_all_live(gm: fx.GraphModule, module: nn.Module, live: LiveCalls) -> None:
+    """Every call of a live module is in the graph, and nothing else reads what it may write to."""
+    found = gm.graph.find_nodes(op="call_function", target=LIVE)
+    if len(found) != len(live.made):
+        paths = sorted({call.path for i, call in enumerate(live.made) if i not in {node.args[0] for node in found}})
+        raise ExportError(f"a call of {paths[0]}, which stays Python, is under another grad or autocast mode, or serves nothing")
+    buffers = {id(buffer) for call in live.made for buffer in module.get_submodule(call.path).buffers()}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.users and id(attribute(gm, str(node.target))) in buffers:
+            raise ExportError(f"the buffer {node.target} is read both in the graph and by a module that stays Python")
+
+
+def _require_unwritten(gm: fx.GraphModule) -> None:
+    """A result of which only a run is known may on other values be memory that the module was given: no write may show that."""
+    facts = Facts.of(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=live_results):
+        call, _, sizes, _ = node.args
+        if sizes is None:
+            continue
+        given = {facts.base[source] for source in call.all_input_nodes}
+        readers = [other for other in facts.nodes if any(facts.base[source] is node for source in other.all_input_nodes)]
+        for write, memories in facts.writes.items():
+            read_later = any(facts.index[reader] > facts.index[write] for reader in readers)
+            to_given = facts.index[write] > facts.index[node] and not given.isdisjoint(memories) and read_later
+            if node in memories or to_given:
+                raise ExportError(f"{call.target} stays Python, and may return memory that it is given, to which {write.target} writes")
 
 
 def _require_pure_subgraphs(gm: fx.GraphModule) -> None:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.ops import FACTORIES
 
-__all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "watching", "watching_functions"]
+__all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "replacing", "watching", "watching_functions"]
 
 Note = Callable[[str], None]
 Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -58,7 +58,7 @@ def watching(note: Note, make: Make) -> Iterator[None]:
         stack.callback(_WATCHERS.notes.pop)
         for owner, name, reason in _LOSSES:
             original = inspect.getattr_static(owner, name)
-            _replace(stack, owner, name, _noting(original, reason))
+            replacing(stack, owner, name, _noting(original, reason))
         stack.enter_context(_Mode(note, make))
         yield
 
@@ -74,7 +74,7 @@ def watching_functions(note: Note) -> Iterator[None]:
         _WATCHERS.notes.append(note)
         stack.callback(_WATCHERS.notes.pop)
         owner, name, reason = next(loss for loss in _LOSSES if loss[0] is torch.autograd.Function)
-        _replace(stack, owner, name, _noting(inspect.getattr_static(owner, name), reason))
+        replacing(stack, owner, name, _noting(inspect.getattr_static(owner, name), reason))
         yield
 
 
@@ -105,7 +105,8 @@ def keeping_python_rng() -> Iterator[None]:
             numpy.set_state(numpy_state)
 
 
-def _replace(stack: contextlib.ExitStack, owner: type, name: str, method: Any) -> None:
+def replacing(stack: contextlib.ExitStack, owner: type, name: str, method: Any) -> None:
+    """Gives a class another method until the stack is left."""
     if name in owner.__dict__:
         stack.callback(setattr, owner, name, owner.__dict__[name])
     else:

@@ -27,12 +27,20 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "nesting", "hoisting", "rewrite", "programs", "layout")]
 CAPTURE = ["tests/test_passes_capture.py", "tests/test_torch_layers.py"]
+LIVE = ["tests/test_live.py"]
 TESTS = {
     "passes/layout.py": ["tests/test_passes_layout.py"],
     "passes/tracer.py": CAPTURE,
     "passes/torch_layers.py": CAPTURE,
+    "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py", *LIVE],
+    "mnet_fx/parts.py": LIVE,
+    "mnet_fx/momentumize.py": LIVE,
+    "passes/live.py": LIVE,
+    "passes/live_calls.py": LIVE,
+    "passes/calls.py": LIVE,
+    "passes/exporting.py": LIVE,
+    "passes/exported_graph.py": LIVE,
     "mnet_fx/region.py": ["tests/test_nested.py"],
-    "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py"],
     **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"
@@ -236,6 +244,32 @@ MUTANTS: list[tuple[str, str, str]] = [
         "key_padding_mask=src_key_padding_mask, is_causal=is_causal)",
         "key_padding_mask=None, is_causal=is_causal)",
     ),
+    # Modules that stay Python inside an exported graph.
+    ("passes/live.py", "if any(_version(tensor) != version for tensor, version in self.tensors):", "if False:"),
+    ("passes/live.py", "(*given, *module.parameters())), python", "given), python"),
+    ("passes/live.py", "if python_rng_state() != self.random:", "if False:"),
+    ("passes/live.py", "if _memory(leaf) in owned:", "if False:"),
+    ("passes/live.py", "(*inputs, *module.parameters(), *module.buffers())", "inputs"),
+    ("passes/live.py", "            if not isinstance(leaf, PLAIN):", "            if False:"),
+    ("passes/live.py", "return leaf is next(given)", "return isinstance(leaf, Tensor)"),
+    ("passes/live.py", "type(leaf) is type(kind[0]) and bool(leaf == kind[0])", "True"),
+    ("passes/live.py", "if alike and sizes is not None:", "if False:"),
+    ("passes/live_calls.py", "        if changed:\n", "        if False:\n"),
+    ("passes/live_calls.py", "if any(isinstance(leaf, Like) and None in map(_hint, leaf.shape) for leaf in result.leaves):", "if False:"),
+    ("passes/live_calls.py", "            _require_plain((args, kwargs))\n", ""),
+    ("passes/live_calls.py", "vars(module)[hooks] = type(vars(module)[hooks])()", "pass"),
+    ("passes/live_calls.py", 'form != ("tensor",) or not result.spec.is_leaf() or', 'form != ("tensor",) or'),
+    ("passes/calls.py", "            if own is not None:", "            if False:"),
+    ("passes/exporting.py", "    _require_unwritten(graph_module)\n", ""),
+    ("passes/exporting.py", "if node in memories or to_given:", "if node in memories:"),
+    ("passes/exporting.py", "if node in memories or to_given:", "if to_given:"),
+    ("passes/exporting.py", "    if len(found) != len(live.made):", "    if False:"),
+    ("passes/exporting.py", "        if node.users and id(attribute(", "        if False and id(attribute("),
+    ("passes/exported_graph.py", ' or (node.op == "get_attr" and not node.users)', ""),
+    ("mnet_fx/guard.py", ' if not any(name.startswith(f"{leaf}.") for leaf in leaves)}', "}"),
+    ("mnet_fx/momentumize.py", "if traced := self.live - set(part.captured.live):", "if traced := set():"),
+    ("mnet_fx/parts.py", "chosen |= self._children(inner, below) if fails_alone else self._chosen(inner, below, live=True)", "pass"),
+    ("mnet_fx/parts.py", " and not any(_under(path, inner) for inner in _live(both))", ""),
     # The runtime.
     ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
     ("mnet_fx/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),

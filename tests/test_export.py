@@ -242,21 +242,6 @@ def test_a_new_parameter_is_used():
     torch.testing.assert_close(run(net, tokens())[0].last, run(other, tokens())[0].last)
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
-
-
-class CustomBackward(nn.Module):
-    def forward(self, x):
-        return Doubled.apply(x)
-
-
 class Counts(nn.Module):
     calls = 0
 
@@ -274,8 +259,8 @@ class Draws(nn.Module):
 
 @pytest.mark.parametrize(
     ("odd", "reason"),
-    [(CustomBackward, "torch.autograd.Function"), (Counts, "sets its attribute calls"), (Draws, "random")],
-    ids=["custom backward", "attribute", "python random"],
+    [(Counts, "sets its attribute calls"), (Draws, "random")],
+    ids=["attribute", "python random"],
 )
 def test_what_export_would_lose_is_left_in_python_and_the_rest_is_rewritten(odd, reason):
     class Two(nn.Module):
