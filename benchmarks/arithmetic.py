@@ -54,7 +54,7 @@ def runs(elements: int) -> dict[str, Callable[[], object]]:
         "two float updates": updates,
         "eager": there_and_back(EAGER),
         "fused": there_and_back(FUSED),
-        "proof": lambda: [state.fingerprint().item() for _ in range(2)],
+        "proof": lambda: [state.fingerprint() for _ in range(2)],
     }
 
 

@@ -51,7 +51,8 @@ import torch
 from torch import Tensor
 
 from .errors import StreamError
-from .loops import EAGER, Kernels, Spill, fill, fingerprint, max_abs, read, spill, strides, unshear_x, unspill
+from .fingerprints import fingerprint
+from .loops import EAGER, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
 __all__ = ["Format", "Record", "State"]
 
@@ -298,8 +299,8 @@ class State:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
 
-    def fingerprint(self) -> Tensor:
-        """Fingerprint of X and U together, a 0-d int64 tensor."""
+    def fingerprint(self) -> tuple[int, ...]:
+        """Fingerprints of X and U."""
         return fingerprint(self.X, self.U)
 
 

@@ -36,13 +36,14 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from .errors import InversionError, MnetError, MnetWarning, StreamError
+from .fingerprints import fingerprint
 from .fixed_point import Record, State
-from .loops import fingerprint
 from .replay import Conditions, transformed, undisturbed
 
 __all__ = ["Chain", "Factors", "FloatTape", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
 
 Factors = tuple[tuple[float, float], ...]
+Print = tuple[int, ...]
 
 
 class Tape:
@@ -94,9 +95,9 @@ class Tape:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
-    def fingerprint(self, of: Callable[[], Tensor]) -> int | float:
-        """of() as a number, or 0 where nobody wants proof."""
-        return 0 if self.on_drift == "ignore" else of().item()
+    def fingerprint(self, of: Callable[[], Print]) -> Print:
+        """of(), or nothing where nobody wants proof."""
+        return () if self.on_drift == "ignore" else of()
 
     def drifted(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
         """Reports that `what` differed in a rerun of step t."""
@@ -178,8 +179,8 @@ class StoringTape(Tape):
 
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         super().__init__(region, state, factors, on_drift)
-        self.prints: list[int | float] = []
-        self.inputs: list[tuple[Tensor, int | float]] = []
+        self.prints: list[Print] = []
+        self.inputs: list[tuple[Tensor, Print]] = []
 
     def enter(self) -> Tensor:
         return self._kept(super().enter())

@@ -11,8 +11,9 @@ from oracles import IntegerState, recurrence, unpack
 from mnet_fx import loops
 from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
+from mnet_fx.fingerprints import fingerprint
 from mnet_fx.fixed_point import State
-from mnet_fx.loops import fingerprint, fingerprints, read, spill, unspill
+from mnet_fx.loops import read, spill, unspill
 from mnet_fx.memory import measure
 from mnet_fx.settings import matched_weights, momentum_weights
 
@@ -337,61 +338,6 @@ def test_layout_of_the_stream_is_kept_whatever_the_layout_of_y():
     strided = torch.randn(8, 6)[::2, 1:]
     assert torch.equal(State(strided).read(), State(strided.contiguous()).read())
     assert torch.equal(State(strided[:1].expand(3, 5)).read(), State(strided[:1].repeat(3, 1)).read())
-
-
-@given(st.data())
-def test_fingerprint_sees_one_changed_bit(data):
-    dtype = data.draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
-    t = torch.randint(0, 100, (data.draw(st.integers(1, 20)),), dtype=dtype)
-    view = t[data.draw(st.integers(0, len(t) - 1)) :]
-    before = fingerprint(view).item()
-    assert before == fingerprint(view.clone()).item()
-    view[data.draw(st.integers(0, len(view) - 1))] ^= 1 << data.draw(st.integers(0, 6))
-    assert fingerprint(view).item() != before
-
-
-@pytest.mark.parametrize("words", [100, 50_001, 1_200_003])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
-def test_fingerprint_sees_order_and_sign(words, dtype):
-    t = torch.randint(1, 1 << 40, (words,)) if dtype is torch.int64 else torch.randn(2 * words + 1)  # no whole number of words
-    apart = [1, 2, words // 3, *(d for d in (1056, 8224) if d < words // 2)]  # the last: one below the other in the table of words
-    step, other = t.numel() // words, t.clone()
-    other[-1] *= 2
-    prints = {fingerprint(other).item()} | {
-        fingerprint(t).item(),
-        fingerprint(-t).item(),
-        fingerprint(t.flip(0)).item(),
-        fingerprint(t.roll(step * apart[-1])).item(),
-    }
-    for distance in apart:
-        swapped, moved = t.clone(), t.clone()
-        swapped[[7 * step, (7 + distance) * step]] = swapped[[(7 + distance) * step, 7 * step]]
-        moved[: step * words].view(torch.int64)[7] += 1  # no change of the sum
-        moved[: step * words].view(torch.int64)[7 + distance] -= 1
-        prints |= {fingerprint(swapped).item(), fingerprint(moved).item()}
-    assert len(prints) == 5 + 2 * len(set(apart))
-
-
-@pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag, lambda z: torch._neg_view(z.real)])
-def test_fingerprint_sees_conjugates_and_negatives_that_are_only_noted(lazy):
-    z = torch.randn(50, dtype=torch.complex64)
-    eager = lazy(z).resolve_conj().resolve_neg()
-    assert fingerprint(lazy(z)) == fingerprint(eager)
-    assert fingerprint(lazy(z)) != fingerprint(-eager if eager.is_floating_point() else z)
-
-
-def test_fingerprints_of_a_list_are_those_of_its_tensors():
-    tensors = [
-        torch.randn(5),
-        torch.zeros(0),
-        torch.randn(3, 7).t(),
-        torch.randn(9000),
-        torch.tensor(True),
-        torch.randn(3, dtype=torch.complex64),
-    ]
-    assert fingerprints(tensors).tolist() == [fingerprints([t]).item() for t in tensors]
-    assert fingerprints(tensors[:1]).item() == fingerprint(tensors[0]).item()
-    assert fingerprint(*tensors[:4]) != fingerprint(*reversed(tensors[:4]))
 
 
 @pytest.mark.parametrize(
