@@ -239,6 +239,32 @@ def test_a_seek_runs_each_step_under_its_own_autocast():
     assert all(map(torch.equal, gradients(ReversingTape), gradients(PlainTape)))
 
 
+@pytest.mark.parametrize("kind", TAPES)
+def test_every_rerun_sees_the_threads_and_the_autocast_of_the_first_run(kind):
+    layers, seen, x0 = [nn.Linear(D, D) for _ in range(4)], [[] for _ in range(4)], torch.randn(5, D, requires_grad=True)
+
+    def seeing(t, x):
+        seen[t].append((torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return torch.tanh(layers[t](x))
+
+    run = Chain(kind("region", State(x0.detach()), factors([0.9] * 4)), x0, None)
+    for t, dtype in enumerate([torch.float16, torch.bfloat16, torch.float16, torch.bfloat16]):
+        torch.set_num_threads(1 + t % 2)
+        with torch.autocast("cpu", dtype, enabled=t != 3):
+            run.step(Step(lambda x, t=t: seeing(t, x)), ())
+    torch.set_num_threads(3)
+    for t in (0, 3, 1):
+        torch.autograd.grad(run.x.sum(), layers[t].parameters(), retain_graph=True)
+    assert torch.get_num_threads() == 3
+    assert all(len(found) > 1 for found in seen)
+    assert [set(found) for found in seen] == [
+        {(1, True, torch.float16)},
+        {(2, True, torch.bfloat16)},
+        {(1, True, torch.float16)},
+        {(2, False, torch.bfloat16)},
+    ]
+
+
 def test_a_step_that_differs_on_the_way_forward_again_is_named():
     fs, x0, count = functions(6).eval(), torch.randn(5, D, requires_grad=True), itertools.count(1)
     steps = [*fs[:2], lambda x: fs[2](x) + (next(count) > 2), *fs[3:]]  # right in its first rerun, wrong in the next
