@@ -225,6 +225,67 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
         out.sum().backward()
 
 
+class Counting(nn.Module):
+    """A residual that depends on how often it ran, which a buffer counts."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.linear, self.in_place = nn.Linear(D, D), in_place
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        if self.in_place:
+            self.runs.add_(1)
+        else:
+            self.runs = self.runs + 1
+        return torch.tanh(self.linear(x)) * self.runs.clone()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_rerun_starts_from_the_buffers_of_the_first_run(kind, in_place):
+    x0, found = torch.randn(5, D, requires_grad=True), []
+    for tape in (kind, PlainTape):
+        torch.manual_seed(1)
+        fs = nn.ModuleList(Counting(in_place) for _ in range(3))
+        out, _ = chain(tape, fs, factors([0.9] * 3), x0)
+        found.append([g for i in (0, 2, 1) for g in torch.autograd.grad(out.exp().sum(), fs[i].parameters(), retain_graph=True)])
+        assert [f.runs.item() for f in fs] == [1, 1, 1]
+    assert all(map(torch.equal, *found))
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_side_input_of_another_class_may_not_change_either(kind):
+    scale, side = nn.Parameter(torch.zeros(())), torch.ones(D).as_subclass(Tagged)
+    steps = [lambda x, s: scale * (x + s).as_subclass(torch.Tensor)] * 3
+    out, _ = chain(kind, steps, factors([0.9] * 3), torch.randn(5, D, requires_grad=True), sides=(side,))
+    side.add_(1)
+    with pytest.raises(InversionError, match="side input 0"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_side_input_may_come_from_inference_mode(kind):
+    with torch.inference_mode():
+        side = torch.randn(D)
+    fs, x0 = functions(3).eval(), torch.randn(5, D, requires_grad=True)
+    outs = [chain(tape, [lambda x, s, f=f: f(x) + s for f in fs], factors([0.9] * 3), x0, sides=(side,))[0] for tape in (kind, PlainTape)]
+    assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), [x0, *fs.parameters()]) for out in outs)))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_parameter_whose_memory_is_gone_is_named(kind):
+    fs = functions(3).eval()
+    out, _ = chain(kind, fs, factors([0.9] * 3), torch.randn(5, D, requires_grad=True))
+    fs[1][0].bias.untyped_storage().resize_(0)
+    with pytest.raises(InversionError, match=r"parameter 'f.0.bias', whose memory was freed"):
+        out.sum().backward()
+
+
 def test_a_seek_runs_each_step_under_its_own_autocast():
     fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
 
