@@ -225,6 +225,14 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
         out.sum().backward()
 
 
+def test_a_rerun_outside_of_a_backward_has_gradients_enabled_as_the_first_run_had():
+    x0, fs = torch.randn(5, D), functions(3).eval()
+    steps = [lambda x, f=f: f(x) * (2.0 if torch.is_grad_enabled() else 1.0) for f in fs]
+    _, tape = chain(ReversingTape, steps, factors([0.9] * 3), x0)
+    with torch.no_grad():
+        assert torch.equal(tape.state_at(0), State(x0).read())
+
+
 class Counting(nn.Module):
     """A residual that depends on how often it ran, which a buffer counts."""
 
