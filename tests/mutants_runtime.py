@@ -14,6 +14,8 @@ TESTS = {
     "mnet_fx/replay.py": [*TAPE, "tests/test_threads.py"],
     "mnet_fx/fixed_point.py": ARITHMETIC,
     "mnet_fx/loops.py": ARITHMETIC,
+    "mnet_fx/fused.py": ["tests/test_fused.py"],
+    "mnet_fx/native.py": ["tests/test_fused.py"],
 }
 
 # File, what stands there once, what the mutant has in its place.
@@ -142,4 +144,12 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/loops.py", "return [table.sum(0), table.sum(1), ", "return [table.sum(1), "),
     ("mnet_fx/loops.py", "words[rows * row :], *parts]", "*parts]"),
     ("mnet_fx/loops.py", "z = z + _places(tuple(lengths) or (z.numel(),), z.device)", "z = z + 0"),
+    # The compiled loops.
+    ("mnet_fx/fused.py", " or t.is_neg() for t in", " for t in"),
+    ("mnet_fx/fused.py", "type(t) is not Tensor or t.is_neg()", "t.is_neg()"),
+    ("mnet_fx/fused.py", "if not all(map(torch.equal, ours, theirs)):", "if False:"),
+    ("mnet_fx/fused.py", "or not (self.writes_no_x or is_normal(factors[-1]))", ""),
+    ("mnet_fx/fused.py", "        with _lock:\n            if key", "        if True:\n            if key"),
+    ("mnet_fx/native.py", " + ((bits >> 16) & 1)", ""),
+    ("mnet_fx/native.py", "(_Float16)(float)((double)(x) * unit)", "(_Float16)((double)(x) * unit)"),
 ]

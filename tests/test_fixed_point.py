@@ -90,7 +90,7 @@ def test_every_number_is_that_of_integers_of_any_size(run):
             assert abs(oracle.U) * state.ratio * state.unit <= state.v_bound
         assert state.v_bound < 1.001 * state.format.u_limit * state.ratio * state.unit
         if record.u_spill is not None:
-            assert state.ratio > 2**-8 * 2.0 ** -min(state.fine, state.format.fine)  # all whole bytes that U has no need of are out
+            assert 2**-8 < state.ratio / 2.0 ** -min(state.fine, state.format.fine) <= 1  # out are whole bytes, and none too many
 
 
 @given(
@@ -212,14 +212,39 @@ def test_a_velocity_far_beyond_the_stream_fits(dtype):
     assert same(snapshot(state), before)
 
 
-def test_a_promoted_stream_has_the_precision_of_its_new_dtype():
-    x0, y = torch.randn(50).bfloat16(), torch.randn(50)
-    state = State(x0)
+@pytest.mark.parametrize(
+    ("before", "after", "error"), [(torch.bfloat16, torch.float32, 2.0**-24), (torch.float32, torch.float64, 2.0**-30)], ids=str
+)
+def test_a_promoted_stream_has_the_precision_of_its_new_dtype(before, after, error):
+    x0, v0, y = torch.randn(50).to(before), torch.randn(50).to(before), torch.randn(50).to(after)
+    state = State(x0, v0)
+    start = snapshot(state)
     record, x = state.step(y, 0.5, 0.7)
-    exact = x0.double() + 0.7 * y.double()
-    assert x.dtype is torch.float32
-    assert (x.double() - exact).abs().max() <= 2.0**-24 * exact.abs().max()
+    exact = x0.double() + 0.5 * v0.double() + 0.7 * y.double()
+    assert x.dtype is after
+    assert (x.double() - exact).abs().max() <= error * exact.abs().max()
     assert torch.equal(state.unstep_x(record), x0)
+    state.unstep_u(record, y)
+    assert same(snapshot(state), start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7])
+def test_bounds_hold_with_the_roundings_of_every_step(dtype, weight):
+    state, y = State(torch.ones(1, dtype=dtype)), torch.ones(1, dtype=dtype)
+    for _ in range(40):
+        state.step(y, 0.999, weight)
+        assert state.X.abs().item() * state.unit <= state.x_bound
+        assert state.U.abs().item() * state.ratio * state.unit <= state.v_bound
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+def test_a_velocity_of_zero_has_nothing_to_forget(gamma):
+    state = State(torch.randn(50))
+    ratio = state.ratio
+    record, _ = state.step(torch.randn(50), gamma, 0.5)
+    assert record.u_spill is None
+    assert record.ratio == ratio
 
 
 @pytest.mark.parametrize("largest", [1.0, 1.999, 3e-7, 5e8])
@@ -247,6 +272,7 @@ def test_spilled_bits_stay_at_the_floor(gamma, steps):
     for _ in range(steps):
         record, _ = state.step(torch.tanh(state.read()) * (torch.rand(1000) - 0.5), gamma, 1 - gamma)
         spilled += 0 if record.u_spill is None else record.u_spill.bytes.numel() * 8
+        assert state.ratio <= 0.25  # U is never coarser than X
     floor = math.log2(1 / gamma) * steps
     assert spilled / 1000 <= 1.1 * floor
     assert spilled / 1000 >= floor - 52  # what U still holds
