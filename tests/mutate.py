@@ -196,7 +196,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/body.py", "            self.units.sort(key=lambda unit: position[unit.name])\n", "            pass\n"),
     ("passes/body.py", "if name not in held and (", "if ("),
     ("passes/body.py", "self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))", "len(outputs_of(unit, self.named))"),
-    ("passes/body.py", "self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))", "self.frozen(self.inputs(unit))"),
     (
         "passes/rewrite.py",
         "for i, unit in enumerate(_order(below, facts))}",

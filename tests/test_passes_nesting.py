@@ -136,6 +136,20 @@ def test_steps_that_hold_equal_calls_share_their_body():
     assert first == second == [first[0]] * 2
 
 
+def test_steps_that_call_their_regions_on_other_values_do_not_share():
+    def outer(self, x, s, t):
+        for first, second in ((s, t), (t, s)):
+            y = self.into(x * s)
+            for f in self.f:
+                y = y + f(y * first) * second
+            x = x + self.out(y)
+        return x
+
+    model = program(outer, into=nn.Linear(4, 4), f=linears(2), out=nn.Linear(4, 4))
+    found = check_same(model, *(torch.randn(2, 4) for _ in range(3)), nested=True)
+    assert nesting(found) == {"2 0": "", "2 1": "0", "2 2": "0"}
+
+
 def test_a_chain_that_runs_across_two_steps_is_not_nested():
     """It goes on, from within the first step of a longer chain, in the second."""
 
