@@ -157,14 +157,39 @@ def test_a_live_module_that_several_blocks_share():
     assert_same(model, net, tokens(3))
 
 
+def test_what_was_traced_inside_a_live_module_stays_rewritten():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + torch.tanh(self.a(x))
+            return x + torch.tanh(self.b(x))
+
+    class Wraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Plain()
+
+        def forward(self, x):
+            return Doubled.apply(self.inner(x))
+
+    model = Trunk(Wraps, depth=2)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [2, 2, 2]
+    assert {part.front_end for part in net.report.captured if part.rewritten_adds} == {"torch.export", "symbolic trace"}
+    assert_same(model, net, tokens())
+
+
 class Sometimes(nn.Module):
     def forward(self, x, custom):
-        return Doubled.apply(x) if custom else 2 * x
+        return (Doubled.apply(x) if custom else 2 * x,)
 
 
 class Passes(Block):
     def forward(self, x, custom=True):
-        return torch.tanh(self.odd(self.fc(x), custom))
+        return torch.tanh(self.odd(self.fc(x), custom)[0])
 
 
 def test_calls_of_another_kind_are_captured_again_if_they_keep_the_live_modules():
