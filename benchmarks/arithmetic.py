@@ -4,8 +4,9 @@
 
 Time of one step forward and its reverse together, float32, against two float momentum updates
 `v.mul_(g).add_(f, alpha=1-g); x.add_(v)`, interleaved in one process; medians of processor time, and of ratios taken within a round.
-"fused" is what MNET_FX_FUSED=1 gives; "proof" the fingerprints of the state, taken once each way. With one thread, other work on the
-machine disturbs the ratios least.
+"eager" is what MNET_FX_FUSED=0 gives; "fused" are the loops in C; "proof" the fingerprints of the state, taken once each way. With one
+thread, other work on the machine disturbs the ratios least. With several, set OMP_WAIT_POLICY=passive, or the time that threads spend
+waiting for the next loop is counted.
 
 A step returns a fresh tensor, a float update does not. By chance of its layout, glibc's heap either gives the same 16 MiB out again and
 again, or returns them to the system each time, and then their page faults take longer than the loops. The script asks it to keep them.
@@ -53,7 +54,7 @@ def runs(elements: int) -> dict[str, Callable[[], object]]:
         "two float updates": updates,
         "eager": there_and_back(EAGER),
         "fused": there_and_back(FUSED),
-        "proof": lambda: [state.fingerprint().item() for _ in range(2)],
+        "proof": lambda: [state.fingerprint() for _ in range(2)],
     }
 
 

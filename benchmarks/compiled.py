@@ -5,7 +5,9 @@
 - memory: bytes of torch's allocator, kept after the forward pass and at the peak of forward and backward, for GPT-2 (d = 256) of 4, 8 and
   16 layers, in train mode with dropout;
 - time: medians of interleaved training steps in one process as ratios to inductor alone, on the pre-norm encoder of memory.py with 12
-  layers and on GPT-2 small's width with 6 layers;
+  layers and on GPT-2 small's width with 6 layers. "inductor, steps apart" is the bound of what any such backend can do: each residual
+  function is compiled by itself and run again in the backward pass to its end (torch.utils.checkpoint without its early stop), and there
+  is no momentum, no state, no proof;
 - compilation: seconds that the backend takes (all of it but Dynamo's tracing), no caches, for encoders of 2 (which warms up), 12 and 48
   layers.
 """
@@ -24,6 +26,7 @@ from models import Encoder
 from tables import save
 from torch import Tensor, nn
 from torch._dynamo.utils import compilation_time_metrics
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 
 import mnet_fx
@@ -54,7 +57,26 @@ def thrifty(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         return torch._dynamo.lookup_backend("inductor")(gm, inputs)
 
 
+APART = "inductor, steps apart"
 COMPILERS: dict[str, Any] = {"inductor": "inductor", "inductor, budget 0.1": thrifty, "mnet_fx": mnet_fx.backend(gamma=0.9)}
+
+
+def apart(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """An encoder whose residual functions are compiled one by one, and each run again in the backward pass, to its end."""
+    assert isinstance(model, Encoder)
+    steps = [torch.compile(branch) for layer in model.layers for branch in (layer.attention, layer.mlp)]
+
+    def run(x: Tensor) -> Tensor:
+        with set_checkpoint_early_stop(False):
+            for step in steps:
+                x = x + checkpoint(step, x, use_reentrant=False)
+        return x
+
+    return run
+
+
+def compiled(model: nn.Module, compiler: str) -> Callable:
+    return apart(model) if compiler == APART else torch.compile(model, backend=COMPILERS[compiler])
 
 
 def compared(name: str, layers: int, made: tuple[nn.Module, Callable], compilers: list[str], rounds: int, memory: bool) -> list[dict]:
@@ -62,7 +84,7 @@ def compared(name: str, layers: int, made: tuple[nn.Module, Callable], compilers
     model, call = made
     torch._dynamo.reset()  # else the limit on recompilations is soon reached, and models run uncompiled
     rows, times = [], {compiler: [] for compiler in compilers}
-    functions = {compiler: torch.compile(copy.deepcopy(model), backend=COMPILERS[compiler]) for compiler in compilers}
+    functions = {compiler: compiled(copy.deepcopy(model), compiler) for compiler in compilers}
     for function in functions.values():
         for _ in range(2):  # the second time, .grad is there
             call(function).backward()
@@ -90,7 +112,7 @@ def memory(rounds: int) -> list[dict]:
 
 def times(rounds: int) -> list[dict]:
     compilers = ["inductor", "mnet_fx"]
-    rows = compared("encoder", 12, encoder(12), compilers, rounds, memory=True)
+    rows = compared("encoder", 12, encoder(12), [*compilers, APART], rounds, memory=True)
     return rows + compared("GPT-2 small", 6, gpt2(6, 768, 128, 4), compilers, rounds, memory=True)
 
 

@@ -140,23 +140,33 @@ def timm_zoo() -> dict[str, Callable[[], Built]]:
     return {name: partial(_timm, name) for name in names}
 
 
+_NARROWER: dict[str, dict[str, Any]] = {name: {"mlp_ratio": 0.125} for name in ("vgg11", "vgg13")}  # of 7 x 7 x 4096 weights
+
+
 def _timm(name: str) -> Built:
+    """At the smallest of a few image sizes that the model can be built for, or called with."""
+    model = _timm_model(name)
+    channels, height, width = model.default_cfg["input_size"]
+    if height > 96:
+        fixed = model.default_cfg.get("fixed_input_size")
+        for size in (96, 128, 160, 192) if fixed or height > 240 else (64, 128):
+            try:
+                smaller = _timm_model(name, img_size=size) if fixed else model
+                with torch.no_grad():
+                    smaller.eval()(torch.randn(1, channels, size, size))
+            except Exception:
+                continue
+            model, height, width = smaller, size, size
+            break
+        else:
+            height, width = (height, width) if fixed else (min(height, 224), min(width, 224))
+    return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
+
+
+def _timm_model(name: str, **options: Any) -> nn.Module:
     import timm
 
-    def build(**options: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=False, num_classes=10, **options)
-
-    model = build()
-    channels, height, width = model.default_cfg["input_size"]
-    if not model.default_cfg.get("fixed_input_size") and height > 96:
-        smaller = 64 if height <= 240 else 96
-        try:
-            with torch.no_grad():
-                model.eval()(torch.randn(1, channels, smaller, smaller))
-            height = width = smaller
-        except Exception:
-            height = width = min(height, 224)
-    return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
+    return timm.create_model(name, pretrained=False, num_classes=10, **(_NARROWER.get(name, {}) | options))
 
 
 _TEXT = [

@@ -6,7 +6,7 @@ layer(x, mask, cache=c) -> (x', weights)    becomes    f(x) = x' - x  (or x' its
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
 
@@ -34,7 +34,7 @@ def start_tape(
     factors: Factors,
     backward: str,
     on_drift: str,
-    widest: set[torch.dtype],
+    widest: Iterable[torch.dtype],
     arithmetic: Kernels | None = None,
 ) -> Tape:
     """A tape at time 0, of the kind that keeps fewest bytes.
@@ -45,7 +45,7 @@ def start_tape(
         factors: (g[t], b[t]) of every step.
         backward: "reversible" or "stored".
         on_drift: "raise", "warn" or "ignore".
-        widest: floating dtypes of the parameters of the steps, which the stream may be promoted to.
+        widest: dtypes of which the state must hold the widest: those of the steps' parameters, which the stream may be promoted to.
         arithmetic: the loops over elements, by default those that the environment asks for.
 
     Raises:

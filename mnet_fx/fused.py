@@ -1,7 +1,8 @@
-"""The shears of `loops`, each compiled by inductor into one pass over the elements. Same bits, about half the time.
+"""The shears of `loops`, each as one compiled pass over the elements. Same bits, about half the time.
 
-Opt-in, since the first use compiles for some seconds (announced in the log "mnet_fx", and cached on disk by inductor for the next process):
-set the environment variable MNET_FX_FUSED=1. Where inductor has no compiler to work with, a warning says so and the eager loops go on.
+On a CPU they are C (see `native`), compiled on first use in some tenths of a second. They are used wherever there is a C compiler; the
+eager loops go on where there is none. Elsewhere inductor compiles them, in some ten seconds, and is asked only with MNET_FX_FUSED=1 in
+the environment. MNET_FX_FUSED=0 turns both off. Every compiled loop first has to give the bits of the eager one on a part of its input.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor
 
 from .errors import MnetWarning
 from .loops import EAGER, Kernels, flat, is_normal
+from .native import compiled
 
-__all__ = ["FUSED", "fusing", "kernels"]
+__all__ = ["AUTOMATIC", "FUSED", "fusing", "kernels"]
 
 log = logging.getLogger("mnet_fx")
-SMALLEST = 1 << 17  # elements; below, calling a compiled function costs more than the loop
+SMALLEST = {"cpu": 1 << 12, "other": 1 << 17}  # elements; below, the eager loop is as quick, or calling inductor's takes longer
+SAMPLE = 1 << 16  # elements on which a compiled loop is tried
 _lock = threading.Lock()
+Loop = Callable[[Sequence[Tensor], Sequence[float]], None]
 
 
 def kernels() -> Kernels:
-    """The fused loops if MNET_FX_FUSED=1 in the environment, else the eager ones."""
-    return FUSED if os.environ.get("MNET_FX_FUSED", "0") == "1" else EAGER
+    """The loops that the environment asks for, see above."""
+    return {"0": EAGER, "1": FUSED}.get(os.environ.get("MNET_FX_FUSED", ""), AUTOMATIC)
 
 
 def fusing() -> bool:
@@ -59,41 +63,71 @@ def _unshear_u(U: Tensor, y: Tensor, scale: Tensor) -> None:
 
 
 class _Fused:
-    """One loop: compiled on first use for each combination of dtypes, and eager where it cannot be or need not be."""
+    """One loop: compiled on first use for each combination of dtypes, and eager where it cannot be or need not be.
 
-    def __init__(self, function: Callable[..., None], eager: Callable[..., None], writes_no_x: bool = False) -> None:
-        self.function, self.eager, self.writes_no_x = function, eager, writes_no_x
-        self.compiled: dict[Any, Callable[..., None]] = {}
+    Args:
+        function: the loop in torch, for inductor; the loop of `native` has its name.
+        eager: the loop of `loops`.
+        asked: whether the user wants it, also if that takes inductor, and is told if it cannot be.
+        writes_no_x: whether the last factor is no unit.
+    """
+
+    def __init__(self, function: Callable[..., None], eager: Callable[..., None], asked: bool, writes_no_x: bool = False) -> None:
+        self.function, self.eager, self.asked, self.writes_no_x = function, eager, asked, writes_no_x
+        self.loops: dict[Any, Loop] = {}
 
     def __call__(self, *arguments: Any) -> None:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         factors = [a for a in arguments if isinstance(a, float)]
-        if tensors[0].numel() < SMALLEST or self.function is self.eager or not (self.writes_no_x or is_normal(factors[-1])):
+        cpu = tensors[0].device.type == "cpu"
+        if (
+            tensors[0].numel() < SMALLEST["cpu" if cpu else "other"]
+            or not (cpu or self.asked)
+            or not (self.writes_no_x or is_normal(factors[-1]))
+            or any(type(t) is not Tensor or t.is_neg() for t in tensors)  # whose memory is not what they seem to hold
+        ):
             return self.eager(*arguments)
         key = tuple((t.dtype, t.device) for t in tensors)
-        inputs = [flat(t) for t in tensors]
-        inputs += [torch.tensor(a, dtype=torch.float64) for a in factors]
-        if key not in self.compiled and not self._compile(key, inputs):
-            return self.eager(*arguments)
-        with _plain(inputs[0].device.type):
-            return self.compiled[key](*inputs)
+        return (self.loops.get(key) or self._made(key, tensors, factors))(tensors, factors)
 
-    def _compile(self, key: Any, inputs: list[Tensor]) -> bool:
-        """Compiles for these dtypes by a call on copies; False if that cannot be done."""
-        with _lock, _plain(inputs[0].device.type):
-            log.warning("compiling %s for %s (once; MNET_FX_FUSED=0 avoids it)", self.function.__name__, [str(k[0]) for k in key])
-            begin = time.perf_counter()
-            try:
-                compiled = torch.compile(_copied(self.function), dynamic=True, fullgraph=True, options={"guard_filter_fn": _no_guards})
-                compiled(*[t.clone() for t in inputs])
-            except Exception as error:
-                self.function = self.eager
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                warnings.warn(f"inductor cannot compile the arithmetic ({reason}); the eager loops go on", MnetWarning, stacklevel=2)
-                return False
-            self.compiled[key] = compiled
-            log.warning("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - begin)
-            return True
+    def _made(self, key: Any, tensors: list[Tensor], factors: list[float]) -> Loop:
+        """The loop for these dtypes: the eager one if no other can be had."""
+        with _lock:
+            if key not in self.loops:
+                self.loops[key] = self._compiled([flat(t)[:SAMPLE] for t in tensors], factors)
+            return self.loops[key]
+
+    def _compiled(self, sample: list[Tensor], factors: list[float]) -> Loop:
+        begin, name = time.perf_counter(), self.function.__name__.lstrip("_")
+        dtypes = tuple(t.dtype for t in sample)
+        try:
+            loop = compiled(name, dtypes) if sample[0].device.type == "cpu" else by_inductor(self.function, dtypes)
+            ours, theirs = ([t.clone() for t in sample] for _ in range(2))
+            loop(ours, factors)
+            self.eager(*theirs, *factors)
+            if not all(map(torch.equal, ours, theirs)):
+                raise RuntimeError("it gives other bits than the eager loop")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            log.info("%s cannot be compiled (%s)", name, reason)
+            if self.asked:
+                warnings.warn(f"the arithmetic cannot be compiled ({reason}); the eager loops go on", MnetWarning, stacklevel=2)
+            return lambda tensors, factors: self.eager(*tensors, *factors)
+        log.info("compiled %s for %s in %.1f s", name, [str(dtype) for dtype in dtypes], time.perf_counter() - begin)
+        return loop
+
+
+def by_inductor(function: Callable[..., None], dtypes: Sequence[torch.dtype]) -> Loop:
+    """A loop in torch, compiled by inductor when it is called first."""
+    log.warning("compiling %s for %s (once; MNET_FX_FUSED=0 avoids it)", function.__name__, [str(dtype) for dtype in dtypes])
+    copy = _copied(function)
+    fast = torch.compile(copy, dynamic=True, fullgraph=True, options={"guard_filter_fn": _no_guards})
+
+    def run(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+        with _plain(tensors[0].device.type):
+            fast(*map(flat, tensors), *(torch.tensor(factor, dtype=torch.float64) for factor in factors))
+
+    return run
 
 
 def _copied(function: Callable[..., None]) -> Callable[..., None]:
@@ -112,9 +146,18 @@ def _no_guards(guards: Sequence[Any]) -> list[bool]:
 
 @contextmanager
 def _plain(device_type: str) -> Iterator[None]:
-    """No gradients, no autocast; entered only where needed, since that takes longer than the loop over a small tensor."""
+    """No gradients, no autocast."""
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
         yield
 
 
-FUSED = Kernels(_Fused(_shear, EAGER.shear), _Fused(_unshear_x, EAGER.unshear_x), _Fused(_unshear_u, EAGER.unshear_u, writes_no_x=True))
+def _loops(asked: bool) -> Kernels:
+    return Kernels(
+        _Fused(_shear, EAGER.shear, asked),
+        _Fused(_unshear_x, EAGER.unshear_x, asked),
+        _Fused(_unshear_u, EAGER.unshear_u, asked, writes_no_x=True),
+    )
+
+
+AUTOMATIC = _loops(asked=False)
+FUSED = _loops(asked=True)

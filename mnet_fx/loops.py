@@ -1,4 +1,4 @@
-"""The loops over all elements: shears and their inverses, spilling of low bits, fingerprints. Plain tensors in, plain tensors changed.
+"""The loops over all elements: shears and their inverses, spilling of low bits. Plain tensors in, plain tensors changed.
 
 On a CPU the loops go chunk by chunk, so that the parts of x, u and y at hand stay in cache through all operations on them, and through work
 buffers of chunk size that each thread allocates once. No tensor of full size is allocated.
@@ -6,12 +6,10 @@ buffers of chunk size that each thread allocates once. No tensor of full size is
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,9 +19,8 @@ __all__ = [
     "Kernels",
     "Spill",
     "fill",
-    "fingerprint",
-    "fingerprints",
     "flat",
+    "is_dense",
     "is_normal",
     "max_abs",
     "read",
@@ -35,10 +32,9 @@ __all__ = [
     "unspill",
 ]
 
-CHUNK_CPU = 1 << 18  # elements per pass
+CHUNK_CPU = 1 << 18  # elements per pass and thread; less, and calling operations takes longer than they do
 CHUNK_DEVICE = 1 << 23
-_ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+MOST_CHUNKS = 4  # of so many threads together; more would not stay in cache
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Spill:
 
 
 class _Scratch(threading.local):
-    """Chunk-sized work buffers of the current thread, allocated once."""
+    """Chunk-sized work buffers of the current thread, allocated once (again when it may use more threads)."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
@@ -65,9 +61,9 @@ class _Scratch(threading.local):
     def get(self, like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
         if like.device.type != "cpu":  # a caching allocator is as quick, and knows about streams
             return torch.empty(size, dtype=dtype, device=like.device)
-        if dtype not in self.buffers:
+        if dtype not in self.buffers or self.buffers[dtype].numel() < size:
             with torch.inference_mode(False):
-                self.buffers[dtype] = torch.empty(CHUNK_CPU, dtype=dtype, device="cpu")
+                self.buffers[dtype] = torch.empty(_chunk_size(), dtype=dtype, device="cpu")
         return self.buffers[dtype][:size]
 
 
@@ -84,7 +80,7 @@ def strides(t: Tensor) -> list[tuple[int, int]]:
     return [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
-def _is_dense(t: Tensor) -> bool:
+def is_dense(t: Tensor) -> bool:
     expected = 1
     for stride, size in sorted(strides(t)):
         if stride != expected:
@@ -93,9 +89,13 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
+def _chunk_size() -> int:
+    return CHUNK_CPU * min(torch.get_num_threads(), MOST_CHUNKS)
+
+
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
-    size = CHUNK_CPU if tensors[0].device.type == "cpu" else CHUNK_DEVICE
+    size = _chunk_size() if tensors[0].device.type == "cpu" else CHUNK_DEVICE
     whole = [flat(t) for t in tensors]
     return [tuple(whole)] if tensors[0].numel() <= size else zip(*(t.split(size) for t in whole), strict=True)
 
@@ -106,7 +106,7 @@ def max_abs(t: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(t)
     low, high = torch.stack([low, high]).double().tolist()
-    return math.nan if math.isnan(low) else max(-low, high)
+    return max(-low, high)  # a NaN anywhere makes NaNs of both
 
 
 def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
@@ -217,7 +217,7 @@ def spill(T: Tensor, bits: float, bound: float) -> Spill:
         else:
             whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
             low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
-            part.copy_(whole.add_(0.0))  # no -0.0, see fill
+            part.copy_(whole)  # never -0.0: x + 0.5 is none
         for plane in range(planes):
             torch.bitwise_and(low, 255, out=whole.view(torch.int64))
             store[plane, start : start + size].copy_(whole.view(torch.int64))
@@ -242,59 +242,3 @@ def unspill(T: Tensor, spilled: Spill) -> None:
             low.add_(whole.copy_(part), alpha=int(2.0**spilled.bits))
         part.copy_(low)
         start += size
-
-
-def fingerprint(*tensors: Tensor) -> Tensor:
-    """A 0-d int64 tensor for all the tensors together and in their order, see `fingerprints`."""
-    return _mixed(torch.cat([part for t in tensors for part in _summed(t)])).sum()
-
-
-def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
-    """A 1-d int64 tensor, a number for each tensor that depends on its every bit and on their places.
-
-    Equal tensors give equal numbers, others all but surely do not. The bits are read as 64-bit words in rows. Sums along both directions
-    are cheap; mixing each sum with its place, by multiplications and shifts that no cancellation survives, makes the numbers depend on
-    order and sign as well. All tensors are mixed at once, since with small ones it is the calls that take the time.
-    """
-    words = [_summed(t) for t in tensors]
-    lengths = [sum(part.numel() for part in parts) for parts in words]
-    mixed = _mixed(torch.cat(list(itertools.chain(*words))), lengths).cumsum_(0)
-    sums = torch.cat([mixed.new_zeros(1), mixed])[torch.tensor([0, *itertools.accumulate(lengths)], device=mixed.device)]
-    return sums.diff()
-
-
-def _summed(t: Tensor) -> list[Tensor]:
-    """The bits of t as words in 1-d int64 tensors: as they are if few, else the sums of columns and of rows of a table of them."""
-    t = t.detach().resolve_conj().resolve_neg()
-    t = torch.view_as_real(t) if t.is_complex() else t
-    elements = flat(t if t.is_contiguous() or _is_dense(t) else t.contiguous())
-    per_word = 8 // elements.element_size()
-    elements = elements.clone() if elements.storage_offset() % per_word else elements  # words must be aligned
-    spare = elements.numel() % per_word
-    words = (elements[: elements.numel() - spare] if spare else elements).view(torch.int64)
-    parts = [elements[-spare:].view(_INTEGERS[t.element_size()]).to(torch.int64)] if spare else []
-    row = _ROW_SMALL if words.numel() < _ROW_SMALL**2 else _ROW_LARGE
-    if words.numel() < 2 * row:
-        return [words, *parts]
-    rows = words.numel() // row
-    table = words[: rows * row].view(rows, row)
-    return [table.sum(0), table.sum(1), words[rows * row :], *parts]
-
-
-def _mixed(z: Tensor, lengths: Sequence[int] = ()) -> Tensor:
-    """The words of z, each mixed with its place, which is counted from 1 again after each of `lengths` (default: all) words.
-
-    The mixing is the finaliser of splitmix64 (Steele, Lea, Flood 2014).
-    """
-    z = z + _places(tuple(lengths) or (z.numel(),), z.device)
-    z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
-    z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
-    return z.bitwise_xor_(z >> 31)
-
-
-@lru_cache(maxsize=64)
-def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """1, 2, ... up to each length, one after the other, each times an odd constant."""
-    with torch.inference_mode(False):
-        places = torch.arange(1, max(lengths) + 1, device=device).mul_(-7046029254386353131)
-        return torch.cat([places[:length] for length in lengths])

@@ -51,6 +51,7 @@ class NamedRegion:
         self.velocity = (settings.velocity,)  # in a tuple: `momentumize` makes it a submodule of the model
         self.positions: dict[int, list[int]] = {}
         self.widest = {p.dtype for layer in layers for p in layer.parameters() if p.is_floating_point()}
+        self.widest |= set() if settings.held is None else {settings.held}
         self.layers = layers
         self._index()
 

@@ -91,8 +91,9 @@ def _call(net: nn.Module, example_inputs: Any) -> Call:
 
 
 def _planned(captured: Captured, settings: Settings, suffix: str) -> Part:
-    plan = passes.plan(captured.graph_module, granularity=settings.granularity, min_steps=settings.min_steps)
-    regions = tuple(dataclasses.replace(region, name=region.name + suffix) for region in plan.regions)
+    plan = passes.plan(captured.graph_module, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
+    names = {region.name: region.name + suffix for region in plan.regions} | {"": ""}
+    regions = tuple(dataclasses.replace(region, name=names[region.name], within=names[region.within]) for region in plan.regions)
     return Part(captured, dataclasses.replace(plan, regions=regions))
 
 

@@ -30,13 +30,16 @@ class _Step(nn.Module):
         super().__init__()
         self._program, self._code = program, code
         for i, path in enumerate(code.modules):
-            self._modules[f"m{i}"] = owner.get_submodule(path)
+            module = owner.get_submodule(path)
+            self._modules[f"m{i}"] = _Within(module) if isinstance(module, MomentumRegion) else module
         for i, path in enumerate(code.attributes):
             self._bind(f"a{i}", owner, path)
 
     def path_of(self, name: str) -> str:
         """Path in the model of a parameter or buffer of this step."""
         first, _, rest = name.partition(".")
+        if isinstance(within := self._modules.get(first), _Within):
+            return within.path_of(rest)
         path = (self._code.modules if first[0] == "m" else self._code.attributes)[int(first[1:])]
         return f"{path}.{rest}" if rest else path
 
@@ -60,6 +63,32 @@ class _Step(nn.Module):
         if torch.promote_types(x.dtype, y.dtype) != dtype:
             y = y.to(dtype)
         return y, *extras
+
+
+class _Within(nn.Module):
+    """A region within a step of another, bound to the live modules of this moment, so that these belong to the step.
+
+    The step is run again as a whole, so this region need not go backwards: autograd stores its activations, for as long as the gradients
+    of the one step take.
+    """
+
+    def __init__(self, region: MomentumRegion) -> None:
+        super().__init__()
+        self._region, self._sides = (region,), [code.sides for code in region.code]
+        self.steps = nn.ModuleList(region.steps())
+        self.velocity = region.velocity
+
+    def path_of(self, name: str) -> str:
+        """Path in the model of a parameter or buffer of one of its steps."""
+        kind, _, rest = name.partition(".")
+        if kind == "velocity":
+            return f"initial_velocity.{rest}"
+        t, _, rest = rest.partition(".")
+        return self.steps[int(t)].path_of(rest)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, *sides: Any) -> Any:
+        steps = [(step, tuple(sides[i] for i in own)) for step, own in zip(self.steps, self._sides, strict=True)]
+        return self._region[0].run(x, steps, "stored")
 
 
 def sum_dtype(code: StepCode, x: Tensor, y: Tensor) -> torch.dtype:
@@ -116,7 +145,7 @@ class ChainRegion(nn.Module):
     def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None = None) -> None:
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
-        self.backward, self.on_drift, self.arithmetic = settings.backward, settings.on_drift, arithmetic
+        self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity = (settings.velocity,)
@@ -132,12 +161,16 @@ class ChainRegion(nn.Module):
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *sides: Any) -> Any:
+        return self.run(x, self.bound(sides), self.backward)
+
+    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str) -> Any:
+        """The region on steps bound before, with the given kind of backward pass."""
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
-        steps = self.bound(sides)
         widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
-        tape = start_tape(self.name, x, v0, self.factors, self.backward, self.on_drift, widest, self.arithmetic)
+        widest |= set() if self.held is None else {self.held}
+        tape = start_tape(self.name, x, v0, self.factors, backward, self.on_drift, widest, self.arithmetic)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 
@@ -171,7 +204,8 @@ class MomentumRegion(ChainRegion):
         self._programs = [programs[id(step.body)] for step in code.steps]
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-        return [
-            (_Step(self._owner[0], code, program), tuple(sides[i] for i in code.sides))
-            for code, program in zip(self.code, self._programs, strict=True)
-        ]
+        return [(step, tuple(sides[i] for i in code.sides)) for step, code in zip(self.steps(), self.code, strict=True)]
+
+    def steps(self) -> list[_Step]:
+        """Each step with the modules of this moment."""
+        return [_Step(self._owner[0], code, program) for code, program in zip(self.code, self._programs, strict=True)]

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from .loops import fingerprints
+from .fingerprints import fingerprints
 
 __all__ = ["Conditions", "transformed", "undisturbed"]
 
@@ -182,15 +182,10 @@ def _freed(t: Tensor) -> bool:
 
 
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
-    """A number for each tensor that changes with its values; one synchronisation for all.
+    """A number for each tensor that changes with its values; one synchronisation for each device.
 
     For other than ordinary dense tensors (subclasses, sparse, quantised) it is what autograd knows, the version.
     """
     ordinary = [n for n, t in named.items() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized]
     values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
-    by_device: dict[torch.device, list[str]] = {}
-    for name in ordinary:
-        by_device.setdefault(named[name].device, []).append(name)
-    for names in by_device.values():
-        values |= zip(names, fingerprints([named[name] for name in names]).tolist(), strict=True)
-    return values
+    return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ class RegionReport:
             counted as one add).
         gamma: the momentum where it is the same for all steps but perhaps the first, else the (smallest, largest).
         shape: shape of the stream, None where the capture recorded none.
-        storage: "reverse" (the state X, U is kept), "inputs" (x[t] of each step is kept, fewer bytes for a short chain), or "autograd"
-            (backward="stored").
+        storage: "reverse" (the state X, U is kept), "inputs" (x[t] of each step is kept, fewer bytes for a short chain), "autograd"
+            (backward="stored"), or "nested" (nothing is kept: it lies within a step of another region, which runs it again).
         state_bytes_per_element: bytes that the region keeps per element of the stream between forward and backward, by theory, for a
-            stream of the model's parameter dtype; None for "autograd", which depends on what the steps save.
+            stream of the model's parameter dtype; None for "autograd", which depends on what the steps save, and for "nested".
     """
 
     name: str
@@ -119,7 +119,8 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
 
 def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
     """The row of a planned region in the module at `path`, for a stream of that dtype."""
-    return row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+    found = row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+    return replace(found, storage="nested", state_bytes_per_element=None) if region.within else found
 
 
 def row(
@@ -129,7 +130,7 @@ def row(
     gammas = settings.gammas(steps)
     later = gammas[1:] or gammas
     gamma: Any = later[0] if min(later) == max(later) else (min(later), max(later))
-    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None)
+    kept, kept_bytes = storage(gammas, dtype, settings.velocity is None, settings.held)
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
     return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)

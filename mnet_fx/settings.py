@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from .errors import SettingsError
@@ -17,6 +18,7 @@ Gamma = float | Callable[[int, int], float]
 Backward = Literal["reversible", "stored"]
 Granularity = Literal["add", "module"]
 OnDrift = Literal["raise", "warn", "ignore"]
+Precision = Literal["standard", "high"]
 Weights = Literal["momentum", "matched"]
 
 
@@ -54,11 +56,13 @@ class Settings:
     backward: Backward = "reversible"
     min_steps: int = 2
     on_drift: OnDrift = "raise"
+    precision: Precision = "standard"
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):
             _check_gamma(self.gamma)
-        for name, choices in [("weights", Weights), ("granularity", Granularity), ("backward", Backward), ("on_drift", OnDrift)]:
+        named = {"weights": Weights, "granularity": Granularity, "backward": Backward, "on_drift": OnDrift, "precision": Precision}
+        for name, choices in named.items():
             if getattr(self, name) not in get_args(choices):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
         if self.velocity is not None and not isinstance(self.velocity, nn.Module):
@@ -67,6 +71,11 @@ class Settings:
             raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
             raise SettingsError(f"min_steps must be a whole number of steps, 1 or more, got {self.min_steps!r}")
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """The dtype as which states hold every stream, whatever its own; None: its own."""
+        return torch.float64 if self.precision == "high" else None
 
     @property
     def velocity(self) -> Any:

@@ -36,13 +36,14 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from .errors import InversionError, MnetError, MnetWarning, StreamError
+from .fingerprints import fingerprint
 from .fixed_point import Record, State
-from .loops import fingerprint
 from .replay import Conditions, transformed, undisturbed
 
 __all__ = ["Chain", "Factors", "FloatTape", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
 
 Factors = tuple[tuple[float, float], ...]
+Print = tuple[int, ...]
 
 
 class Tape:
@@ -94,9 +95,9 @@ class Tape:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
-    def fingerprint(self, of: Callable[[], Tensor]) -> int | float:
-        """of() as a number, or 0 where nobody wants proof."""
-        return 0 if self.on_drift == "ignore" else of().item()
+    def fingerprint(self, of: Callable[[], Print]) -> Print:
+        """of(), or nothing where nobody wants proof."""
+        return () if self.on_drift == "ignore" else of()
 
     def drifted(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
         """Reports that `what` differed in a rerun of step t."""
@@ -178,8 +179,8 @@ class StoringTape(Tape):
 
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         super().__init__(region, state, factors, on_drift)
-        self.prints: list[int | float] = []
-        self.inputs: list[tuple[Tensor, int | float]] = []
+        self.prints: list[Print] = []
+        self.inputs: list[tuple[Tensor, Print]] = []
 
     def enter(self) -> Tensor:
         return self._kept(super().enter())
@@ -306,11 +307,14 @@ class _Enter(Function):
     @staticmethod
     def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Tape) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        ctx.gamma = tape.factors[0][0]
         return tape.enter(), None if v0 is None else _token(x0)
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gv is None and gx is not None and ctx.needs_input_grad[1]:
+        if gv is not None:
+            gv = gv * ctx.gamma  # see _Shear
+        elif gx is not None and ctx.needs_input_grad[1]:
             gv = torch.zeros_like(gx)  # g[0] = 0 forgets v0
         return gx, gv, None
 
@@ -318,25 +322,28 @@ class _Enter(Function):
 class _Shear(Function):
     """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
 
-    v is a token of the stream's shape without memory: only its gradient is real.
+    v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of
+    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Tape, t: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.factors, ctx.dtypes = tape.factors[t], (x.dtype, y.dtype)
+        ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
         after = tape.push(t, y)
         return after, _token(after)
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gamma, weight), (x_dtype, y_dtype) = ctx.factors, ctx.dtypes
-        total = gx if gv is None else gv if gx is None else gx + gv
+        (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
+        if gv is not None:
+            next_gamma = ctx.factors[1][0]
+            gv = gv * next_gamma if gx is None else torch.add(gx, gv, alpha=next_gamma)
+        total = gx if gv is None else gv
         if total is None:
             return None, None, None, None, None
-        gv = total * gamma if gamma and ctx.needs_input_grad[1] else None
         gy = (total * weight).to(y_dtype) if ctx.needs_input_grad[2] else None
-        return None if gx is None else gx.to(x_dtype), gv, gy, None, None
+        return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
 
 
 def _token(x: Tensor) -> Tensor:

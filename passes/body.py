@@ -1,13 +1,15 @@
 """The code of a step: its nodes as a graph of their own, shared by all steps that have the same one.
 
 Names are made canonical (x, s0, s1, ... for inputs, m0, m1, ... for modules, a0, a1, ... for attributes), so that two steps are equal
-exactly if they call the same operations with the same constants in the same pattern.
+exactly if they call the same operations with the same constants in the same pattern. A region within the step is the call of a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import operator
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,40 +21,72 @@ from passes.ops import OUT_OF_PLACE
 from passes.regions import PlannedRegion, RegionCode, Step, StepCode
 from passes.steps import copied_adds
 
-__all__ = ["region_code"]
+__all__ = ["call_region", "outputs_of", "region_code"]
 
+_Unit = fx.Node | PlannedRegion
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
 
 
-def region_code(region: PlannedRegion, facts: Facts, bodies: dict[Hashable, fx.Graph]) -> RegionCode:
+def region_code(
+    region: PlannedRegion,
+    facts: Facts,
+    bodies: dict[Hashable, fx.Graph],
+    inner: Sequence[PlannedRegion] = (),
+    position: Mapping[str, int] = MappingProxyType({}),
+) -> RegionCode:
     """Write the code of a planned region.
 
     Args:
         region: the region.
         facts: facts of its graph.
         bodies: bodies made so far by structure; new ones are added.
+        inner: the regions within its steps.
+        position: where there are such, an order by name of the nodes and of these, in which each of these can be one call.
 
     Returns:
         The region with one code per step.
     """
-    named = {node.name: node for node in facts.nodes}
-    position = {name: i for i, name in enumerate(region.sides)}
-    return RegionCode(region, tuple(_Writer(step, named, facts).code(position, bodies) for step in region.steps))
+    sides = {name: i for i, name in enumerate(region.sides)}
+    step_of = {name: t for t, step in enumerate(region.steps) for name in step.nodes} if inner else {}
+    held: dict[int, list[PlannedRegion]] = {}
+    for found in inner:
+        held.setdefault(step_of[found.steps[-1].target], []).append(found)
+    writers = (_Writer(step, held.get(t, []), facts, position) for t, step in enumerate(region.steps))
+    return RegionCode(region, tuple(writer.code(sides, bodies) for writer in writers))
+
+
+def outputs_of(region: PlannedRegion, named: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """The nodes of a graph whose values a region returns, in the order of `RegionCode`."""
+    names = [region.steps[-1].target, *(region.steps[t].source for t in region.escapes)]
+    return [named[name] for name in (*names, *(name for step in region.steps for name in step.extras))]
+
+
+def call_region(graph: fx.Graph, target: str, args: tuple[fx.Node, ...], outputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """Write the call of a region, and one getitem for each value that it returns if these are several; returns the nodes of the values."""
+    call = graph.create_node("call_module", target, args, name=target)
+    if len(outputs) == 1:
+        return [call]
+    return [graph.create_node("call_function", operator.getitem, (call, i), name=old.name) for i, old in enumerate(outputs)]
 
 
 class _Writer:
-    """Writes one step. A value is referred to by a pair: ("x", 0), ("s", j), ("a", i), or ("n", k) for the k-th node."""
+    """Writes one step. A value is referred to by a pair: ("x", 0), ("s", j), ("a", i), or ("n", k) for the k-th value computed."""
 
-    def __init__(self, step: Step, named: dict[str, fx.Node], facts: Facts) -> None:
-        self.step, self.named = step, named
-        self.nodes = [named[name] for name in step.nodes if step.form == "block" or name != step.target]
+    def __init__(self, step: Step, inner: list[PlannedRegion], facts: Facts, position: Mapping[str, int]) -> None:
+        self.step, self.named = step, (named := facts.named)
+        held = {name for region in inner for within in region.steps for name in within.nodes}
+        self.nodes = [named[name] for name in step.nodes if name not in held and (step.form == "block" or name != step.target)]
+        self.units: list[_Unit] = [*self.nodes, *inner]
+        if inner:
+            self.units.sort(key=lambda unit: position[unit.name])
         self.copied = copied_adds(named[step.source], self.nodes, facts)
-        self.modules = _numbered(str(node.target) for node in self.nodes if node.op == "call_module")
+        self.modules = _numbered(self._module(unit) for unit in self.units if isinstance(unit, PlannedRegion) or unit.op == "call_module")
         reads = [source for node in self.nodes for source in node.all_input_nodes if source.op == "get_attr"]
         self.attributes = _numbered(str(source.target) for source in reads)
         self.places: dict[fx.Node, tuple[str, int]] = {source: ("a", self.attributes[str(source.target)]) for source in reads}
         self.places |= {named[name]: ("s", j) for j, name in enumerate(step.sides)}
-        self.places |= {node: ("n", k) for k, node in enumerate(self.nodes)}
+        values = [node for unit in self.units for node in (outputs_of(unit, named) if isinstance(unit, PlannedRegion) else [unit])]
+        self.places |= {node: ("n", k) for k, node in enumerate(values)}
         self.places[named[step.source]] = ("x", 0)
         self.outputs = [named[step.branch or step.target], *(named[name] for name in step.extras)]
 
@@ -73,12 +107,26 @@ class _Writer:
 
     def structure(self) -> Hashable:
         """Everything that decides the text of the body."""
-        lines = (((*self.operation(node),), self.frozen(node.args), self.frozen(node.kwargs)) for node in self.nodes)
-        return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)
+        return tuple(map(self.line, self.units)), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)
+
+    def line(self, unit: _Unit) -> Hashable:
+        if isinstance(unit, PlannedRegion):
+            return "region", self.called(unit), self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))
+        return self.operation(unit), self.frozen(unit.args), self.frozen(unit.kwargs)
+
+    def inputs(self, region: PlannedRegion) -> tuple[fx.Node, ...]:
+        return tuple(self.named[name] for name in (region.steps[0].source, *region.sides))
+
+    def called(self, unit: _Unit) -> str:
+        return f"m{self.modules[self._module(unit)]}"
+
+    @staticmethod
+    def _module(unit: _Unit) -> str:
+        return unit.name if isinstance(unit, PlannedRegion) else str(unit.target)
 
     def operation(self, node: fx.Node) -> tuple[str, Any]:
         if node.op == "call_module":
-            return node.op, f"m{self.modules[str(node.target)]}"
+            return node.op, self.called(node)
         return node.op, OUT_OF_PLACE[node.target] if node in self.copied else node.target
 
     def frozen(self, value: Any) -> Hashable:
@@ -102,10 +150,15 @@ class _Writer:
         def value(node: fx.Node) -> fx.Node:
             return values[self.places[node]]
 
-        for node in self.nodes:
-            op, target = self.operation(node)
-            args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-            values[self.places[node]] = graph.create_node(op, target, args, kwargs)
+        for unit in self.units:
+            if isinstance(unit, PlannedRegion):
+                outputs = outputs_of(unit, self.named)
+                new = call_region(graph, self.called(unit), tuple(map(value, self.inputs(unit))), outputs)
+                values |= {self.places[old]: made for old, made in zip(outputs, new, strict=True)}
+                continue
+            op, target = self.operation(unit)
+            args, kwargs = map_arg(unit.args, value), map_arg(unit.kwargs, value)
+            values[self.places[unit]] = graph.create_node(op, target, args, kwargs)
         graph.output(tuple(value(node) for node in self.outputs))
         return graph
 

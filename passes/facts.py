@@ -28,6 +28,7 @@ class Facts:
 
     Attributes:
         nodes: all nodes in graph order.
+        named: each node by name.
         index: position of each node.
         kinds: kind of each node, see `passes.ops`.
         values, flow, order: the three kinds of incoming edges.
@@ -40,6 +41,7 @@ class Facts:
 
     nodes: tuple[fx.Node, ...]
     modules: dict[str, nn.Module]
+    named: dict[str, fx.Node] = field(default_factory=dict)
     index: dict[fx.Node, int] = field(default_factory=dict)
     kinds: dict[fx.Node, str] = field(default_factory=dict)
     values: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Facts:
         """Collect the facts of a graph in time linear in its size."""
         facts = cls(tuple(gm.graph.nodes), dict(gm.named_modules(remove_duplicate=False)))
         for position, node in enumerate(facts.nodes):
-            facts.index[node] = position
+            facts.named[node.name], facts.index[node] = node, position
             facts.kinds[node] = kind(node, facts.modules)
         _find_memory(facts)
         _find_edges(facts)

@@ -71,7 +71,7 @@ CODES: dict[str, Code] = {
         "Nothing needs to be done: a single step saves no memory.",
     ),
     "nested": Code(
-        "The add lies inside a step of another region, or around one that rewrites at least as many adds.",
+        "The add lies inside a step of another region and is in no chain of its own there, or around longer chains.",
         "Nothing needs to be done: the memory inside the step is freed by the region that contains it.",
     ),
     "untraceable": Code(

@@ -265,9 +265,12 @@ def is_random(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
     """The values that a node overwrites in place.
 
-    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, and `out=`. An unknown function
-    or module whose result nobody reads is taken to write to all its inputs, since it must have been called for some effect.
+    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, `out=`, and the statistics of
+    functional batch and instance norms. An unknown function or module whose result nobody reads is taken to write to all its inputs, since
+    it must have been called for some effect. The statistics and inputs that are buffers of a module do not count: a rerun restores those.
     """
+    if node.op == "call_function" and node.target in _RUNNING:
+        return _running_statistics(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return tuple(value for value, argument in _arguments(node) if argument.alias_info is not None and argument.alias_info.is_write)
     out = node.kwargs.get("out")
@@ -278,6 +281,23 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, .
     if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
         return tuple(value for value in node.all_input_nodes if value.op != "get_attr")
     return ()
+
+
+_RUNNING: dict[Any, tuple[int, int, bool]] = {  # norms: positions of the running mean and of the flag that says to update it, its default
+    torch.nn.functional.batch_norm: (1, 5, False),
+    torch.nn.functional.instance_norm: (1, 5, True),
+    torch.batch_norm: (3, 5, False),
+    torch.instance_norm: (3, 5, True),
+    _ATEN.batch_norm.default: (3, 5, False),
+    _ATEN.instance_norm.default: (3, 5, True),
+}
+
+
+def _running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    mean, flag, default = _RUNNING[node.target]
+    updating = node.args[flag] if len(node.args) > flag else node.kwargs.get("training", node.kwargs.get("use_input_stats", default))
+    given = (*node.args[mean : mean + 2], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
+    return tuple(value for value in given if isinstance(value, fx.Node) and value.op != "get_attr") if updating is not False else ()
 
 
 def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:

@@ -1,7 +1,7 @@
 """A graph -> which regions it will get, and why everything else stays.
 
 residual sums --chains--> steps --rules--> legal runs --cut at side inputs from inside--> pieces
-pieces --the nesting that rewrites most adds--> --an order in which the graph can run--> regions
+pieces --which lie in which, or in place of which--> --an order in which the graph can run--> regions
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from passes.facts import Facts, dtype_of, free_shape_of
+from passes.hoisting import hoisted
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
+from passes.nesting import Nest, Piece, adds_of, nodes_of
 from passes.ops import MIXING
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
 from passes.steps import Span, common_path, dead_ends_of, spans_of
 
 __all__ = ["may_join", "plan"]
-
-Piece = tuple[Span, ...]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Draft:
     refusals: dict[fx.Node, Refusal] = field(default_factory=dict)
 
 
-def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2) -> Plan:
+def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False) -> Plan:
     """Find the residual chains of a graph that can each become one region; time is linear in the size of the graph.
 
     Args:
@@ -43,6 +43,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
         granularity: "add" makes a step of every residual add; "module" makes a step of each block that owns consecutive adds, where that
             leaves a chain at least `min_steps` steps.
         min_steps: fewest steps of a region.
+        nested: whether a chain within one step of another gets a region in the code of that step.
 
     Returns:
         The plan; its regions and refusals together account for every residual-looking add.
@@ -59,11 +60,12 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     draft = _Draft(facts, sums, min_steps, dead_ends_of(facts))
     draft.refusals = {add: refuse_projection(found) for add, found in projections.items()}
     pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
-    pieces = _ordered(_unnested(pieces, draft), draft)
+    nest = _nested(pieces, nested, draft)
+    _order(nest, draft)
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
-        regions=tuple(_region(piece, name, facts) for piece, name in zip(pieces, _names(gm), strict=False)),
+        regions=_regions(nest, _names(gm), facts),
         refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
     )
 
@@ -158,61 +160,61 @@ def _newest_step(run: Piece, facts: Facts) -> dict[fx.Node, int]:
     return newest
 
 
-def _adds(piece: Piece) -> list[fx.Node]:
-    return [found.add for span in piece for found in span.sums]
+def _nested(pieces: list[Piece], within: bool, draft: _Draft) -> Nest:
+    """Which pieces are kept, and which lies in which."""
+    nest = Nest.of(pieces, within)
+    for i, where in nest.lost.items():
+        draft.refusals |= {add: refuse("nested", add, f"%{add.name} lies {where}") for add in adds_of(pieces[i])}
+    _refuse_insides(nest, draft)
+    return nest
 
 
-def _nodes(piece: Piece) -> set[fx.Node]:
-    return {node for span in piece for node in span.nodes}
-
-
-def _unnested(pieces: list[Piece], draft: _Draft) -> list[Piece]:
-    """Of pieces that lie within each other, keep the outer one unless those inside rewrite more adds."""
-    owner: dict[fx.Node, int] = {}
-    for i in sorted(range(len(pieces)), key=lambda i: sum(len(span.nodes) for span in pieces[i])):
-        nodes = _nodes(pieces[i])
-        inner = {owner[node] for node in nodes if node in owner}
-        inside = sum(len(_adds(pieces[j])) for j in inner)
-        lost = inner if len(_adds(pieces[i])) >= inside else {i}
-        for j in lost:
-            where = (
-                f"around regions that rewrite {inside} adds"
-                if j == i
-                else f"inside a step of the chain that ends in %{_adds(pieces[i])[-1].name}"
-            )
-            draft.refusals |= {add: refuse("nested", add, f"%{add.name} lies {where}") for add in _adds(pieces[j])}
-        if i not in lost:
-            owner = {node: j for node, j in owner.items() if j not in lost} if lost else owner
-            owner |= dict.fromkeys(nodes, i)
-    kept = sorted(set(owner.values()), key=lambda i: draft.facts.index[pieces[i][0].nodes[0]])
-    _refuse_insides([pieces[i] for i in kept], draft)
-    return [pieces[i] for i in kept]
-
-
-def _refuse_insides(pieces: list[Piece], draft: _Draft) -> None:
+def _refuse_insides(nest: Nest, draft: _Draft) -> None:
     """A residual add inside a step, too short a chain by itself, is better called nested."""
-    for piece in pieces:
-        rewritten = set(_adds(piece))
-        for node in _nodes(piece) - rewritten:
-            if node in draft.sums:
-                draft.refusals[node] = refuse(
-                    "nested", node, f"%{node.name} lies inside a step of the chain that ends in %{_adds(piece)[-1].name}"
-                )
+    kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
+    for i in nest.parent:
+        where = f"lies inside a step of the chain that ends in %{adds_of(nest.pieces[i])[-1].name}"
+        found = (node for node in nodes_of(nest.pieces[i]) - kept if node in draft.sums)
+        draft.refusals |= {node: refuse("nested", node, f"%{node.name} {where}") for node in found}
 
 
-def _ordered(pieces: list[Piece], draft: _Draft) -> list[Piece]:
-    """Drop the shortest piece of every cycle until the graph can run."""
-    while True:
-        copied = {node for piece in pieces for span in piece for node in span.copied_adds(draft.facts)}
-        _, stuck = schedule(draft.facts, [_nodes(piece) for piece in pieces], copied)
-        if not stuck:
-            return pieces
-        worst = min(stuck, key=lambda i: len(_adds(pieces[i])))
-        for add in _adds(pieces[worst]):
+def _order(nest: Nest, draft: _Draft) -> None:
+    """Where pieces need each other's values, compute these before the pieces, or else drop the shortest, until the graph can run, and
+    within each step its code."""
+    while found := next(((level, stuck) for level in nest.levels() if (stuck := _stuck(level, nest, draft))), None):
+        level, stuck = found
+        if _hoist(stuck, level, nest, draft):
+            continue
+        worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
+        for add in adds_of(nest.pieces[worst]):
             draft.refusals[add] = refuse(
                 "interleaved", add, f"something between the steps of the chain of %{add.name} has to run both after and before it"
             )
-        pieces = [piece for i, piece in enumerate(pieces) if i != worst]
+        nest.drop(worst)
+
+
+def _hoist(stuck: set[int], level: list[int], nest: Nest, draft: _Draft) -> bool:
+    """Take out of the pieces what others read of their first steps; False where no piece gets unstuck by that."""
+    held = {node for i, parent in nest.parent.items() if parent in stuck for node in nodes_of(nest.pieces[i])}
+    before = {i: nest.pieces[i] for i in stuck}
+    after = {i: found for i in stuck if (found := hoisted(before[i], draft.facts)) and not (nodes_of(before[i]) - nodes_of(found)) & held}
+    nest.pieces = [after.get(i, piece) for i, piece in enumerate(nest.pieces)]
+    free = after.keys() - _stuck(level, nest, draft)
+    nest.pieces = [before[i] if i in before and i not in free else piece for i, piece in enumerate(nest.pieces)]
+    outside = {node for i in free for node in nodes_of(before[i]) - nodes_of(after[i])}
+    draft.refusals |= {
+        node: refuse("interleaved", node, f"%{node.name} is computed before a chain whose first step reads it, since others do too")
+        for node in outside
+        if node in draft.sums
+    }
+    return bool(free)
+
+
+def _stuck(level: list[int], nest: Nest, draft: _Draft) -> set[int]:
+    """The pieces of one level that have no place in an order."""
+    pieces = [nest.pieces[i] for i in level]
+    copied = {node for piece in pieces for span in piece for node in span.copied_adds(draft.facts)}
+    return {level[i] for i in schedule(draft.facts, [nodes_of(piece) for piece in pieces], copied)[1]}
 
 
 def _names(gm: fx.GraphModule) -> Iterator[str]:
@@ -224,12 +226,20 @@ def _names(gm: fx.GraphModule) -> Iterator[str]:
         number += 1
 
 
-def _region(piece: Piece, name: str, facts: Facts) -> PlannedRegion:
+def _regions(nest: Nest, names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
+    kept = sorted(nest.parent, key=lambda i: facts.index[nest.pieces[i][0].nodes[0]])
+    named = dict(zip(kept, names, strict=False))
+    parents = ((i, nest.parent[i]) for i in kept)
+    return tuple(_region(nest.pieces[i], named[i], "" if parent is None else named[parent], facts) for i, parent in parents)
+
+
+def _region(piece: Piece, name: str, within: str, facts: Facts) -> PlannedRegion:
     steps = tuple(span.named(facts) for span in piece)
-    inside = _nodes(piece)
+    inside = nodes_of(piece)
     escapes = (t for t in range(1, len(piece)) if facts.users_outside(piece[t].source, inside))
     return PlannedRegion(
         name=name,
+        within=within,
         path=common_path(step.path for step in steps),
         kind=_kind(piece),
         steps=steps,

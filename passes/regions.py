@@ -98,6 +98,7 @@ class PlannedRegion:
 
     Attributes:
         name: attribute name that the region module gets in the rewritten graph, such as "momentum_region_0".
+        within: name of the region in a step of which this one lies, innermost; empty for most.
         path: deepest module path that contains every step, such as "layer3"; empty for the root.
         kind: "pre-activation" (every link is the add itself), "post-activation", "post-norm", or "block" (granularity "module", mixed
             links).
@@ -114,6 +115,7 @@ class PlannedRegion:
     escapes: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    within: str = ""
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class Plan:
 
     Attributes:
         residual_adds: names of all residual-looking adds of the graph, in graph order.
-        regions: disjoint regions, in graph order.
+        regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
     """
 
@@ -153,7 +155,7 @@ class StepCode:
             Modules are called as `self.m0, self.m1, ...` and attributes read as `self.a0, self.a1, ...`; steps of equal structure
             hold the *same* Graph object.
         form: as in `Step`.
-        modules: path of each of m0, m1, ... from the root of the captured model.
+        modules: path of each of m0, m1, ... from the root of the captured model, or the name of a region within the step.
         attributes: path of each of a0, a1, ... (parameters, buffers, constants) from that root.
         sides: for each side input of the body, its index in the region's side inputs.
         extras: number of extra outputs.

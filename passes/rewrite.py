@@ -9,14 +9,14 @@ step      body(self, x, *sides): n = self.m0(x); y = self.m1(n); return (y,)    
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
 from torch import nn
 
-from passes.body import region_code
+from passes.body import call_region, outputs_of, region_code
 from passes.facts import Facts
 from passes.regions import Plan, PlannedRegion, RegionCode
 from passes.schedule import schedule
@@ -40,7 +40,7 @@ def rewrite(gm: fx.GraphModule, plan: Plan, build_region: Callable[[RegionCode],
     Args:
         gm: the graph that was planned; neither it nor its graph is changed.
         plan: the plan of this graph.
-        build_region: makes the module of a region, see `RegionCode`; called in the order of the regions.
+        build_region: makes the module of a region, see `RegionCode`; called in the order of the regions, for those within others first.
 
     Returns:
         A new graph module over the same submodules and parameters; `gm` itself if the plan has no regions.
@@ -52,10 +52,8 @@ def rewrite(gm: fx.GraphModule, plan: Plan, build_region: Callable[[RegionCode],
     if not plan.regions:
         return PassResult(gm, False)
     facts = Facts.of(gm)
-    bodies: dict[Any, fx.Graph] = {}
-    codes = [region_code(region, facts, bodies) for region in plan.regions]
-    modules = {code.region.name: build_region(code) for code in codes}
-    graph = _Rewriter(gm, facts, codes).graph()
+    modules = {code.region.name: build_region(code) for code in _codes(plan, facts)}
+    graph = _Rewriter(gm, facts, [region for region in plan.regions if not region.within]).graph()
     result = fx.GraphModule(_attributes(gm, graph, modules), graph, class_name=gm._get_name())
     result.training = gm.training
     result.meta.update(gm.meta)
@@ -69,43 +67,53 @@ def _attributes(gm: fx.GraphModule, graph: fx.Graph, modules: dict[str, nn.Modul
     return {target: modules[target] if target in modules else operator.attrgetter(target)(gm) for target in targets}
 
 
+def _codes(plan: Plan, facts: Facts) -> list[RegionCode]:
+    """The code of all regions, of those within others first."""
+    bodies: dict[Any, fx.Graph] = {}
+    levels = [[region for region in plan.regions if not region.within]]
+    while levels[-1]:
+        names = {region.name for region in levels[-1]}
+        levels.append([region for region in plan.regions if region.within in names])
+    codes: list[RegionCode] = []
+    for level, below in zip(levels[-2::-1], levels[:0:-1], strict=True):
+        inner: dict[str, list[PlannedRegion]] = {}
+        for region in below:
+            inner.setdefault(region.within, []).append(region)
+        position = {unit.name: i for i, unit in enumerate(_order(below, facts))} if below else {}
+        codes += [region_code(region, facts, bodies, inner.get(region.name, ()), position) for region in level]
+    return codes
+
+
+def _order(regions: Sequence[PlannedRegion], facts: Facts) -> list[fx.Node | PlannedRegion]:
+    """The nodes outside of some disjoint regions, and these, in an order in which the graph can run."""
+    named = facts.named
+    steps = [(named[step.source], [named[name] for name in step.nodes]) for region in regions for step in region.steps]
+    inside = [{named[name] for step in region.steps for name in step.nodes} for region in regions]
+    order, _ = schedule(facts, inside, {node for source, nodes in steps for node in copied_adds(source, nodes, facts)})
+    return [regions[unit] if isinstance(unit, int) else unit for unit in order]
+
+
 class _Rewriter:
     """Copies a graph unit by unit, in an order that suits the regions."""
 
-    def __init__(self, gm: fx.GraphModule, facts: Facts, codes: list[RegionCode]) -> None:
-        self.facts, self.codes = facts, codes
-        self.named = {node.name: node for node in facts.nodes}
-        self.inside = [{self.named[name] for step in code.region.steps for name in step.nodes} for code in codes]
+    def __init__(self, gm: fx.GraphModule, facts: Facts, regions: list[PlannedRegion]) -> None:
+        self.facts, self.regions, self.named = facts, regions, facts.named
         self.new = fx.Graph(tracer_cls=gm.graph._tracer_cls)
         self.new.set_codegen(gm.graph._codegen)
         self.values: dict[fx.Node, fx.Node] = {}
 
     def graph(self) -> fx.Graph:
-        steps = [step for code in self.codes for step in code.region.steps]
-        copied = {
-            node for step in steps for node in copied_adds(self.named[step.source], map(self.named.__getitem__, step.nodes), self.facts)
-        }
-        order, _ = schedule(self.facts, self.inside, copied)
-        gone: set[fx.Node] = set().union(*self.inside)
-        for unit in order:
-            if isinstance(unit, int):
-                self._call(self.codes[unit].region)
+        gone = {self.named[name] for region in self.regions for step in region.steps for name in step.nodes}
+        for unit in _order(self.regions, self.facts):
+            if isinstance(unit, PlannedRegion):
+                self._call(unit)
             elif not (unit.op == "get_attr" and unit.users and all(user in gone for user in unit.users)):
                 self.values[unit] = self.new.node_copy(unit, self.values.__getitem__)
         return self.new
 
     def _call(self, region: PlannedRegion) -> None:
-        """Emit the call of a region, and one getitem for each value that it returns."""
         args = tuple(self.values[self.named[name]] for name in (region.steps[0].source, *region.sides))
-        last = self.named[region.steps[-1].target]
-        call = self.new.create_node("call_module", region.name, args, name=region.name)
-        outputs = [last, *(self.named[region.steps[t].source] for t in region.escapes)]
-        outputs += [self.named[name] for step in region.steps for name in step.extras]
-        if len(outputs) == 1:
-            self.values[last] = call
-            call.meta = dict(last.meta)
-            return
-        for i, old in enumerate(outputs):
-            new = self.new.create_node("call_function", operator.getitem, (call, i), name=old.name)
+        outputs = outputs_of(region, self.named)
+        for old, new in zip(outputs, call_region(self.new, region.name, args, outputs), strict=True):
             new.meta = dict(old.meta)
             self.values[old] = new

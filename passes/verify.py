@@ -31,13 +31,29 @@ def verify_plan(gm: fx.GraphModule, plan: Plan) -> None:
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     accounted = [*plan.rewritten_adds, *(refusal.node for refusal in plan.refusals)]
     _require(sorted(accounted) == sorted(plan.residual_adds), "regions and refusals do not account for each residual add exactly once")
-    claimed: set[str] = set()
+    claimed: dict[str, set[str]] = {}  # by the region that they lie within
     for region in plan.regions:
         _verify_region(region, position)
         for step in region.steps:
-            overlap = claimed & set(step.nodes)
+            taken = claimed.setdefault(region.within, set())
+            overlap = taken & set(step.nodes)
             _require(not overlap, f"nodes {sorted(overlap)} belong to two steps")
-            claimed |= set(step.nodes)
+            taken |= set(step.nodes)
+    _verify_nesting(plan)
+
+
+def _verify_nesting(plan: Plan) -> None:
+    holding = {region.within for region in plan.regions}
+    step_of = {
+        region.name: {name: t for t, step in enumerate(region.steps) for name in step.nodes if name != step.target}
+        for region in plan.regions
+        if region.name in holding
+    }
+    for region in plan.regions:
+        steps = {step_of.get(region.within, {}).get(name) for step in region.steps for name in step.nodes}
+        _require(
+            not region.within or len(steps - {None}) == len(steps) == 1, f"{region.name} does not lie within one step of {region.within}"
+        )
 
 
 def _verify_region(region: PlannedRegion, position: dict[str, int]) -> None:
@@ -84,6 +100,6 @@ def verify_rewrite(before: fx.GraphModule, after: fx.GraphModule, plan: Plan) ->
     allowed = {node.name for node in after.graph.nodes} | {name for region in plan.regions for step in region.steps for name in step.nodes}
     missing = [node.name for node in before.graph.nodes if node.op != "get_attr" and node.name not in allowed]
     _require(not missing, f"nodes outside of all regions are missing from the rewritten graph: {missing}")
-    regions = sorted(region.name for region in plan.regions)
+    regions = sorted(region.name for region in plan.regions if not region.within)
     calls = sorted(str(node.target) for node in after.graph.nodes if node.op == "call_module" and node.target in regions)
     _require(calls == regions, f"the regions {regions} are called as {calls}")

@@ -1,4 +1,4 @@
-"""Breaks the passes on purpose, one condition at a time, and sees that a test notices. Run by hand:
+"""Breaks the passes and the runtime on purpose, one condition at a time, and sees that a test notices. Run by hand:
 
     python tests/mutate.py [--only WORD] [--skip N] [--list]
 
@@ -18,13 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+import mutants_runtime
 import pytest
 import torch
 import torchvision  # noqa: F401  # takes seconds, which its children save
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "rewrite", "programs", "layout")]
+MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "nesting", "hoisting", "rewrite", "programs", "layout")]
 CAPTURE = ["tests/test_passes_capture.py", "tests/test_torch_layers.py"]
 LIVE = ["tests/test_live.py"]
 TESTS = {
@@ -39,6 +40,8 @@ TESTS = {
     "passes/calls.py": LIVE,
     "passes/exporting.py": LIVE,
     "passes/exported_graph.py": LIVE,
+    "mnet_fx/region.py": ["tests/test_nested.py"],
+    **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"
 
@@ -159,9 +162,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/plan.py", "if newest.get(node, -1) >= starts[-1]]", "if newest.get(node, -1) >= 0]"),
     ("passes/plan.py", "return [piece for piece in pieces if len(piece) >= draft.min_steps]", "return pieces"),
     ("passes/plan.py", "            if step >= 0:\n                newest[node] = step\n", "            pass\n"),
-    ("passes/plan.py", "lost = inner if len(_adds(pieces[i])) >= inside else {i}", "lost = inner"),
-    ("passes/plan.py", "lost = inner if len(_adds(pieces[i])) >= inside else {i}", "lost = {i} if inner else inner"),
-    ("passes/plan.py", "        if not stuck:\n", "        if True:\n"),
+    ("passes/plan.py", "        nest.drop(worst)\n", "        return\n"),
+    ("passes/plan.py", "for level in nest.levels() if", "for level in nest.levels()[:1] if"),
     ("passes/plan.py", "worst = min(stuck, key", "worst = max(stuck, key"),
     (
         "passes/plan.py",
@@ -170,14 +172,42 @@ MUTANTS: list[tuple[str, str, str]] = [
     ),
     ("passes/plan.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
     ("passes/plan.py", 'if granularity == "module" and not pieces:', "if False:"),
+    # Chains within chains, and chains that need each other.
+    ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if False:"),
+    ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if most:"),
+    ("passes/nesting.py", "step = steps.pop() if self.within and len(steps) == 1 else -1", "step = steps.pop() if len(steps) == 1 else -1"),
+    ("passes/nesting.py", "if step < 0 else inside", "if False else inside"),
+    ("passes/nesting.py", "adds[step] +=", "adds[-1] +="),
+    ("passes/nesting.py", "self.parent |= {i: None} | dict.fromkeys(inside, i)", "self.parent[i] = None"),
+    ("passes/nesting.py", "if j in nest.parent} if len(nest.lost) > gone else owner", "} if len(nest.lost) > gone else owner"),
+    ("passes/nesting.py", "self.parent |= {j: above for j, parent in self.parent.items() if parent == i}", "pass"),
+    ("passes/nesting.py", "            self._lose(j, why)\n", "            pass\n"),
+    ("passes/hoisting.py", "if not early or early & ends or any(", "if not early or any("),
+    ("passes/hoisting.py", "(found.add, found.branch))}", "(found.add,))}"),
+    ("passes/hoisting.py", "(found.add, found.branch))}", "(found.branch,))}"),
+    ("passes/hoisting.py", "or any(node in facts.writes for node in early):", "or False:"),
+    ("passes/hoisting.py", " | (set(facts.flow[node]) & set(first.nodes))", ""),
+    ("passes/hoisting.py", "return None if check(rest, facts) is not None else (rest,", "return (rest,"),
+    ("passes/plan.py", "and not (nodes_of(before[i]) - nodes_of(found)) & held}", "}"),
+    ("passes/plan.py", "free = after.keys() - _stuck(level, nest, draft)", "free = after.keys()"),
+    ("passes/plan.py", "if i in before and i not in free else piece", "if False else piece"),
+    ("passes/verify.py", "    _verify_nesting(plan)\n", ""),
     # Bodies and the new graph.
+    ("passes/body.py", "            self.units.sort(key=lambda unit: position[unit.name])\n", "            pass\n"),
+    ("passes/body.py", "if name not in held and (", "if ("),
+    ("passes/body.py", "self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))", "len(outputs_of(unit, self.named))"),
+    (
+        "passes/rewrite.py",
+        "for i, unit in enumerate(_order(below, facts))}",
+        "for i, unit in enumerate([*facts.nodes, *below])}",
+    ),
     (
         "passes/body.py",
-        "return tuple(lines), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
-        "return tuple(lines), len(self.step.sides), len(self.attributes)",
+        "self.frozen(self.outputs), len(self.step.sides), len(self.attributes)",
+        "len(self.step.sides), len(self.attributes)",
     ),
     ("passes/body.py", "OUT_OF_PLACE[node.target] if node in self.copied else node.target", "node.target"),
-    ("passes/rewrite.py", "outputs += [self.named[name] for step in region.steps for name in step.extras]", "pass"),
+    ("passes/body.py", "(*names, *(name for step in region.steps for name in step.extras))", "names"),
     # Layouts.
     (
         "passes/layout.py",
@@ -240,7 +270,12 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/parts.py", "chosen |= self._children(inner, below) if fails_alone else self._chosen(inner, below, live=True)", "pass"),
     ("mnet_fx/parts.py", " and not any(_under(path, inner) for inner in _live(both))", ""),
     # The runtime.
+    ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
+    ("mnet_fx/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),
+    ("mnet_fx/region.py", "        self.velocity = region.velocity\n\n    def path_of", "\n    def path_of"),
+    ("mnet_fx/region.py", "            return within.path_of(rest)\n", "            return rest\n"),
     ("mnet_fx/guard.py", "and inner not in above", ""),
+    *mutants_runtime.MUTANTS,
 ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from passes import Granularity, Plan, RegionCode, StepCode, capture, plan, rewri
 class PlainStep(nn.Module):
     """One step of a region over the live modules and attributes of a model."""
 
-    def __init__(self, model: nn.Module, code: StepCode) -> None:
+    def __init__(self, model: nn.Module, code: StepCode, regions: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.code = code
-        targets: dict[str, Any] = {f"m{i}": model.get_submodule(path) for i, path in enumerate(code.modules)}
+        targets: dict[str, Any] = {f"m{i}": regions.get(path) or model.get_submodule(path) for i, path in enumerate(code.modules)}
         for i, path in enumerate(code.attributes):
             owner, _, name = path.rpartition(".")
             targets[f"a{i}"] = getattr(model.get_submodule(owner), name)
@@ -31,12 +32,12 @@ class PlainStep(nn.Module):
 
 
 class PlainRegion(nn.Module):
-    """A region that is the plain network."""
+    """A region that is the plain network; `regions` are those made before it, which may lie within its steps."""
 
-    def __init__(self, model: nn.Module, code: RegionCode) -> None:
+    def __init__(self, model: nn.Module, code: RegionCode, regions: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
         super().__init__()
         self.region = code.region
-        self.steps = nn.ModuleList(PlainStep(model, step) for step in code.steps)
+        self.steps = nn.ModuleList(PlainStep(model, step, regions) for step in code.steps)
 
     def forward(self, x: torch.Tensor, *sides: Any) -> Any:
         stream, extras = [x], []
@@ -68,8 +69,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
     return part.graph_module
 
 
-def planned(model: nn.Module, granularity: Granularity = "add", min_steps: int = 2) -> Plan:
-    return plan(traced(model), granularity=granularity, min_steps=min_steps)
+def planned(model: nn.Module, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False) -> Plan:
+    return plan(traced(model), granularity=granularity, min_steps=min_steps, nested=nested)
 
 
 def codes(found: Plan) -> list[str]:
@@ -83,18 +84,25 @@ def lengths(found: Plan) -> list[int]:
 def rewritten(model: nn.Module, gm: fx.GraphModule, found: Plan) -> fx.GraphModule:
     """The graph with plain regions; the given graph must keep its text."""
     text = gm.code
-    result = rewrite(gm, found, lambda code: PlainRegion(model, code))
+    regions: dict[str, nn.Module] = {}
+
+    def build(code: RegionCode) -> nn.Module:
+        return regions.setdefault(code.region.name, PlainRegion(model, code, regions))
+
+    result = rewrite(gm, found, build)
     assert gm.code == text
     assert result.modified == bool(found.regions)
     return result.graph_module
 
 
-def check_same(model: nn.Module, *inputs: torch.Tensor, granularity: Granularity = "add", gradients: bool = True) -> Plan:
+def check_same(
+    model: nn.Module, *inputs: torch.Tensor, granularity: Granularity = "add", gradients: bool = True, nested: bool = False
+) -> Plan:
     """Plan and rewrite a model; its outputs must be those of the model to the bit, its input gradients up to their order of summation."""
     model.double()
     gm = traced(model)
-    found = plan(gm, granularity=granularity)
-    assert found == plan(gm, granularity=granularity)
+    found = plan(gm, granularity=granularity, nested=nested)
+    assert found == plan(gm, granularity=granularity, nested=nested)
     new = rewritten(model, gm, found)
     expected, got = (_outputs_and_gradients(run, inputs, gradients) for run in (model, new))
     assert [torch.equal(a, b) for a, b in zip(expected[0], got[0], strict=True)] == [True] * len(expected[0])

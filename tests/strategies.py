@@ -60,7 +60,7 @@ class Applied(nn.Module):
     def __init__(self, kind: str, branch: Branch, conv: bool) -> None:
         super().__init__()
         self.kind, self.branch = kind, branch
-        if kind in ("projection", "plain", "parallel", "nested"):
+        if kind in ("projection", "plain", "parallel", "nested", "chain_inside"):
             self.other = Branch("linear", conv)
         if kind == "scaled":
             self.scale = nn.Parameter(torch.rand(WIDTH, *(1, 1)[: 2 * conv]))
@@ -122,6 +122,12 @@ class Applied(nn.Module):
     def _nested(self, x: Tensor, values: Values) -> Tensor:
         y = self.branch(x)
         return x + (y + self.other(x + y))
+
+    def _chain_inside(self, x: Tensor, values: Values) -> Tensor:
+        y = self.branch(x)
+        y = y + self.other(y)
+        y = y + self.other(y * values.side)
+        return x + self.branch.mix(y)
 
     def _early_exit(self, x: Tensor, values: Values) -> Tensor:
         x = x + self.branch(x)
@@ -211,7 +217,7 @@ ADDITIVE = [
 POST = ["post_activation", "post_norm", "post_dropout"]  # a link stands between one add and the next
 BREAKS = ["projection", "plain", "reads_hidden", "nested", "in_place_scale"]  # the chain, or part of it, stays as it is
 ILLEGAL = {"in_place_relu": "inplace_stream", "set_item": "inplace_stream", "mutated_side": "mutated_side"}
-KINDS = (*ADDITIVE, *POST, *BREAKS)
+KINDS = (*ADDITIVE, *POST, *BREAKS, "chain_inside")
 
 
 class Program(nn.Module):

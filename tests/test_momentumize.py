@@ -65,6 +65,7 @@ BAD_OPTIONS = [
     ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', got 'paper'"),
     ({"granularity": "block"}, "granularity must be one of 'add', 'module', got 'block'"),
     ({"backward": "checkpoint"}, "backward must be one of 'reversible', 'stored', got 'checkpoint'"),
+    ({"precision": "float64"}, "precision must be one of 'standard', 'high', got 'float64'"),
     ({"on_drift": "log"}, "on_drift must be one of 'raise', 'warn', 'ignore', got 'log'"),
     ({"initial_velocity": "random"}, "initial_velocity must be 'zero', 'first' or a module"),
     ({"initial_velocity": 0.0}, "initial_velocity must be 'zero', 'first' or a module"),
@@ -458,3 +459,60 @@ def test_each_region_logs_a_line_when_it_runs(caplog):
     assert len(lines) == 2
     assert lines[0].startswith("momentum_region_0: 5 steps of torch.float32 (4, 5, 6), ReversingTape")
     assert lines[1].startswith("momentum_region_1: 2 steps of torch.float32 (4, 5, 6), StoringTape")
+
+
+# ---- precision
+
+
+class Growing(nn.Module):
+    """Elements that never mix, and grow from almost nothing."""
+
+    def __init__(self, steps=12):
+        super().__init__()
+        self.layers = nn.ModuleList(Grown() for _ in range(steps))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Grown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Linear(24, 24, bias=False)
+        nn.init.eye_(self.slope.weight).detach().mul_(3)
+
+    def forward(self, x):
+        return x + torch.tanh(self.slope(x))
+
+
+WAYS = {
+    "traced": lambda model, **options: mnet_fx.momentumize(model, **options),
+    "named": lambda model, **options: mnet_fx.momentumize(model, regions=["layers"], **options),
+    "compiled": lambda model, **options: torch.compile(model, backend=mnet_fx.backend(inner="eager", **options)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_high_precision_reaches_the_state_and_keeps_gradients_exact(way):
+    model, x = Growing(), 10.0 ** (-5 * torch.rand(50, 24))
+    functions = [lambda x, layer=layer: torch.tanh(x @ layer.slope.weight.detach().to(x.dtype)) for layer in model.layers]
+    exact, float32 = (recurrence(x.to(dtype), functions, [(0.3, 0.7)] * 12)[-1] for dtype in (torch.float64, torch.float32))
+    error, gradients = {}, []
+    for precision, backward in (("standard", "reversible"), ("high", "reversible"), ("high", "stored")):
+        net = WAYS[way](model, gamma=0.3, precision=precision, backward=backward)
+        out = net(x)
+        error[precision] = (out.double() - exact).abs().max()
+        gradients.append(torch.autograd.grad(out.square().sum(), list(model.parameters())))
+    assert all(map(torch.equal, gradients[1], gradients[2]))
+    assert error["high"] <= 2 * (float32.double() - exact).abs().max() < error["standard"]
+
+
+def test_the_report_knows_the_price_of_precision():
+    deep = Growing(40)
+    rows = [mnet_fx.momentumize(deep, precision=precision).report.regions[0] for precision in ("standard", "high")]
+    assert [row.storage for row in rows] == ["reverse", "reverse"]
+    assert rows[0].state_bytes_per_element + 4 <= rows[1].state_bytes_per_element <= 20
+    short = mnet_fx.momentumize(Growing(4), precision="high").report.regions[0]
+    assert (short.storage, short.state_bytes_per_element) == ("inputs", 16.0)

@@ -170,3 +170,34 @@ def test_the_table_in_the_readme():
     text = (Path(__file__).parent.parent / "passes" / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4 and "." not in line.split("`")[1]]
     assert rows == [f"| `{code}` | {entry.meaning} | {entry.hint} |" for code, entry in CODES.items()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "batch_by_keyword", "instance", "torch", "aten"])
+def test_running_statistics_that_are_no_buffers_are_written_to(norm, training):
+    def forward(self, x, mean, var):
+        for f in self.f:
+            y = f(x)
+            if norm == "batch":
+                y = F.batch_norm(y, mean, var, None, None, training)
+            elif norm == "batch_by_keyword":
+                y = F.batch_norm(y, running_mean=mean, running_var=var, training=training)
+            elif norm == "instance":
+                y = F.instance_norm(y, mean, var, use_input_stats=training)
+            elif norm == "torch":
+                y = torch.batch_norm(y, None, None, mean, var, training, 0.1, 1e-5, True)
+            else:
+                y = torch.ops.aten.instance_norm.default(y, None, None, mean, var, training, 0.1, 1e-5, True)
+            x = x + y
+        return x
+
+    assert {refusal.code for refusal in traced(forward)} == ({"mutated_side"} if training else set())
+
+
+def test_running_statistics_that_are_buffers_are_not_refused():
+    def forward(self, x):
+        for norm in self.f:
+            x = x + F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+        return x
+
+    assert not traced(forward, f=nn.ModuleList(nn.BatchNorm1d(4) for _ in range(3)))

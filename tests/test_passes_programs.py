@@ -29,6 +29,7 @@ BRANCHES = (
     "self.f[{i}]({a} * {x})",
     "self.f[{i}]({x}) + self.f[{j}]({x})",
     "self.f[{i}]({x}.view(-1)[:4])",
+    "self.f[{i}]({a})",
 )
 STEPS = (
     "{v} = {x} + {branch}",
@@ -85,18 +86,20 @@ def source(rng: random.Random) -> str:
 
 @pytest.mark.parametrize("first", range(0, 120, 20))
 def test_random_programs(first):
-    rewrites = 0
+    rewrites, within = 0, 0
     for seed in range(first, first + 20):
         text, scope = source(random.Random(seed)), dict[str, Any]()
         exec(text, globals(), scope)  # in the globals of this file, where torch.fx.wrap finds `overwrite`
         model = program(scope["forward"], f=linears(4), g=nn.LayerNorm(4), drop=nn.Dropout(0.1))
         gm = traced(model)
         inputs = torch.randn(2, 4)
-        for granularity, min_steps in (("add", 1), ("add", 2), ("module", 2)):
-            found = plan(gm, granularity=granularity, min_steps=min_steps)
+        for granularity, min_steps, nested in (("add", 1, False), ("add", 2, False), ("module", 2, False), ("add", 1, True)):
+            found = plan(gm, granularity=granularity, min_steps=min_steps, nested=nested)
             rewrites += len(found.rewritten_adds)
+            within += sum(bool(region.within) for region in found.regions)
             assert _run(rewritten(model, gm, found), inputs) == _run(model, inputs), f"seed {seed}\n{text}"
     assert rewrites > 200
+    assert within > 0
 
 
 @torch.no_grad()

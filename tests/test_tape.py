@@ -165,6 +165,29 @@ def test_the_error_says_how_many_elements_of_the_state_are_off_and_by_how_much()
     assert caught.value.largest == pytest.approx(0.25)
 
 
+def test_a_chain_that_started_moving_does_not_count_elements_that_differ_from_rest():
+    drift, x0, v0 = [0.0], torch.randn(5, D, requires_grad=True), torch.randn(5, D)
+    out, _ = chain(ReversingTape, [lambda x: torch.tanh(x) + drift[0], torch.sin], factors([0.75] * 2), x0, v0)
+    drift[0] = 0.5
+    with pytest.raises(InversionError, match="the state before step 0 differs between") as caught:
+        out.sum().backward()
+    assert caught.value.elements is None
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_an_error_of_ours_in_a_rerun_keeps_its_words(kind):
+    count = itertools.count(1)
+
+    def inner(x):
+        if next(count) > 1:
+            raise StreamError("of a chain inside of the step")
+        return torch.tanh(x)
+
+    out, _ = chain(kind, [inner, torch.sin], factors([0.9] * 2), torch.randn(5, D, requires_grad=True))
+    with pytest.raises(StreamError, match=r"^of a chain inside of the step"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("kind", TAPES)
 @pytest.mark.parametrize("on_drift", ["raise", "warn", "ignore"])
 def test_a_step_that_does_not_repeat_is_reported_as_asked(kind, on_drift, recwarn):
@@ -202,6 +225,75 @@ def test_what_changed_between_forward_and_backward_is_named(kind, what):
         out.sum().backward()
 
 
+def test_a_rerun_outside_of_a_backward_has_gradients_enabled_as_the_first_run_had():
+    x0, fs = torch.randn(5, D), functions(3).eval()
+    steps = [lambda x, f=f: f(x) * (2.0 if torch.is_grad_enabled() else 1.0) for f in fs]
+    _, tape = chain(ReversingTape, steps, factors([0.9] * 3), x0)
+    with torch.no_grad():
+        assert torch.equal(tape.state_at(0), State(x0).read())
+
+
+class Counting(nn.Module):
+    """A residual that depends on how often it ran, which a buffer counts."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.linear, self.in_place = nn.Linear(D, D), in_place
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        if self.in_place:
+            self.runs.add_(1)
+        else:
+            self.runs = self.runs + 1
+        return torch.tanh(self.linear(x)) * self.runs.clone()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_rerun_starts_from_the_buffers_of_the_first_run(kind, in_place):
+    x0, found = torch.randn(5, D, requires_grad=True), []
+    for tape in (kind, PlainTape):
+        torch.manual_seed(1)
+        fs = nn.ModuleList(Counting(in_place) for _ in range(3))
+        out, _ = chain(tape, fs, factors([0.9] * 3), x0)
+        found.append([g for i in (0, 2, 1) for g in torch.autograd.grad(out.exp().sum(), fs[i].parameters(), retain_graph=True)])
+        assert [f.runs.item() for f in fs] == [1, 1, 1]
+    assert all(map(torch.equal, *found))
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_side_input_of_another_class_may_not_change_either(kind):
+    scale, side = nn.Parameter(torch.zeros(())), torch.ones(D).as_subclass(Tagged)
+    steps = [lambda x, s: scale * (x + s).as_subclass(torch.Tensor)] * 3
+    out, _ = chain(kind, steps, factors([0.9] * 3), torch.randn(5, D, requires_grad=True), sides=(side,))
+    side.add_(1)
+    with pytest.raises(InversionError, match="side input 0"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_side_input_may_come_from_inference_mode(kind):
+    with torch.inference_mode():
+        side = torch.randn(D)
+    fs, x0 = functions(3).eval(), torch.randn(5, D, requires_grad=True)
+    outs = [chain(tape, [lambda x, s, f=f: f(x) + s for f in fs], factors([0.9] * 3), x0, sides=(side,))[0] for tape in (kind, PlainTape)]
+    assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), [x0, *fs.parameters()]) for out in outs)))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_a_parameter_whose_memory_is_gone_is_named(kind):
+    fs = functions(3).eval()
+    out, _ = chain(kind, fs, factors([0.9] * 3), torch.randn(5, D, requires_grad=True))
+    fs[1][0].bias.untyped_storage().resize_(0)
+    with pytest.raises(InversionError, match=r"parameter 'f.0.bias', whose memory was freed"):
+        out.sum().backward()
+
+
 def test_a_seek_runs_each_step_under_its_own_autocast():
     fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
 
@@ -214,6 +306,32 @@ def test_a_seek_runs_each_step_under_its_own_autocast():
         return [g for parameters in wanted for g in torch.autograd.grad(run.x.exp().sum(), parameters, retain_graph=True)]
 
     assert all(map(torch.equal, gradients(ReversingTape), gradients(PlainTape)))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_every_rerun_sees_the_threads_and_the_autocast_of_the_first_run(kind):
+    layers, seen, x0 = [nn.Linear(D, D) for _ in range(4)], [[] for _ in range(4)], torch.randn(5, D, requires_grad=True)
+
+    def seeing(t, x):
+        seen[t].append((torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return torch.tanh(layers[t](x))
+
+    run = Chain(kind("region", State(x0.detach()), factors([0.9] * 4)), x0, None)
+    for t, dtype in enumerate([torch.float16, torch.bfloat16, torch.float16, torch.bfloat16]):
+        torch.set_num_threads(1 + t % 2)
+        with torch.autocast("cpu", dtype, enabled=t != 3):
+            run.step(Step(lambda x, t=t: seeing(t, x)), ())
+    torch.set_num_threads(3)
+    for t in (0, 3, 1):
+        torch.autograd.grad(run.x.sum(), layers[t].parameters(), retain_graph=True)
+    assert torch.get_num_threads() == 3
+    assert all(len(found) > 1 for found in seen)
+    assert [set(found) for found in seen] == [
+        {(1, True, torch.float16)},
+        {(2, True, torch.bfloat16)},
+        {(1, True, torch.float16)},
+        {(2, False, torch.bfloat16)},
+    ]
 
 
 def test_a_step_that_differs_on_the_way_forward_again_is_named():

@@ -1,0 +1,119 @@
+"""Fingerprints: what they see, in C and in torch."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mnet_fx import fingerprints as module
+from mnet_fx import native
+from mnet_fx.fingerprints import fingerprint, fingerprints
+
+MASK = (1 << 64) - 1
+
+
+@pytest.fixture(autouse=True, params=["c", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(module, "_native", lambda: None)
+    elif module._native() is None:
+        pytest.skip("needs a C compiler")
+    return request.param
+
+
+def splitmix(z):
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1001, 8 << 15])
+def test_the_loop_in_c_adds_up_mixed_words(size, threads, way):
+    if way == "torch":
+        pytest.skip("of the loop in C")
+    torch.set_num_threads(threads)
+    t = torch.randint(0, 256, (size + 3,), dtype=torch.uint8)[3:]  # not aligned
+    words = [int.from_bytes(bytes(t[i : i + 8].tolist()), "little") for i in range(0, size, 8)]
+    expected = sum(splitmix((w + (i + 1) * 0x9E3779B97F4A7C15) & MASK) for i, w in enumerate(words)) & MASK
+    assert fingerprints([t]) == [expected]
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_torch_goes_on_where_there_is_no_compiler(monkeypatch, compiler, way):
+    if way == "torch":
+        pytest.skip("of the loop in C")
+    t = torch.randn(9)
+    expected = module._by_torch([t]).tolist()
+    monkeypatch.setenv("CC", compiler)
+    try:
+        native.hashes.cache_clear()
+        module._native.cache_clear()
+        assert fingerprints([t]) == expected
+    finally:
+        monkeypatch.undo()
+        native.hashes.cache_clear()
+        module._native.cache_clear()
+
+
+def test_memory_that_was_freed_is_an_error():
+    t = torch.randn(100)
+    t.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        fingerprints([t])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the way is the same for all examples
+@given(data=st.data())
+def test_fingerprint_sees_one_changed_bit(data):
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
+    t = torch.randint(0, 100, (data.draw(st.integers(1, 20)),), dtype=dtype)
+    view = t[data.draw(st.integers(0, len(t) - 1)) :]
+    before = fingerprint(view)
+    assert before == fingerprint(view.clone())
+    view[data.draw(st.integers(0, len(view) - 1))] ^= 1 << data.draw(st.integers(0, 6))
+    assert fingerprint(view) != before
+
+
+@pytest.mark.parametrize("words", [100, 50_001, 1_200_003])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+def test_fingerprint_sees_order_and_sign(words, dtype):
+    t = torch.randint(1, 1 << 40, (words,)) if dtype is torch.int64 else torch.randn(2 * words + 1)  # no whole number of words
+    apart = [1, 2, words // 3, *(d for d in (1056, 8224) if d < words // 2)]  # the last: one below the other in the table of words
+    step, other = t.numel() // words, t.clone()
+    other[-1] *= 2
+    prints = {fingerprint(other)} | {
+        fingerprint(t),
+        fingerprint(-t),
+        fingerprint(t.flip(0)),
+        fingerprint(t.roll(step * apart[-1])),
+    }
+    for distance in apart:
+        swapped, moved = t.clone(), t.clone()
+        swapped[[7 * step, (7 + distance) * step]] = swapped[[(7 + distance) * step, 7 * step]]
+        moved[: step * words].view(torch.int64)[7] += 1  # no change of the sum
+        moved[: step * words].view(torch.int64)[7 + distance] -= 1
+        prints |= {fingerprint(swapped), fingerprint(moved)}
+    assert len(prints) == 5 + 2 * len(set(apart))
+
+
+@pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag, lambda z: torch._neg_view(z.real)])
+def test_fingerprint_sees_conjugates_and_negatives_that_are_only_noted(lazy):
+    z = torch.randn(50, dtype=torch.complex64)
+    eager = lazy(z).resolve_conj().resolve_neg()
+    assert fingerprint(lazy(z)) == fingerprint(eager)
+    assert fingerprint(lazy(z)) != fingerprint(-eager if eager.is_floating_point() else z)
+
+
+def test_fingerprints_of_a_list_are_those_of_its_tensors():
+    tensors = [
+        torch.randn(5),
+        torch.zeros(0),
+        torch.randn(3, 7).t(),
+        torch.randn(9000),
+        torch.tensor(True),
+        torch.randn(3, dtype=torch.complex64),
+    ]
+    assert fingerprints(tensors) == [fingerprints([t])[0] for t in tensors]
+    assert tuple(fingerprints(tensors[:1])) == fingerprint(tensors[0])
+    assert fingerprint(*tensors[:4]) != fingerprint(*reversed(tensors[:4]))
