@@ -10,7 +10,7 @@ interrupted sweep goes on where it stopped. Three checks per model:
   amplifies rounding, the yardstick is how far the original moves when its weights are off by a rounding;
 - exactness: with gamma=0.9, gradients of backward="reversible" are those of "stored", bit for bit, in float32;
 - coverage: residual adds rewritten, of those that lie in chains of two or more: by our own report (all found but projection shortcuts,
-  single adds, and adds inside the branch of another), and by the independent count of `reference.py`.
+  single adds, also inside the branch of another, and chains around longer ones), and by the independent count of `reference.py`.
 """
 
 from __future__ import annotations

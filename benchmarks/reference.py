@@ -10,7 +10,7 @@ CUDA kernel, there is no branch):
                 read no second value that depends on an input
 
 Ancestors are bits of one integer for each node, so that nothing here walks as the matcher does. Adds inside the branches of other adds
-count like all others, so that where chains lie within chains, not all can be rewritten.
+count like all others.
 """
 
 from __future__ import annotations
