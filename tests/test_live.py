@@ -134,6 +134,23 @@ def test_a_chain_goes_on_past_modules_that_no_graph_holds(odd):
     assert_exact(mnet_fx.momentumize(model.train(), (tokens(),)) if odd is Custom else net, tokens())
 
 
+class Asks(nn.Module):
+    """Does something else without gradients, and under autocast."""
+
+    def forward(self, x):
+        return x * (3 if torch.is_grad_enabled() else 5) * (7 if torch.is_autocast_enabled("cpu") else 1)
+
+
+def test_a_module_that_asks_for_a_mode_gets_the_answer_of_each_call():
+    model, x = Trunk(Asks), tokens()
+    net = mnet_fx.momentumize(model, (x,), gamma=0)
+    assert steps(net) == [3]
+    for grad in (True, False):
+        for autocast in (True, False):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                torch.testing.assert_close(net(x), model(x), rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
+
+
 class Reads(Block):
     def forward(self, x):
         found = self.odd(self.fc(x), {"more": [x, 2.0]}, flag=True)
