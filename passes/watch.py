@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import random
 import sys
@@ -141,12 +142,15 @@ def _noting(original: Any, reason: str) -> Any:
 
 
 def _watch_questions(stack: contextlib.ExitStack) -> None:
-    """Notes when code other than torch's asks for a mode, whose answer a graph would bake in."""
+    """Notes when the model's own code asks for a mode, whose answer a graph would bake in."""
+    importlib.import_module("torch._dynamo")  # has tables of torch's functions, as torch.overrides has: ours should not get into them
+    torch.overrides.get_ignored_functions()
 
     def noting(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(ask)
         def asked(*args: Any, **kwargs: Any) -> Any:
-            if _WATCHERS.notes and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if _WATCHERS.notes and asker.partition(".")[0] not in ("torch", "passes"):
                 _WATCHERS.notes[-1](f"asks torch.{name}, whose answer a graph would bake in")
             return ask(*args, **kwargs)
 
