@@ -23,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from passes.ops import FACTORIES
+from passes.standins import scrubbed
 
 __all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "replacing", "watching", "watching_functions"]
 
@@ -173,6 +174,9 @@ class _Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_TENSORS = ("_parameters", "_buffers", "_modules")  # during an export, they hold what stands for them
+
+
 class Attributes:
     """The Python attributes of all modules of a tree at one moment: a trace runs forwards, which may set some.
 
@@ -200,6 +204,8 @@ class Attributes:
                     changed.append((path, name))
                 elif copied is not value and not _same(value, copied):
                     _refill(value, copied)
+                    changed.append((path, name))
+                elif name not in _TENSORS and scrubbed(value):
                     changed.append((path, name))
                 now[name] = value
         return changed
