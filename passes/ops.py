@@ -310,7 +310,7 @@ def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__module__.startswith("torch.")
-    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math")
+    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math", "passes")
 
 
 def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -455,6 +455,29 @@ def test_what_may_be_an_argument_is_not_written_to(target):
         passes.capture_by_export(Model(MayGiveBack), (tokens(),), {}, "held")
 
 
+def test_a_module_that_gives_back_the_stream_is_called_beside_the_chain():
+    class Passes(nn.Module):
+        def forward(self, x):
+            return x if x.sum() < 1e9 else x * 2
+
+    class Direct(Trunk):
+        def forward(self, x):
+            if x.dim() != 3:
+                raise ValueError
+            for block in self.blocks:
+                x = block.odd(x)
+                x = x + torch.tanh(block.fc(x))
+            return x
+
+    model = Direct(Passes)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [3]
+    assert_same(model, net, tokens(3))
+    assert_exact(net, tokens())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="captured for"):
+        net(tokens() + 1e9)
+
+
 def test_a_result_that_is_an_argument_must_stay_one():
     class Gives(nn.Module):
         def forward(self, x):
