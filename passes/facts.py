@@ -4,7 +4,8 @@ A `Facts` has three kinds of edges between nodes, each including the one before:
 
     values   the inputs whose values a node's result depends on (asking for a shape is not a dependence on values)
     flow     all inputs, and the writes that changed the memory of an input since the input was computed
-    order    whatever must have run before: flow, and for a node that writes in place, the earlier readers of that memory
+    order    whatever must have run before: flow; for a node that writes in place, the earlier readers of that memory, also those that an
+             unknown module may have lent it to; and the calls before of a module with buffers, which may move at each
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from passes.ops import kind, may_alias, written
+from passes.ops import is_unknown, kind, may_alias, moved, written
 
 __all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "shape_of"]
 
@@ -88,9 +89,11 @@ def _find_edges(facts: Facts) -> None:
     """Fill the edges and `varies` in one sweep, with the last write to and the readers since then of each piece of memory."""
     last_write: dict[fx.Node, fx.Node] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}
+    last_call: dict[Any, fx.Node] = {}  # by what it moves, such as statistics
     for node in facts.nodes:
         inputs = tuple(node.all_input_nodes)
         bases = dict.fromkeys(facts.base[source] for source in inputs)
+        lent = {facts.base[source]: base for base in bases if is_unknown(base, facts.modules) for source in base.all_input_nodes}
         newer = [
             write
             for base in bases
@@ -100,11 +103,17 @@ def _find_edges(facts: Facts) -> None:
         ]
         facts.flow[node] = (*inputs, *newer)
         facts.values[node] = () if facts.kinds[node] in ("shape", "create") else facts.flow[node]
-        facts.order[node] = facts.flow[node]
+        states = moved(node, facts.modules)
+        before = [last_call[state] for state in states if state in last_call]
+        before += [
+            last_write[base] for base, lender in lent.items() if base in last_write and facts.index[last_write[base]] > facts.index[lender]
+        ]
+        facts.order[node] = (*facts.flow[node], *before)
+        last_call |= dict.fromkeys(states, node)
         for memory in facts.writes.get(node, ()):
             facts.order[node] = (*facts.order[node], *readers.get(memory, ()))
             last_write[memory], readers[memory] = node, []
-        for base in bases:
+        for base in bases | lent:
             readers.setdefault(base, []).append(node)
         if node.op == "placeholder" or any(source in facts.varies for source in facts.values[node]):
             facts.varies.add(node)

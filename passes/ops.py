@@ -32,7 +32,20 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-__all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_other_sum", "is_random", "kind", "may_alias", "operands", "written"]
+__all__ = [
+    "FACTORIES",
+    "LINKS",
+    "MIXING",
+    "is_add",
+    "is_other_sum",
+    "is_random",
+    "is_unknown",
+    "kind",
+    "may_alias",
+    "moved",
+    "operands",
+    "written",
+]
 
 LINKS = frozenset({"norm", "activation", "dropout", "identity", "cast"})
 MIXING = frozenset({"convolution", "linear", "pool", "mix"})
@@ -294,10 +307,15 @@ _RUNNING: dict[Any, tuple[int, int, bool]] = {  # norms: positions of the runnin
 
 
 def _running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
-    mean, flag, default = _RUNNING[node.target]
+    _, flag, default = _RUNNING[node.target]
     updating = node.args[flag] if len(node.args) > flag else node.kwargs.get("training", node.kwargs.get("use_input_stats", default))
+    return tuple(value for value in _statistics(node) if value.op != "get_attr") if updating is not False else ()
+
+
+def _statistics(node: fx.Node) -> list[fx.Node]:
+    mean = _RUNNING[node.target][0]
     given = (*node.args[mean : mean + 2], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
-    return tuple(value for value in given if isinstance(value, fx.Node) and value.op != "get_attr") if updating is not False else ()
+    return [value for value in given if isinstance(value, fx.Node)]
 
 
 def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
@@ -305,6 +323,20 @@ def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     given = [*zip(node.args, arguments, strict=False), *((node.kwargs[a.name], a) for a in arguments if a.name in node.kwargs)]
     return [(value, argument) for value, argument in given if isinstance(value, fx.Node)]
+
+
+def is_unknown(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """True for the call of a module or function of which nothing is known: what it returns may be memory that it was given."""
+    return node.op in ("call_module", "call_function") and kind(node, modules) == "mix" and not _known(node, modules)
+
+
+def moved(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Paths of what a call may leave in another state for the next one: the buffers of a module; running statistics."""
+    if node.op == "call_module":
+        return tuple(f"{node.target}.{name}" for name, _ in modules[str(node.target)].named_buffers())
+    if node.op != "call_function" or node.target not in _RUNNING:
+        return ()
+    return tuple(str(value.target) for value in _statistics(node) if value.op == "get_attr")
 
 
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

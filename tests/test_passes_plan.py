@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -429,3 +430,59 @@ def test_of_two_chains_that_need_each_other_the_longer_stays():
 
     found = check_same(program(forward, f=linears(3), g=linears(2)), torch.randn(2, 4), torch.randn(2, 4))
     assert (lengths(found), codes(found)) == ([3], ["interleaved"] * 2)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_batch_statistics_move_in_the_order_of_the_model(functional):
+    """A BatchNorm of the chain that is called between its steps as well."""
+
+    def norm(self, x):
+        return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, training=True) if functional else self.norm(x)
+
+    def between(self, x, y):
+        total = 0
+        for f in self.f:
+            x = x + f(norm(self, x))
+            total = total * 2 - norm(self, y)
+        return x, total
+
+    def shared(self, x):
+        for f in self.f:
+            x = x + f(norm(self, x))
+        return x, norm(self, x * x)
+
+    x = torch.randn(5, 4)
+    found = plan(traced(program(between, f=linears(3), norm=nn.BatchNorm1d(4)).train()))
+    assert (lengths(found), codes(found)) == ([], ["interleaved"] * 3)
+    model = program(shared, f=linears(3), norm=nn.BatchNorm1d(4)).train()
+    net = copy.deepcopy(model)
+    gm = traced(net)
+    assert lengths(plan(gm)) == [3]
+    new = rewritten(net, gm, plan(gm))
+    for a, b in zip((*new(x), *net.buffers()), (*model(x), *model.buffers()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Half(nn.Module):
+    """A view in eval mode; what it reads keeps it a leaf."""
+
+    def forward(self, x):
+        return x if self.training else x[:, :2]
+
+
+def test_what_an_unknown_module_returns_may_be_memory_that_is_written_to_later():
+    def forward(self, x, m):
+        m = m * 2
+        half = self.lender(m)
+        x = x + self.f[0](x)
+        x = x + self.f[1](x) * half.sum()
+        if self.early:
+            m.mul_(3)
+        x = x + self.f[2](x) * half.sum()
+        m.mul_(5)
+        return x + m
+
+    inputs = torch.randn(2, 4), torch.randn(2, 4)
+    for early, expected in ((True, ([], ["interleaved"] * 3)), (False, ([3], []))):
+        found = check_same(program(forward, f=linears(3), lender=Half(), early=early), *inputs)
+        assert (lengths(found), codes(found)) == expected
