@@ -82,6 +82,7 @@ def test_sums_of_which_only_the_whole_is_known(add):
         lambda x, y: y - x,  # the skip is not the first operand
         lambda x, y: torch.addcmul(y, x, x),
         lambda x, y: torch.addmm(x, y, x.T @ y, beta=0.5),
+        lambda x, y: torch.addmm(x, x.new_ones(2, 4), x.new_ones(4, 4)),  # what is added is not computed from the skip
         lambda x, y: x - x.mean(),  # nothing mixes
         lambda x, y: x * x.sigmoid() + y,  # not scaled by a number
     ],
