@@ -113,7 +113,7 @@ class ExportedForward:
             raise MnetError(f"{name} was captured for other calls than this one: {reason}; give momentumize example_inputs like this call")
         log.info("%s is captured again: %s", name, reason)
         try:
-            self.variants.append(self.capture(self.owner, call, len(self.variants)))
+            self.variants.append(self.capture(self.owner, call, len(self.variants) + 1))  # 0 is the first capture, or a trace
         except ExportError as error:
             raise MnetError(
                 f"{name} was captured for other calls than this one ({reason}) and cannot be captured for this one: {error}; "

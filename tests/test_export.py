@@ -152,6 +152,9 @@ def test_a_traced_model_takes_arguments_that_its_trace_fixed():
     assert [part.front_end for part in net.report.captured] == ["symbolic trace"]
     assert_same_model(model, net, tokens())
     assert_same_model(model, net, tokens(), bias=tokens(1, 1))
+    assert_same_model(model, net, tokens())  # as before
+    assert_same_model(model, net, tokens(), bias=2.0)
+    assert_same_model(model, net, tokens(), bias=tokens(1, 1))
     net = mnet_fx.momentumize(model, {"x": tokens(), "bias": tokens(1, 1)}, gamma=0)
     assert [part.front_end for part in net.report.captured] == ["torch.export"]
     assert_same_model(model, net, tokens(), bias=tokens(2, 5))
