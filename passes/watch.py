@@ -1,8 +1,8 @@
 """Notices, while a module is traced, what passes by the proxies: contexts, gradient modes, custom functions, tensors being made.
 
 Gradient modes and factories are seen by a torch function mode, which is local to the thread. The rest has no such hook: the methods
-of `_LOSSES` and the questions of `_ASKS` are replaced for the time of the trace, by ones that behave the same and act only in the
-thread that traces.
+of `_LOSSES` and the functions of `_ASKS` and `_SEEDS` are replaced for the time of the trace, by ones that behave the same and act
+only in the thread that traces.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _ASKS = (
     *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
     *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
 )
+_SEEDS = ("manual_seed", "seed", "set_rng_state", "fork_rng")
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces, so only one thread may
 
 
@@ -67,7 +68,7 @@ def watching(note: Note, make: Make) -> Iterator[None]:
         for owner, name, reason in _LOSSES:
             original = inspect.getattr_static(owner, name)
             replacing(stack, owner, name, _noting(original, reason))
-        _watch_questions(stack)
+        _watch_torch(stack)
         stack.enter_context(_Mode(note, make))
         yield
 
@@ -84,7 +85,7 @@ def watching_functions(note: Note) -> Iterator[None]:
         stack.callback(_WATCHERS.notes.pop)
         owner, name, reason = next(loss for loss in _LOSSES if loss[0] is torch.autograd.Function)
         replacing(stack, owner, name, _noting(inspect.getattr_static(owner, name), reason))
-        _watch_questions(stack)
+        _watch_torch(stack)
         yield
 
 
@@ -142,23 +143,26 @@ def _noting(original: Any, reason: str) -> Any:
     return method if inspect.isfunction(original) else classmethod(class_method)
 
 
-def _watch_questions(stack: contextlib.ExitStack) -> None:
-    """Notes when the model's own code asks for a mode, whose answer a graph would bake in."""
+def _watch_torch(stack: contextlib.ExitStack) -> None:
+    """Notes when the model's own code asks for a mode, whose answer a graph would bake in, or seeds torch's generator."""
     importlib.import_module("torch._dynamo")  # has tables of torch's functions, as torch.overrides has: ours should not get into them
     torch.overrides.get_ignored_functions()
 
-    def noting(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(ask)
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            asker = sys._getframe(1).f_globals.get("__name__", "")
-            if _WATCHERS.notes and asker.partition(".")[0] not in ("torch", "passes"):
-                _WATCHERS.notes[-1](f"asks torch.{name}, whose answer a graph would bake in")
-            return ask(*args, **kwargs)
+    def noting(reason: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if _WATCHERS.notes and caller.partition(".")[0] not in ("torch", "passes"):
+                _WATCHERS.notes[-1](reason)
+            return function(*args, **kwargs)
 
-        return asked
+        return called
 
+    stack.callback(torch.set_rng_state, torch.get_rng_state())
     for name in _ASKS:
-        replacing(stack, torch, name, noting(name, getattr(torch, name)))
+        replacing(stack, torch, name, noting(f"asks torch.{name}, whose answer a graph would bake in", getattr(torch, name)))
+    for owner, name in ((owner, name) for owner in (torch, torch.random) for name in _SEEDS if hasattr(owner, name)):
+        replacing(stack, owner, name, noting(f"calls torch.{name}, which a graph would not do again", getattr(owner, name)))
 
 
 class _Mode(TorchFunctionMode):

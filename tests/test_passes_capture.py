@@ -53,6 +53,8 @@ LOST = {
     "saved-tensor hooks": under(lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)),
     "torch.is_grad_enabled": lambda self, x: self.f(x) if torch.is_grad_enabled() else x,
     "torch.is_autocast_enabled": lambda self, x: self.f(x).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype),
+    "torch.manual_seed": lambda self, x: F.dropout(self.f(x), 0.5 + 0 * torch.manual_seed(0).initial_seed()),
+    "torch.fork_rng": under(lambda: torch.random.fork_rng()),
     "Python's random module": lambda self, x: self.f(x) * (1 + (random.random() < 0.5)),
 }
 FAILS = {
@@ -79,9 +81,10 @@ def surrounded(forward) -> nn.Module:
 
 @pytest.mark.parametrize(("text", "code"), [(text, "lost_context") for text in LOST] + [(text, "untraceable") for text in FAILS])
 def test_what_a_trace_would_lose_becomes_a_leaf(text, code):
-    model = surrounded((LOST | FAILS)[text])
+    model, _, state = surrounded((LOST | FAILS)[text]), torch.rand(1), torch.get_rng_state()
     found = capture(model)
     (refusal,) = found.refusals
+    assert torch.equal(torch.get_rng_state(), state)
     assert (refusal.code, refusal.path, refusal.node) == (code, "f.1", "")
     assert text.strip() in refusal.explanation
     assert [part.path for part in found.parts] == ["", "f.1.f"]
