@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 from passes.exported_graph import WRAPPED, attribute, rebuilt
-from passes.facts import Facts
+from passes.facts import Facts, owner_path
 from passes.live import LIVE, live_results
 from passes.live_calls import LiveCalls, LiveError
 from passes.standins import Outside
+from passes.tracer import Blame
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -173,6 +174,7 @@ def export(
         except Exception as error:
             raise ExportError(f"torch.export failed with {type(error).__name__}: {_first_line(error)}") from error
     _require_pure_subgraphs(gm)
+    _require_no_transforms(gm, live)
     placeholders = gm.graph.find_nodes(op="placeholder")
     expected = tuple(_expected(leaf, node.meta["val"]) for leaf, node in zip(leaves, placeholders, strict=True))
     conditions = (*program._guards_code, *_relations(placeholders, program.range_constraints))
@@ -290,6 +292,15 @@ def _require_unwritten(gm: fx.GraphModule) -> None:
             to_given = facts.index[write] > facts.index[node] and not given.isdisjoint(memories) and read_later
             if node in memories or to_given:
                 raise ExportError(f"{call.target} stays Python, and may return memory that it is given, to which {write.target} writes")
+
+
+def _require_no_transforms(gm: fx.GraphModule, live: LiveCalls) -> None:
+    """What begins and ends a vmap are operations of their own, tied to those between by nothing that a graph shows."""
+    found = [node for node in gm.graph.nodes if str(getattr(node.target, "__module__", "")).startswith("torch._functorch")]
+    blame = Blame("lost_context", "runs a transform of torch.func, which a graph would take apart")
+    live.blames |= {owner_path(node).removeprefix(WRAPPED).removeprefix("."): blame for node in found}
+    for path in live.blames:
+        raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
 
 
 def _require_pure_subgraphs(gm: fx.GraphModule) -> None:

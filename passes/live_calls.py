@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 
 from passes.live import LIVE, LOSES, PLAIN, SYMBOLIC, Before, Like, LiveCall, Result, result_of
 from passes.tracer import Blame
@@ -127,7 +127,7 @@ class LiveCalls:
         attributes, before = Attributes(module), Before.of(module, leaves)
         self._off = True
         try:
-            with disable_proxy_modes_tracing(), _discarding_symbols(leaves), keeping_python_rng():
+            with disable_proxy_modes_tracing(), _unrecorded(), _discarding_symbols(leaves), keeping_python_rng():
                 output = run()
                 result = result_of(module, leaves, before, output)
         except Exception:
@@ -158,6 +158,17 @@ def _require_plain(value: Any) -> None:
             _require_plain(item)
     elif not isinstance(value, (*SYMBOLIC, *PLAIN)):
         raise LiveError(f"is called with a {type(value).__name__}, which a graph cannot hold")
+
+
+@contextlib.contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Without the modes by which torch.export records what is no operation on tensors: gradient modes, vmap."""
+    stack = overrides._get_current_function_mode_stack()
+    first = next((i for i, mode in enumerate(stack) if isinstance(mode, PreDispatchTorchFunctionMode)), len(stack))
+    with contextlib.ExitStack() as popped:
+        for _ in stack[first:]:
+            popped.enter_context(overrides._pop_mode_temporarily())
+        yield
 
 
 def _discarding_symbols(leaves: list[Any]) -> Any:

@@ -1,8 +1,8 @@
 """Notices, while a module is traced, what passes by the proxies: contexts, gradient modes, custom functions, tensors being made.
 
 Gradient modes and factories are seen by a torch function mode, which is local to the thread. The rest has no such hook: the methods
-of `_LOSSES` and the functions of `_ASKS` and `_SEEDS` are replaced for the time of the trace, by ones that behave the same and act
-only in the thread that traces.
+of `_LOSSES` and the functions of `_ASKS`, `_SEEDS` and `_HOOKS` are replaced for the time of the trace, by ones that behave the same
+and act only in the thread that traces.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _ASKS = (
     *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
 )
 _SEEDS = ("manual_seed", "seed", "set_rng_state", "fork_rng")
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces, so only one thread may
 
 
@@ -144,7 +145,7 @@ def _noting(original: Any, reason: str) -> Any:
 
 
 def _watch_torch(stack: contextlib.ExitStack) -> None:
-    """Notes when the model's own code asks for a mode, whose answer a graph would bake in, or seeds torch's generator."""
+    """Notes when the model's own code asks for a mode, seeds torch's generator, or hangs a hook on a tensor: a graph would not."""
     importlib.import_module("torch._dynamo")  # has tables of torch's functions, as torch.overrides has: ours should not get into them
     torch.overrides.get_ignored_functions()
 
@@ -163,6 +164,9 @@ def _watch_torch(stack: contextlib.ExitStack) -> None:
         replacing(stack, torch, name, noting(f"asks torch.{name}, whose answer a graph would bake in", getattr(torch, name)))
     for owner, name in ((owner, name) for owner in (torch, torch.random) for name in _SEEDS if hasattr(owner, name)):
         replacing(stack, owner, name, noting(f"calls torch.{name}, which a graph would not do again", getattr(owner, name)))
+    for name in _HOOKS:
+        reason = f"calls {name} of a tensor, which a graph would not do again"
+        replacing(stack, torch.Tensor, name, noting(reason, getattr(torch.Tensor, name)))
 
 
 class _Mode(TorchFunctionMode):

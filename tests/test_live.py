@@ -151,6 +151,37 @@ def test_a_module_that_asks_for_a_mode_gets_the_answer_of_each_call():
                 torch.testing.assert_close(net(x), model(x), rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
 
 
+class Doubles(nn.Module):
+    """Doubles the gradient by a hook on a value in between."""
+
+    def forward(self, x):
+        x = x * 1
+        if x.requires_grad:
+            x.register_hook(lambda g: 2 * g)
+        return x
+
+
+class Mapped(nn.Module):
+    """Applies a layer to each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.func.vmap(self.fc)(x)
+
+
+@pytest.mark.parametrize("odd", [Doubles, Mapped])
+def test_hooks_on_tensors_and_transforms_stay_python(odd):
+    model = Trunk(odd)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [3]
+    for training in (True, False):
+        assert_same(model.train(training), net.train(training), tokens(4))
+    assert_exact(net, tokens())
+
+
 class Reads(Block):
     def forward(self, x):
         found = self.odd(self.fc(x), {"more": [x, 2.0]}, flag=True)
