@@ -149,3 +149,15 @@ def test_a_region_within_it_keeps_it_inside():
     found = check_same(model(forward, h=linears(2)), *pair(), nested=True)
     assert codes(found) == ["interleaved"] * 2
     assert [(len(region.steps), region.within) for region in found.regions] == [(3, ""), (2, "momentum_region_0"), (2, "")]
+
+
+def test_the_sum_of_the_first_step_stays_inside():
+    """The other chain reads the sums before their activation, of which only the whole is known."""
+
+    def forward(self, a, b):
+        s, t = 0.5 * a + self.f[0](a), 0.5 * b + self.g[0](b)
+        a, b = s.relu(), t.relu()
+        return (0.5 * a + self.f[1](a) * t).relu(), (0.5 * b + self.g[1](b) * s).relu()
+
+    found = check_same(model(forward), *pair())
+    assert (lengths(found), codes(found)) == ([2], ["interleaved"] * 2)
