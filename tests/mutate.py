@@ -28,10 +28,14 @@ ROOT = Path(__file__).parent.parent
 MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "nesting", "hoisting", "rewrite", "programs", "layout")]
 CAPTURE = ["tests/test_passes_capture.py", "tests/test_torch_layers.py"]
 LIVE = ["tests/test_live.py"]
+STANDINS = ["tests/test_passes_standins.py"]
 TESTS = {
     "passes/layout.py": ["tests/test_passes_layout.py"],
     "passes/tracer.py": CAPTURE,
     "passes/torch_layers.py": CAPTURE,
+    "passes/watch.py": [*CAPTURE, *STANDINS, *LIVE],
+    "passes/standins.py": STANDINS,
+    "passes/ops.py": LIVE,
     "mnet_fx/guard.py": ["tests/test_guard.py", "tests/test_torch_layers.py", *LIVE],
     "mnet_fx/parts.py": LIVE,
     "mnet_fx/momentumize.py": LIVE,
@@ -269,6 +273,26 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/momentumize.py", "if traced := self.live - set(part.captured.live):", "if traced := set():"),
     ("mnet_fx/parts.py", "chosen |= self._children(inner, below) if fails_alone else self._chosen(inner, below, live=True)", "pass"),
     ("mnet_fx/parts.py", " and not any(_under(path, inner) for inner in _live(both))", ""),
+    # What is around a capture: caches, modes, generators, hooks.
+    ("passes/standins.py", "                cache.cache_clear()\n", "                pass\n"),
+    ("passes/standins.py", "if cache.cache_info().misses != misses:", "if True:"),
+    ("passes/standins.py", "                    space[name] = before[name]\n", "                    pass\n"),
+    ("passes/standins.py", "for value in list(vars(cls).values()):", "for value in ():"),
+    ("passes/standins.py", " or (isinstance(item, tuple) and any(map(_is_standin, item)))", ""),
+    ("passes/standins.py", "isinstance(value, dict) or hasattr(type(value), key)", "True"),
+    ("passes/standins.py", 'getattr(value, "__func__", value) if isinstance(value, (staticmethod, classmethod)) else value', "value"),
+    ("passes/watch.py", "elif name not in _TENSORS and scrubbed(value)", "elif scrubbed(value)"),
+    ("passes/watch.py", 'if _WATCHERS.notes and caller.partition(".")[0] not in ("torch", "passes"):', "if _WATCHERS.notes:"),
+    ("passes/watch.py", "    stack.callback(torch.set_rng_state, torch.get_rng_state())\n", ""),
+    ("passes/exporting.py", "    _require_no_transforms(gm, live)\n", ""),
+    ("passes/live_calls.py", "disable_proxy_modes_tracing(), _unrecorded(), ", "disable_proxy_modes_tracing(), "),
+    ("passes/ops.py", '("torch", "_operator", "builtins", "math", "passes")', '("torch", "_operator", "builtins", "math")'),
+    ("passes/facts.py", "        before += [\n", "        _ = [\n"),
+    ("passes/facts.py", "[last_call[state] for state in states if state in last_call]", "[]"),
+    ("passes/facts.py", "in bases | lent:", "in bases:"),
+    ("mnet_fx/guard.py", "if not _alike(", "if False and not _alike("),
+    ("mnet_fx/guard.py", "{name: _kept(vars(module)[name]) for", "{name: vars(module)[name] for"),
+    ("mnet_fx/guard.py", "and not isinstance(own[name], (nn.Module, Tensor))", ""),
     # The runtime.
     ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
     ("mnet_fx/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),
