@@ -18,7 +18,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from passes.ops import is_unknown, kind, may_alias, moved, written
+from passes.memory import is_unknown, may_alias, moved, written
+from passes.ops import kind
 
 __all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "shape_of"]
 

@@ -22,7 +22,6 @@ of symbolic tracing (functions, tensor methods, leaf modules), that of Dynamo (t
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -34,33 +33,34 @@ from torch import nn
 
 __all__ = [
     "FACTORIES",
+    "IN_PLACE_OPERATORS",
     "LINKS",
     "MIXING",
+    "OUT_OF_PLACE",
     "is_add",
     "is_other_sum",
-    "is_random",
-    "is_unknown",
     "kind",
-    "may_alias",
-    "moved",
     "operands",
-    "written",
+    "package_of",
+    "word_of",
+    "words",
 ]
 
 LINKS = frozenset({"norm", "activation", "dropout", "identity", "cast"})
 MIXING = frozenset({"convolution", "linear", "pool", "mix"})
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a table."""
     return frozenset(text.split())
 
 
 _ATEN = torch.ops.aten
 _ADDS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_, _ATEN.add.Tensor, _ATEN.add_.Tensor}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_IN_PLACE_OPERATORS = frozenset(
+IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name)
-    for name in _words("""
+    for name in words("""
         iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul
     """)
 )
@@ -121,7 +121,7 @@ _WORDS: dict[str, str] = {
         adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample
     """,
 }
-_KINDS = {word: name for name, words in _WORDS.items() for word in words.split()}
+_KINDS = {word: name for name, text in _WORDS.items() for word in text.split()}
 
 _MODULE_WORDS: dict[str, str] = {
     "norm": """
@@ -157,23 +157,19 @@ _MODULE_WORDS: dict[str, str] = {
         AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Upsample UpsamplingBilinear2d UpsamplingNearest2d
     """,
 }
-_MODULE_KINDS = {word: name for name, words in _MODULE_WORDS.items() for word in words.split()}
+_MODULE_KINDS = {word: name for name, text in _MODULE_WORDS.items() for word in text.split()}
 
-_SHAPE_ATTRIBUTES = _words("""
+_SHAPE_ATTRIBUTES = words("""
         shape dtype device ndim is_cuda is_cpu is_meta requires_grad layout itemsize nbytes names
-    """)
-_RANDOM_WORDS = _words("""
-        rand randn randint randperm bernoulli multinomial normal poisson rand_like randn_like randint_like rrelu uniform exponential
-        geometric cauchy log_normal random gumbel_softmax
     """)
 FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     getattr(torch, name)
-    for name in _words("""
+    for name in words("""
         arange empty eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor zeros normal as_tensor
         tril_indices triu_indices empty_strided range
     """)
 )
-_FACTORY_WORDS = _words("""
+_FACTORY_WORDS = words("""
         zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor
     """) | frozenset(f.__name__ for f in FACTORIES)
 
@@ -195,7 +191,7 @@ OUT_OF_PLACE = {
 }
 """The in-place sums, and what does the same out of place."""
 
-_OTHER_SUMS = _words("sub subtract addcmul addcdiv lerp addmm baddbmm")
+_OTHER_SUMS = words("sub subtract addcmul addcdiv lerp addmm baddbmm")
 
 
 def is_other_sum(node: fx.Node) -> bool:
@@ -203,7 +199,7 @@ def is_other_sum(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or not _in_torch(node.target) or node.kwargs.get("beta", 1) != 1:
         return False
     first = operands(node)[0] if operands(node) else None
-    return _word(node.target) in _OTHER_SUMS and isinstance(first, fx.Node) and len(node.all_input_nodes) > 1
+    return word_of(node.target) in _OTHER_SUMS and isinstance(first, fx.Node) and len(node.all_input_nodes) > 1
 
 
 def is_add(node: fx.Node) -> bool:
@@ -236,7 +232,7 @@ def kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
         return "add" if all(isinstance(term, fx.Node) for term in operands(node)[:2]) else "scale"
     if node.target is getattr:
         return "shape" if node.args[1] in _SHAPE_ATTRIBUTES else "layout"
-    word = _word(node.target)
+    word = word_of(node.target)
     if word in _FACTORY_WORDS:
         return "create"
     return _KINDS.get(word, "mix") if _in_torch(node.target) else "mix"
@@ -248,149 +244,23 @@ def _module_kind(cls: type) -> str:
 
 
 @cache
-def _word(target: Any) -> str:
+def word_of(target: Any) -> str:
+    """What the tables call the target of a node."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.partition("::")[2]
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
-    if target in _IN_PLACE_OPERATORS:
+    if target in IN_PLACE_OPERATORS:
         name = name[1:]
     return name if name in _KINDS or name in _FACTORY_WORDS else name.rstrip("_")
 
 
 def _in_torch(target: Any) -> bool:
     """A function that happens to be called `mean` is unknown unless torch or Python made it; methods are taken to be a tensor's."""
-    return isinstance(target, str) or _package(target) in ("torch", "torchvision", "_operator", "builtins", "math")
+    return isinstance(target, str) or package_of(target) in ("torch", "torchvision", "_operator", "builtins", "math")
 
 
-def _package(target: Any) -> str:
+def package_of(target: Any) -> str:
+    """The top package that a function is from; torch for what does not say."""
     return (getattr(target, "__module__", None) or "torch").split(".")[0]
-
-
-def is_random(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """True where a node may draw random numbers by itself (a leaf module that is in no table is not looked into)."""
-    if kind(node, modules) == "dropout":
-        return True
-    return node.op in ("call_function", "call_method") and _word(node.target) in _RANDOM_WORDS
-
-
-def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
-    """The values that a node overwrites in place.
-
-    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, `out=`, and the statistics of
-    functional batch and instance norms. An unknown function or module whose result nobody reads is taken to write to all its inputs, since
-    it must have been called for some effect. The statistics and inputs that are buffers of a module do not count: a rerun restores those.
-    """
-    if node.op == "call_function" and node.target in _RUNNING:
-        return _running_statistics(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return tuple(value for value, argument in _arguments(node) if argument.alias_info is not None and argument.alias_info.is_write)
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        return (out,)
-    if _in_place(node, modules):
-        return tuple(value for value in operands(node)[:1] if isinstance(value, fx.Node))
-    if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
-        return tuple(value for value in node.all_input_nodes if value.op != "get_attr")
-    return ()
-
-
-_RUNNING: dict[Any, tuple[int, int, bool]] = {  # norms: positions of the running mean and of the flag that says to update it, its default
-    torch.nn.functional.batch_norm: (1, 5, False),
-    torch.nn.functional.instance_norm: (1, 5, True),
-    torch.batch_norm: (3, 5, False),
-    torch.instance_norm: (3, 5, True),
-    _ATEN.batch_norm.default: (3, 5, False),
-    _ATEN.instance_norm.default: (3, 5, True),
-}
-
-
-def _running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
-    _, flag, default = _RUNNING[node.target]
-    updating = node.args[flag] if len(node.args) > flag else node.kwargs.get("training", node.kwargs.get("use_input_stats", default))
-    return tuple(value for value in _statistics(node) if value.op != "get_attr") if updating is not False else ()
-
-
-def _statistics(node: fx.Node) -> list[fx.Node]:
-    mean = _RUNNING[node.target][0]
-    given = (*node.args[mean : mean + 2], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
-    return [value for value in given if isinstance(value, fx.Node)]
-
-
-def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
-    """The nodes among the arguments of an operation of torch.ops, each with what the schema says about it."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = [*zip(node.args, arguments, strict=False), *((node.kwargs[a.name], a) for a in arguments if a.name in node.kwargs)]
-    return [(value, argument) for value, argument in given if isinstance(value, fx.Node)]
-
-
-def is_unknown(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """True for the call of a module or function of which nothing is known: what it returns may be memory that it was given."""
-    return node.op in ("call_module", "call_function") and kind(node, modules) == "mix" and not _known(node, modules)
-
-
-def moved(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Paths of what a call may leave in another state for the next one: the buffers of a module; running statistics."""
-    if node.op == "call_module":
-        return tuple(f"{node.target}.{name}" for name, _ in modules[str(node.target)].named_buffers())
-    if node.op != "call_function" or node.target not in _RUNNING:
-        return ()
-    return tuple(str(value.target) for value in _statistics(node) if value.op == "get_attr")
-
-
-def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[str(node.target)]).__module__.startswith("torch.")
-    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math", "passes")
-
-
-def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return getattr(modules[str(node.target)], "inplace", False) is True
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in (
-            "__setitem__",
-            "__iadd__",
-            "__isub__",
-            "__imul__",
-            "__itruediv__",
-        )
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if node.target in _IN_PLACE_OPERATORS or node.target is operator.setitem:
-        return True
-    name = getattr(node.target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return node.target not in (operator.and_, operator.or_, operator.not_, operator.is_)
-    position = _inplace_position(node.target)
-    given = node.args[position] if position is not None and position < len(node.args) else node.kwargs.get("inplace", False)
-    return given is not False
-
-
-@cache
-def _inplace_position(target: Any) -> int | None:
-    try:
-        return list(inspect.signature(target).parameters).index("inplace")
-    except (TypeError, ValueError):  # a builtin without a signature, or a function without the parameter
-        return None
-
-
-_COPIES = _words("""
-    lift_fresh_copy _to_copy constant_pad_nd native_channel_shuffle
-    clone cat concat concatenate stack hstack vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim
-    masked_select pixel_shuffle pixel_unshuffle channel_shuffle rot90 tril triu index_add index_copy scatter
-""")
-
-
-def may_alias(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
-    """The input whose memory the result of a node may share, or None when the result is fresh memory."""
-    if _in_place(node, modules) or "out" in node.kwargs:
-        return written(node, modules)[0] if written(node, modules) else None
-    first = operands(node)[0] if operands(node) else None
-    if not isinstance(first, fx.Node) or kind(node, modules) not in ("dropout", "identity", "cast", "layout"):
-        return None
-    return None if node.op != "call_module" and _word(node.target) in _COPIES else first
