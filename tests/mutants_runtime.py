@@ -17,7 +17,7 @@ TESTS = {
     "mnet_fx/loops.py": ARITHMETIC,
     "mnet_fx/fingerprints.py": ["tests/test_fingerprints.py"],
     "mnet_fx/fused.py": ["tests/test_fused.py"],
-    "mnet_fx/native.py": ["tests/test_fused.py", "tests/test_fingerprints.py"],
+    "mnet_fx/native.py": ["tests/test_native.py", "tests/test_fused.py", "tests/test_fingerprints.py"],
 }
 
 # File, what stands there once, what the mutant has in its place.
@@ -161,5 +161,11 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/fused.py", "or not (self.writes_no_x or is_normal(factors[-1]))", ""),
     ("mnet_fx/fused.py", "        with _lock:\n            if key", "        if True:\n            if key"),
     ("mnet_fx/native.py", " + ((bits >> 16) & 1)", ""),
+    ("mnet_fx/native.py", 'os.environ.get("CC", "").strip() or "cc"', 'os.environ.get("CC", "cc")'),
+    ("mnet_fx/native.py", "*shlex.split(compiler)", "*compiler.split()"),
+    ("mnet_fx/native.py", "        _HUNG.add(compiler)\n", ""),
+    ("mnet_fx/native.py", ', errors="replace"', ""),
+    ("mnet_fx/native.py", "if run([sample]) !=", "if not run([sample]) and"),
+    ("mnet_fx/native.py", "except OSError as error:  # nothing", "except ValueError as error:  # nothing"),
     ("mnet_fx/native.py", "(_Float16)(float)((double)(x) * unit)", "(_Float16)((double)(x) * unit)"),
 ]
