@@ -20,7 +20,8 @@ from .fixed_point import State
 from .fused import kernels
 from .loops import Kernels
 from .replay import exported, transformed
-from .tape import Factors, FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+from .shear import Factors
+from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
 
 __all__ = ["LayerCall", "LayerStep", "start_tape"]
 

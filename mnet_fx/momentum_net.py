@@ -19,7 +19,8 @@ from .chain import LayerCall, LayerStep, start_tape
 from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from .named import name_region
 from .settings import Settings
-from .tape import Chain, ReversingTape
+from .steps import Chain
+from .tape import ReversingTape
 
 __all__ = ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"]
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .chain import LayerCall, LayerStep, start_tape
 from .errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from .settings import Settings
-from .tape import Chain
+from .steps import Chain
 
 __all__ = ["NamedLayer", "NamedRegion", "name_region"]
 

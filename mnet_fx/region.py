@@ -16,7 +16,7 @@ from .errors import UNCOMPILED, StreamError
 from .loops import Kernels
 from .program import Program
 from .settings import Settings
-from .tape import run_chain
+from .steps import run_chain
 
 __all__ = ["ChainRegion", "MomentumRegion", "expanded", "sum_dtype"]
 

@@ -1,17 +1,19 @@
 """The mutants of the arithmetic, the tape and the replay, for `mutate.py`, and the tests that have to notice them.
 
 Left out are changes that alter no result: `if False` in `ReversingTape.hand_out` (the tape then steps back out of the half-way point and
-into it again), `.to(dtype)` in `_Shear.backward` (autograd casts by itself), `gamma and` there (0 times a finite gradient adds nothing),
+into it again), `.to(dtype)` in `Shear.backward` (autograd casts by itself), `gamma and` there (0 times a finite gradient adds nothing),
 `if True` in `State._make_room` (tighter bounds, one more read), `bound >= 0.5` and `bits > reach` (they save bytes that hold zeros),
 `type(t) is not Tensor` in `_Fused` (there for wrappers without memory, which no State holds so far).
 """
 
 from __future__ import annotations
 
-TAPE = ["tests/test_tape.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
+TAPE = ["tests/test_tape.py", "tests/test_replay.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
 ARITHMETIC = ["tests/test_fixed_point.py", "tests/test_dtypes.py"]
 TESTS = {
     "mnet_fx/tape.py": TAPE,
+    "mnet_fx/shear.py": TAPE,
+    "mnet_fx/steps.py": TAPE,
     "mnet_fx/replay.py": [*TAPE, "tests/test_threads.py"],
     "mnet_fx/fixed_point.py": ARITHMETIC,
     "mnet_fx/loops.py": ARITHMETIC,
@@ -40,10 +42,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/tape.py", "if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:", "if False:"),
     ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(x)) != print_:", "if False:"),
     ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:", "if False:"),
-    ("mnet_fx/tape.py", 'proof=tape.on_drift != "ignore"', "proof=False"),
-    ("mnet_fx/tape.py", "if version is not None and x._version != version:", "if False:"),
-    ("mnet_fx/tape.py", "except CheckpointError as error:", "except MnetError as error:"),
-    ("mnet_fx/tape.py", "if transformed() and not isinstance(self.tape, FloatTape):", "if False:"),
+    ("mnet_fx/steps.py", 'proof=tape.on_drift != "ignore"', "proof=False"),
+    ("mnet_fx/steps.py", "if version is not None and x._version != version:", "if False:"),
+    ("mnet_fx/steps.py", "except CheckpointError as error:", "except MnetError as error:"),
+    ("mnet_fx/steps.py", "if transformed() and not isinstance(self.tape, FloatTape):", "if False:"),
     # Where the tape is.
     ("mnet_fx/tape.py", "if self.half and self.time == t:", "if self.half:"),
     ("mnet_fx/tape.py", "self._seek(t + 1)\n", "self._seek(t)\n"),
@@ -52,21 +54,21 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/tape.py", "self.half, self.time = False, self.time + 1", "self.half = False"),
     ("mnet_fx/tape.py", "while x is not None and self.time < t:", "while x is not None and self.time < t - 1:"),
     ("mnet_fx/tape.py", "while self.time > t:", "while self.time > t + 1:"),
-    ("mnet_fx/tape.py", "        if rerun:\n            step.tape.close(step.t, y)\n", ""),
-    ("mnet_fx/tape.py", "ctx.save_for_backward(y.new_empty(0))", "ctx.save_for_backward()"),
+    ("mnet_fx/steps.py", "        if rerun:\n            step.tape.close(step.t, y)\n", ""),
+    ("mnet_fx/steps.py", "ctx.save_for_backward(y.new_empty(0))", "ctx.save_for_backward()"),
     # What is kept, and what gradients see.
     ("mnet_fx/tape.py", "with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):", "if True:"),
     ("mnet_fx/tape.py", "self.rerun(self.time, x)[0].detach()", "self.rerun(self.time, x)[0]"),
     ("mnet_fx/tape.py", "self.inputs.append((x.detach(), ", "self.inputs.append((x, "),
     ("mnet_fx/tape.py", "        del self.state\n", ""),
     ("mnet_fx/tape.py", "x.detach().requires_grad_(self.requires_grad)", "x.detach().requires_grad_(True)"),
-    ("mnet_fx/tape.py", "x, self.live = self.live, None", "x = self.live"),
-    ("mnet_fx/tape.py", "with undisturbed():", "if True:"),
-    ("mnet_fx/tape.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
-    ("mnet_fx/tape.py", "gv = gv * ctx.gamma  # see _Shear", "pass"),
-    ("mnet_fx/tape.py", "alpha=next_gamma", "alpha=gamma"),
-    ("mnet_fx/tape.py", "gv * next_gamma if gx is None", "gv if gx is None"),
-    ("mnet_fx/tape.py", "total = gx if gv is None else", "total = gx if gx is not None else"),
+    ("mnet_fx/steps.py", "x, self.live = self.live, None", "x = self.live"),
+    ("mnet_fx/steps.py", "with undisturbed():", "if True:"),
+    ("mnet_fx/shear.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
+    ("mnet_fx/shear.py", "gv = gv * ctx.gamma  # see Shear", "pass"),
+    ("mnet_fx/shear.py", "alpha=next_gamma", "alpha=gamma"),
+    ("mnet_fx/shear.py", "gv * next_gamma if gx is None", "gv if gx is None"),
+    ("mnet_fx/shear.py", "total = gx if gv is None else", "total = gx if gx is not None else"),
     ("mnet_fx/tape.py", "y.to(torch.promote_types(dtype, torch.float32))", "y.to(dtype)"),
     # What a rerun sees.
     ("mnet_fx/replay.py", "generator.set_rng_state(state)\n", "pass\n"),
@@ -79,16 +81,33 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", '"dtype": torch.get_autocast_dtype(kind)', '"dtype": torch.bfloat16'),
     ("mnet_fx/replay.py", "stack.enter_context(torch.enable_grad())", "pass"),
     ("mnet_fx/replay.py", "{name: p for name, p in self.parameters.items() if live.get(name) is not p}", "{}"),
-    ("mnet_fx/replay.py", "copies = {name: b.detach().clone() for", "copies = {name: b.detach() for"),
+    ("mnet_fx/replay.py", "{id(t): t.detach().clone() for", "{id(t): t.detach() for"),
     ("mnet_fx/replay.py", "if after.get(name) is not before[name] or was[name] != now[name]:", "if after.get(name) is not before[name]:"),
     ("mnet_fx/replay.py", "if after.get(name) is not before[name] or was[name] != now[name]:", "if was[name] != now[name]:"),
-    ("mnet_fx/replay.py", "swapped |= {name: b.clone() for", "swapped |= {name: b for"),
+    ("mnet_fx/replay.py", "if child is not None and child not in seen:", "if child is not None:"),
+    ("mnet_fx/replay.py", " and not t.is_nested", ""),
+    ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.PROXY,)"),
+    ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.FAKE,)"),
+    ("mnet_fx/steps.py", "elif prints != self.prints:", "elif False:"),
+    ("mnet_fx/steps.py", "isinstance(e, Tensor) and e.requires_grad and", "isinstance(e, Tensor) and"),
+    ("mnet_fx/replay.py", "swapped |= _copied(self.buffers)", "swapped |= self.buffers"),
     (
         "mnet_fx/replay.py",
-        "with torch.inference_mode(False), temporarily_clear_interpreter_stack():",
-        "with temporarily_clear_interpreter_stack():",
+        "{name: copies[id(t)] for name, t in tensors.items()}",
+        "{name: t.detach().clone() for name, t in tensors.items()}",
     ),
-    ("mnet_fx/replay.py", "with torch.inference_mode(False), temporarily_clear_interpreter_stack():", "with torch.inference_mode(False):"),
+    ("mnet_fx/replay.py", ", tie_weights=False)", ")"),
+    (
+        "mnet_fx/replay.py",
+        "with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
+        "with _LOCK, temporarily_clear_interpreter_stack():",
+    ),
+    (
+        "mnet_fx/replay.py",
+        "with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
+        "with _LOCK, torch.inference_mode(False):",
+    ),
+    ("mnet_fx/replay.py", "with _LOCK, torch.inference_mode(False)", "with torch.inference_mode(False)"),
     (
         "mnet_fx/replay.py",
         "for _ in range(levels):\n        torch._C._vmapmode_decrement_nesting()",
@@ -156,7 +175,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/fingerprints.py", "words[rows * row :], *parts]", "*parts]"),
     ("mnet_fx/fingerprints.py", "z = z + _places(tuple(lengths), z.device)", "z = z + 0"),
     # The compiled loops.
-    ("mnet_fx/fused.py", " or t.is_neg() for t in", " for t in"),
+    ("mnet_fx/fused.py", " or t.is_neg()", ""),
+    ("mnet_fx/fused.py", " or t._is_zerotensor()", ""),
     ("mnet_fx/fused.py", "if not all(map(torch.equal, ours, theirs)):", "if False:"),
     ("mnet_fx/fused.py", "or not (self.writes_no_x or is_normal(factors[-1]))", ""),
     ("mnet_fx/fused.py", "        with _lock:\n            if key", "        if True:\n            if key"),
