@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import MnetError
 
@@ -51,7 +51,7 @@ class Guard:
         self.one_mode, self.whole, self.leaves = one_mode, whole, frozenset(leaves)
         self.kinds = _kinds(owner, self.leaves) if whole else {}
         self.seen = [
-            _Seen(path, module, _children(module), {name: vars(module)[name] for name in _read_attributes(module)}, _hooks(module))
+            _Seen(path, module, _children(module), {name: _kept(vars(module)[name]) for name in _read_attributes(module)}, _hooks(module))
             for path, module in _traced_through(owner, self.leaves, whole)
         ]
 
@@ -81,8 +81,7 @@ class Guard:
         if _children(module) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
             return f"lost or gained a submodule {_SINCE}"
         for name, value in seen.attributes.items():
-            now = vars(module).get(name, _HOOKS)
-            if now is not value and (type(now) is not type(value) or now != value):
+            if not _alike(vars(module).get(name, _HOOKS), value):
                 return f"had its attribute {name} changed from {value!r} {_SINCE}"
         if self.one_mode and module.training != owner.training and not isinstance(module, _CONTAINERS):
             mode = "train" if module.training else "eval"
@@ -91,6 +90,24 @@ class Guard:
                 "put both in the same mode, or freeze parameters with requires_grad_(False) instead"
             )
         return None
+
+
+def _kept(value: Any) -> Any:
+    """A value as it is now: of containers a copy, since they may change inside."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_kept, value))
+    return {key: _kept(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def _alike(now: Any, kept: Any) -> bool:
+    """Whether a value is what it was; objects other than plain ones are compared by identity."""
+    if now is kept or type(now) is not type(kept):
+        return now is kept
+    if type(now) in (list, tuple):
+        return len(now) == len(kept) and all(map(_alike, now, kept))
+    if type(now) is dict:
+        return now.keys() == kept.keys() and all(_alike(now[key], kept[key]) for key in now)
+    return isinstance(now, _PLAIN) and bool(now == kept)
 
 
 def _children(module: nn.Module) -> tuple[str, ...]:
@@ -130,7 +147,7 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
 
 
 def _read_attributes(module: nn.Module) -> list[str]:
-    """Names of the plain instance attributes that the module's forward, or a method that it calls, reads."""
+    """Names of the instance attributes that the module's forward, or a method that it calls, reads, but for tensors and modules."""
     read: set[str] = set()
     pending = ["forward"]
     while pending:
@@ -139,7 +156,8 @@ def _read_attributes(module: nn.Module) -> list[str]:
         read |= names
         pending += [name for name in names if inspect.isfunction(getattr(type(module), name, None))]
     own = vars(module)
-    return sorted(name for name in read if name != "training" and isinstance(own.get(name, own), _PLAIN))
+    ours = ("training", "_parameters", "_buffers", "_modules", "forward")  # what is in these is looked up at each call
+    return sorted(name for name in read if name in own and name not in ours and not isinstance(own[name], (nn.Module, Tensor)))
 
 
 def _names(code: Any) -> Iterator[str]:

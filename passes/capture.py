@@ -27,6 +27,7 @@ from passes.legality import CODES
 from passes.live import Result
 from passes.live_calls import LiveCalls
 from passes.regions import Refusal
+from passes.standins import Outside
 from passes.torch_layers import opened
 from passes.tracer import Blame, ChainTracer, replaced_reason
 from passes.watch import Attributes
@@ -117,11 +118,12 @@ def _trace(module: nn.Module) -> tuple[tuple[ChainTracer, fx.Graph] | None, dict
     if (reason := replaced_reason(module)) is not None:  # its hooks are in nobody's way: they fire around its graph
         return None, {"": Blame("opaque_module", reason)}
     while True:
-        tracer, attributes = ChainTracer(frozenset(blames)), Attributes(module)
+        tracer, attributes, outside = ChainTracer(frozenset(blames)), Attributes(module), Outside(module)
         try:
             graph = tracer.trace(module)
         except Exception as error:
             tracer.blame("untraceable", f"{type(error).__name__}: {error}"[:200])
+        outside.clean()
         for inner, name in attributes.restore():
             while inner and inner in blames:  # a module that stays Python is changed by one that calls it
                 inner = inner.rpartition(".")[0]

@@ -33,6 +33,7 @@ from passes.exported_graph import WRAPPED, attribute, rebuilt
 from passes.facts import Facts
 from passes.live import LIVE, live_results
 from passes.live_calls import LiveCalls, LiveError
+from passes.standins import Outside
 from passes.watch import Attributes, keeping_python_rng, python_rng_state, watching_functions
 
 __all__ = ["ExportError", "Interface", "SetsAttribute", "export"]
@@ -198,7 +199,7 @@ def _is_torch(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def _watched(module: nn.Module, flat: _Flat, live: LiveCalls) -> Iterator[None]:
     """Quiet, with gradients on; raises if something happened that the graph cannot hold."""
-    attributes = Attributes(module)
+    attributes, outside = Attributes(module), Outside(module)
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
     with contextlib.ExitStack() as stack:
@@ -219,6 +220,7 @@ def _watched(module: nn.Module, flat: _Flat, live: LiveCalls) -> Iterator[None]:
         finally:
             drew = python_rng_state() != before
             attributes.restore()
+            outside.clean()
     for path, blame in live.blames.items():
         raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
     if drew:

@@ -324,7 +324,7 @@ def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return type(modules[str(node.target)]).__module__.startswith("torch.")
     if isinstance(node.target, torch._ops.HigherOrderOperator):  # runs any code
         return False
-    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math")
+    return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math", "passes")
 
 
 def _in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

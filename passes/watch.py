@@ -1,12 +1,15 @@
 """Notices, while a module is traced, what passes by the proxies: contexts, gradient modes, custom functions, tensors being made.
 
 Gradient modes and factories are seen by a torch function mode, which is local to the thread. The rest has no such hook: the methods
-of `_LOSSES` are replaced for the time of the trace, by ones that behave the same and act only in the thread that traces.
+of `_LOSSES` and the questions of `_ASKS` are replaced for the time of the trace, by ones that behave the same and act only in the
+thread that traces.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import inspect
 import random
 import sys
@@ -20,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from passes.ops import FACTORIES
+from passes.standins import scrubbed
 
 __all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "replacing", "watching", "watching_functions"]
 
@@ -31,6 +35,10 @@ _LOSSES: tuple[tuple[type, str, str], ...] = (
     (torch.inference_mode, "__enter__", "enters torch.inference_mode"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "uses torch.utils.checkpoint or other saved-tensor hooks"),
     (torch.autograd.Function, "apply", "calls a torch.autograd.Function, whose backward a trace would lose"),
+)
+_ASKS = (
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+    *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
 )
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces, so only one thread may
 
@@ -59,13 +67,14 @@ def watching(note: Note, make: Make) -> Iterator[None]:
         for owner, name, reason in _LOSSES:
             original = inspect.getattr_static(owner, name)
             replacing(stack, owner, name, _noting(original, reason))
+        _watch_questions(stack)
         stack.enter_context(_Mode(note, make))
         yield
 
 
 @contextlib.contextmanager
 def watching_functions(note: Note) -> Iterator[None]:
-    """Watch for custom autograd functions only, the one thing that torch.export loses too.
+    """Watch for custom autograd functions and for questions about the modes around a call, which torch.export loses too.
 
     Args:
         note: called with what was seen.
@@ -75,6 +84,7 @@ def watching_functions(note: Note) -> Iterator[None]:
         stack.callback(_WATCHERS.notes.pop)
         owner, name, reason = next(loss for loss in _LOSSES if loss[0] is torch.autograd.Function)
         replacing(stack, owner, name, _noting(inspect.getattr_static(owner, name), reason))
+        _watch_questions(stack)
         yield
 
 
@@ -105,8 +115,8 @@ def keeping_python_rng() -> Iterator[None]:
             numpy.set_state(numpy_state)
 
 
-def replacing(stack: contextlib.ExitStack, owner: type, name: str, method: Any) -> None:
-    """Gives a class another method until the stack is left."""
+def replacing(stack: contextlib.ExitStack, owner: Any, name: str, method: Any) -> None:
+    """Gives a class another method, or a module another function, until the stack is left."""
     if name in owner.__dict__:
         stack.callback(setattr, owner, name, owner.__dict__[name])
     else:
@@ -132,6 +142,25 @@ def _noting(original: Any, reason: str) -> Any:
     return method if inspect.isfunction(original) else classmethod(class_method)
 
 
+def _watch_questions(stack: contextlib.ExitStack) -> None:
+    """Notes when the model's own code asks for a mode, whose answer a graph would bake in."""
+    importlib.import_module("torch._dynamo")  # has tables of torch's functions, as torch.overrides has: ours should not get into them
+    torch.overrides.get_ignored_functions()
+
+    def noting(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(ask)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if _WATCHERS.notes and asker.partition(".")[0] not in ("torch", "passes"):
+                _WATCHERS.notes[-1](f"asks torch.{name}, whose answer a graph would bake in")
+            return ask(*args, **kwargs)
+
+        return asked
+
+    for name in _ASKS:
+        replacing(stack, torch, name, noting(name, getattr(torch, name)))
+
+
 class _Mode(TorchFunctionMode):
     def __init__(self, note: Note, make: Make) -> None:
         super().__init__()
@@ -143,6 +172,9 @@ class _Mode(TorchFunctionMode):
         elif func in FACTORIES:
             return self.make(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+_TENSORS = ("_parameters", "_buffers", "_modules")  # during an export, they hold what stands for them
 
 
 class Attributes:
@@ -172,6 +204,8 @@ class Attributes:
                     changed.append((path, name))
                 elif copied is not value and not _same(value, copied):
                     _refill(value, copied)
+                    changed.append((path, name))
+                elif name not in _TENSORS and scrubbed(value):
                     changed.append((path, name))
                 now[name] = value
         return changed

@@ -11,9 +11,10 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.scale = nn.Linear(4, 4), 0.5
+        self.sizes, self.act = {"powers": [1.0, (2.0, 1)]}, torch.tanh
 
     def forward(self, x):
-        return x + self.scale * torch.tanh(self.linear(x))
+        return x + self.scale * self.act(self.linear(x)) ** self.sizes["powers"][1][1]
 
 
 class Model(nn.Module):
@@ -27,6 +28,18 @@ class Model(nn.Module):
 
 def changed_scale(net):
     net.blocks[1].scale = 0.1
+
+
+def changed_inside_a_container(net):
+    net.blocks[1].sizes["powers"][1] = (2.0, 2)
+
+
+def another_container(net):
+    net.blocks[1].sizes = {"powers": [1.0, (2.0, 2)]}
+
+
+def another_function(net):
+    net.blocks[1].act = torch.sin
 
 
 def hook_on_a_block(net):
@@ -45,7 +58,10 @@ def one_block_less(net):
     del net.blocks[3]
 
 
-@pytest.mark.parametrize("change", [changed_scale, hook_on_a_block, another_block, one_block_more, one_block_less])
+CHANGES = [changed_scale, changed_inside_a_container, another_container, another_function]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, hook_on_a_block, another_block, one_block_more, one_block_less])
 def test_a_change_that_the_graph_does_not_see_is_an_error(change):
     net, x = momentumize(Model()), torch.randn(2, 4)
     net(x)
@@ -63,6 +79,7 @@ def test_changes_that_the_graph_does_see_are_none():
     net.blocks[2].linear.register_forward_hook(lambda m, i, out: 2 * out)
     net.register_forward_hook(lambda *a: None)
     net.something = 3
+    net.blocks[1].sizes = {"powers": [1.0, (2.0, 1)]}
     assert not torch.equal(net(x), before)
 
 

@@ -134,6 +134,23 @@ def test_a_chain_goes_on_past_modules_that_no_graph_holds(odd):
     assert_exact(mnet_fx.momentumize(model.train(), (tokens(),)) if odd is Custom else net, tokens())
 
 
+class Asks(nn.Module):
+    """Does something else without gradients, and under autocast."""
+
+    def forward(self, x):
+        return x * (3 if torch.is_grad_enabled() else 5) * (7 if torch.is_autocast_enabled("cpu") else 1)
+
+
+def test_a_module_that_asks_for_a_mode_gets_the_answer_of_each_call():
+    model, x = Trunk(Asks), tokens()
+    net = mnet_fx.momentumize(model, (x,), gamma=0)
+    assert steps(net) == [3]
+    for grad in (True, False):
+        for autocast in (True, False):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                torch.testing.assert_close(net(x), model(x), rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
+
+
 class Reads(Block):
     def forward(self, x):
         found = self.odd(self.fc(x), {"more": [x, 2.0]}, flag=True)
@@ -436,6 +453,29 @@ def test_what_may_be_an_argument_is_not_written_to(target):
 
     with pytest.raises(passes.ExportError, match=r"blocks\.0\.odd stays Python, and may return memory that it is given"):
         passes.capture_by_export(Model(MayGiveBack), (tokens(),), {}, "held")
+
+
+def test_a_module_that_gives_back_the_stream_is_called_beside_the_chain():
+    class Passes(nn.Module):
+        def forward(self, x):
+            return x if x.sum() < 1e9 else x * 2
+
+    class Direct(Trunk):
+        def forward(self, x):
+            if x.dim() != 3:
+                raise ValueError
+            for block in self.blocks:
+                x = block.odd(x)
+                x = x + torch.tanh(block.fc(x))
+            return x
+
+    model = Direct(Passes)
+    net = mnet_fx.momentumize(model, (tokens(),), gamma=0)
+    assert steps(net) == [3]
+    assert_same(model, net, tokens(3))
+    assert_exact(net, tokens())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="captured for"):
+        net(tokens() + 1e9)
 
 
 def test_a_result_that_is_an_argument_must_stay_one():

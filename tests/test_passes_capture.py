@@ -51,6 +51,8 @@ LOST = {
     "torch.utils.checkpoint": lambda self, x: checkpoint(self.f, x, use_reentrant=False),
     "torch.autograd.Function ": lambda self, x: checkpoint(self.f, x, use_reentrant=True),
     "saved-tensor hooks": under(lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)),
+    "torch.is_grad_enabled": lambda self, x: self.f(x) if torch.is_grad_enabled() else x,
+    "torch.is_autocast_enabled": lambda self, x: self.f(x).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype),
     "Python's random module": lambda self, x: self.f(x) * (1 + (random.random() < 0.5)),
 }
 FAILS = {
