@@ -48,7 +48,8 @@ class Compiler:
                 node._dynamo_source = None
         # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
         # which then knows whether retain_graph forbids it to overwrite what the forward saved.
-        at_once = functorch_config.patch(force_non_lazy_backward_lowering=torch._dynamo.config.repro_after is not None)
+        now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
         with tracing(TracingContext(self.fake_mode)), at_once, _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
 
@@ -62,7 +63,8 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
     """
     memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
     own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
-    known = [] if fake_mode is None or fake_mode.shape_env is None else fake_mode.shape_env.backed_var_to_val
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    known = getattr(shape_env, "backed_var_to_val", getattr(shape_env, "var_to_val", ()))  # torch 2.11, before; () without sizes that vary
     others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
     others -= TensorifyState.force_specializations
     TensorifyState.force_specializations |= others

@@ -568,6 +568,7 @@ def test_registered_by_name_without_an_import(tmp_path):
     assert found.stdout.strip() == "4.0", found.stderr
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 cannot compile a backward pass within a compilation")
 def test_under_the_minifier():
     model = Net()
     function = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager"})
