@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from mnet_fx import state_bits
 from mnet_fx.fixed_point import State
-from mnet_fx.tape import PlainTape, ReversingTape, run_chain
+from mnet_fx.steps import run_chain
+from mnet_fx.tape import PlainTape, ReversingTape
 
 GAMMAS = [0.0, 1 / 256, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99, 0.999]
 COLUMNS = {

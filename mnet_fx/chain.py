@@ -20,9 +20,10 @@ from .fixed_point import State
 from .fused import kernels
 from .loops import Kernels
 from .replay import exported, transformed
-from .tape import Factors, FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+from .shear import Factors
+from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
 
-__all__ = ["LayerCall", "LayerStep", "start_tape"]
+__all__ = ["LayerCall", "LayerStep", "checked_velocity", "start_tape"]
 
 log = logging.getLogger("mnet_fx")
 
@@ -64,6 +65,21 @@ def start_tape(
         kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]
     log.debug("%s: %d steps of %s %s, %s", name, len(factors), x.dtype, tuple(x.shape), kind.__name__)
     return kind(name, state, factors, on_drift)
+
+
+def checked_velocity(name: str, v0: Any, x: Tensor) -> Tensor:
+    """v[0] as the initial velocity module of region `name` gave it for x[0] = x.
+
+    Raises:
+        StreamError: it does not fit x.
+    """
+    found = f"shape {tuple(v0.shape)} and dtype {v0.dtype}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+    if not isinstance(v0, Tensor) or v0.shape != x.shape or not v0.dtype.is_floating_point:
+        raise StreamError(
+            f"{name}: the initial velocity module gave {found} for a stream of shape {tuple(x.shape)} and dtype {x.dtype}; "
+            "it must give a real floating tensor of the stream's shape"
+        )
+    return v0
 
 
 def _in_floats(name: str, x: Tensor, factors: Factors, reversible: bool) -> Tape:
@@ -140,13 +156,15 @@ class LayerStep(nn.Module):
         y, extras = self._split(function(*args, **kwargs))
         if y.shape != x.shape:
             raise StreamError(
-                f"{self.path} turns a stream of shape {tuple(x.shape)} into one of shape {tuple(y.shape)}, and a momentum "
+                f"layer {self.path} turns a stream of shape {tuple(x.shape)} into one of shape {tuple(y.shape)}, and a momentum "
                 "chain keeps one shape: leave that layer out of the container, or rewrite another one"
             )
         if not self.residual:
             y = y - x
         if torch.promote_types(x.dtype, y.dtype) != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise StreamError(f"{self.path} turns a stream of {x.dtype} into one of {y.dtype}: cast the input of the chain to {y.dtype}")
+            raise StreamError(
+                f"layer {self.path} turns a stream of {x.dtype} into one of {y.dtype}: cast the input of the chain to {y.dtype}"
+            )
         return y.to(x.dtype), *extras
 
     def _split(self, result: Any) -> tuple[Tensor, list[Any]]:
@@ -155,7 +173,7 @@ class LayerStep(nn.Module):
             return result, []
         if not isinstance(result, (tuple, list)) or not result or not isinstance(result[0], Tensor):
             raise StreamError(
-                f"{self.path} returned a {type(result).__name__}: a layer of a momentum chain returns its stream as a "
+                f"layer {self.path} returned a {type(result).__name__}: a layer of a momentum chain returns its stream as a "
                 "tensor, or as the first element of a tuple or list"
             )
         extras, spec = pytree.tree_flatten(list(result[1:]))

@@ -12,6 +12,7 @@ The first step costs nothing when v[0] = 0, since then there is nothing to forge
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ def step_bits(gamma: float) -> float:
     Raises:
         SettingsError: gamma is outside [0, 1).
     """
-    if not 0 <= gamma < 1:
+    if not isinstance(gamma, numbers.Real) or not 0 <= gamma < 1:
         raise SettingsError(f"gamma must be a number in [0, 1), got {gamma!r}")
     return WHOLE if gamma == 0 else min(WHOLE, math.log2(1 / gamma))
 
@@ -48,13 +49,16 @@ def state_bits(gamma: float | Sequence[float], steps: int | None = None, zero_ve
 
     Raises:
         SettingsError: a gamma is outside [0, 1), or `steps` is missing or contradicts the list.
+
+    Returns:
+        Bits per element of the stream, for all steps together.
     """
-    if isinstance(gamma, (int, float)):
-        if steps is None:
-            raise SettingsError("steps is needed where gamma is one number")
-        gamma = [gamma] * steps
-    elif steps not in (None, len(gamma)):
-        raise SettingsError(f"steps is {steps} but {len(gamma)} gammas are given")
+    if isinstance(gamma, numbers.Real):
+        if steps is None or steps < 1:
+            raise SettingsError(f"steps, how many there are, is needed where gamma is one number, got {steps}")
+        gamma = [float(gamma)] * steps
+    if not isinstance(gamma, Sequence) or steps not in (None, len(gamma)):
+        raise SettingsError(f"gamma must be one number, or a list of one for each of steps={steps}, got {gamma!r}")
     return math.fsum(step_bits(g) for g in gamma[1 if zero_velocity else 0 :])
 
 
@@ -67,7 +71,16 @@ def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zer
         gammas: g[t] of the steps.
         dtype: dtype of the stream.
         zero_velocity: whether v[0] = 0.
+
+    Raises:
+        SettingsError: `gammas` is no list of numbers in [0, 1), or dtype is not real floating point.
     """
+    if not isinstance(gammas, Sequence):
+        raise SettingsError(f"gammas must be a list with the momentum of each step, such as [0.9] * 12, got {gammas!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"dtype must be a real floating torch.dtype, got {dtype!r}")
+    for gamma in gammas:
+        step_bits(gamma)  # raises where it is out of range
     form = Format.of(dtype)
     room, shed, spilled = math.log2(form.u_limit) - form.bits - 8, 0.0, 0
     for gamma in gammas[1:] if zero_velocity else gammas:

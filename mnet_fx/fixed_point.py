@@ -39,7 +39,8 @@ channel does nothing for the elements of one. Held as float64 (`held`, 16 bytes)
 **Never a wrap.** Decisions are taken on the host, from an upper bound of |x| and |v| that follows the recurrence with max|y| of each step
 (one scalar read per step and forward pass; none when going back, since every decision is in the step's `Record`).
 
-**inf and NaN** in x[0] or y add nothing to the integers; they are kept as a mask, and come out of `read` as NaN from then on.
+**inf and NaN** in x[0] or y add nothing to the integers; they are kept as a mask, and come out of `read` as NaN from then on. So does
+what no float64 should be, beyond 2^1000.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from torch import Tensor
 
 from .errors import StreamError
 from .fingerprints import fingerprint
-from .loops import EAGER, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
+from .loops import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
 __all__ = ["Format", "Record", "State"]
 
@@ -149,20 +150,20 @@ class State:
         x0, self.x_bound = self._finite(x0)
         v0, self.v_bound = self._finite(v0) if v0 is not None else (None, 0.0)
         self.unit = 2.0 ** (_exponent(max(self.x_bound, self.v_bound)) - self.format.bits)
-        fill(self.X, x0, 1 / self.unit)
+        fill(self.X, x0, 1 / self.unit, self.mask is None)
         self.x_bound += 0.5 * self.unit if self.x_bound else 0.0  # the roundings; a bound of 0 says that all are 0
         self.v_bound += 0.5 * self.unit * self.ratio if self.v_bound else 0.0
         if v0 is not None:
-            fill(self.U, v0, 1 / (self.unit * self.ratio))
+            fill(self.U, v0, 1 / (self.unit * self.ratio), self.mask is None)
 
     def _finite(self, t: Tensor) -> tuple[Tensor, float]:
-        """t in the layout of X and max|t| over its finite elements; the others join the mask."""
+        """t in the layout of X and max|t| over its finite elements; the others, and those beyond LARGEST, join the mask."""
         bound = max_abs(t)
         t = self._aligned(t)
-        if not math.isfinite(bound):
-            bad = ~torch.isfinite(t)
+        if not bound <= LARGEST:
+            bad = ~(t.abs() <= min(LARGEST, torch.finfo(t.dtype).max))
             self.mask = bad if self.mask is None else self.mask | bad
-            bound = max_abs(t.nan_to_num(0.0, 0.0, 0.0))
+            bound = max_abs(t.masked_fill(bad, 0.0))
         return t, bound
 
     def _aligned(self, t: Tensor) -> Tensor:
@@ -267,8 +268,9 @@ class State:
             self.v_bound = min(self.v_bound, max_abs(self.U) * self.ratio * self.unit)
         v_bound = gamma * self.v_bound + increment
         x_bound = self.x_bound + v_bound
+        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|
         self._room_in_x(record, x_bound)
-        self._room_in_u(record, gamma, v_bound)
+        self._room_in_u(record, gamma, v_bound, held)
         slack = self.ratio * self.unit  # the roundings of this step: two in U, two in X
         self.v_bound, self.x_bound = v_bound * (1 + 1e-9) + slack, x_bound * (1 + 1e-9) + slack + self.unit
 
@@ -279,11 +281,9 @@ class State:
         bound = self.x_bound / self.unit
         if bound >= 0.5:  # else X is all zeros, which any unit serves
             record.x_spill = spill(self.X, bits, bound)
-        self.unit *= 2.0**bits
-        self.ratio *= 2.0**-bits
+        self.unit, self.ratio = math.ldexp(self.unit, bits), math.ldexp(self.ratio, -bits)
 
-    def _room_in_u(self, record: Record, gamma: float, v_bound: float) -> None:
-        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|
+    def _room_in_u(self, record: Record, gamma: float, v_bound: float, held: float) -> None:
         self.ratio *= gamma
         if self.v_bound == 0.0:
             self.ratio = self._fresh()

@@ -51,7 +51,7 @@ class Forward:
     @torch.compiler.disable(reason=UNCOMPILED)
     def _matched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[inspect.BoundArguments, tuple[str, str] | None]:
         """The arguments by name; and where they are not those of the graphs, what these were captured with, and what was given."""
-        bound = self.__signature__.bind(*args, **kwargs)
+        bound = _bound(self.owner, args, kwargs)
         for name, value in self.pinned.items():
             if not _same(given := bound.arguments.pop(name, value), value):
                 return bound, (f"{name}={value!r}", f"{name}={_brief(given)}")
@@ -101,6 +101,7 @@ class ExportedForward:
     def _fitting(self, captured: str, given: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Interface, list[Any]]:
         """The program for a call, its interface, and the arguments as the program takes them."""
         self.guard.check(self.owner)
+        _bound(self.owner, args, kwargs)
         call, reason = canonical(self.__signature__, args, kwargs), f"it was captured with {captured}, not {given}"
         for variant in self.variants:
             program, interface = variant[self.owner.training]
@@ -152,6 +153,14 @@ class Constants(nn.Module):
 def signature(owner: nn.Module) -> inspect.Signature:
     """Signature of the forward of a module's class, without self."""
     return inspect.Signature(list(inspect.signature(inspect.unwrap(type(owner).forward)).parameters.values())[1:])
+
+
+def _bound(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call by name; a TypeError that names the forward where they do not fit, as Python's would."""
+    try:
+        return signature(owner).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{type(owner).__name__}.forward(): {error}") from None
 
 
 def canonical(form: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

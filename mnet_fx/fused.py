@@ -84,7 +84,7 @@ class _Fused:
             tensors[0].numel() < SMALLEST["cpu" if cpu else "other"]
             or not (cpu or self.asked)
             or not (self.writes_no_x or is_normal(factors[-1]))
-            or any(type(t) is not Tensor or t.is_neg() for t in tensors)  # whose memory is not what they seem to hold
+            or any(type(t) is not Tensor or t.is_neg() or t._is_zerotensor() for t in tensors)  # whose memory is not what they seem to hold
         ):
             return self.eager(*arguments)
         key = tuple((t.dtype, t.device) for t in tensors)

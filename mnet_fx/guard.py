@@ -7,7 +7,9 @@ whole, the graph no longer is what the model's Python would do. Then the call is
 
 from __future__ import annotations
 
+import enum
 import inspect
+import types
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,19 +24,45 @@ __all__ = ["Guard", "hooked"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_OURS = {"training", "forward", "_parameters", "_buffers", "_modules"}  # what is in these is looked up at each call
 _SINCE = "since momentumize, whose graph stands for its forward: momentumize the model as it is now"
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (
+    *(bool, int, float, str, bytes, type(None), type, enum.Enum, torch.dtype, torch.device),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """One module that a trace went through, as it was: its children by name, what its forward may read, and its hooks."""
+    """One module that a trace went through, as it was: its children by name, what its forward may read, its hooks and its methods."""
 
     path: str
     module: nn.Module
     children: tuple[str, ...]
     attributes: dict[str, Any]
     hooks: int
+    code: _Code
+
+
+class _Code:
+    """The code of a module's forward and of the methods that it names, by name. Stays behind when pickled: another process has its own."""
+
+    def __init__(self, functions: dict[str, Any]) -> None:
+        self.by_name = {name: _codes(function) for name, function in functions.items()}
+
+    def changed(self, module: nn.Module, owner: bool) -> str | None:
+        """Name of a method that is no longer what it was; the forward of the owner itself is ours."""
+        for name, codes in self.by_name.items():
+            patched = name in vars(module) and not (owner and name == "forward")
+            if patched or _codes(getattr(type(module), name, None)) != codes:
+                return name
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Code:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Code, ({},)
 
 
 class Guard:
@@ -50,10 +78,7 @@ class Guard:
     def __init__(self, owner: nn.Module, leaves: Collection[str], one_mode: bool, whole: bool = False) -> None:
         self.one_mode, self.whole, self.leaves = one_mode, whole, frozenset(leaves)
         self.kinds = _kinds(owner, self.leaves) if whole else {}
-        self.seen = [
-            _Seen(path, module, _children(module), {name: _kept(vars(module)[name]) for name in _read_attributes(module)}, _hooks(module))
-            for path, module in _traced_through(owner, self.leaves, whole)
-        ]
+        self.seen = [_seen(path, module, path in self.leaves) for path, module in _traced_through(owner, self.leaves, whole)]
 
     def check(self, owner: nn.Module) -> None:
         """Compares with what is there now.
@@ -80,8 +105,10 @@ class Guard:
                 return f"got a hook {_SINCE}, or put the hook on the layers inside, which are called as they are"
         if _children(module) != seen.children and (isinstance(module, _CONTAINERS) or not set(seen.children) <= set(module._modules)):
             return f"lost or gained a submodule {_SINCE}"
+        if (method := seen.code.changed(module, owner=not seen.path)) is not None:
+            return f"had its method {method} replaced {_SINCE}"
         for name, value in seen.attributes.items():
-            if not _alike(vars(module).get(name, _HOOKS), value):
+            if not _alike(_attribute(module, name), value):
                 return f"had its attribute {name} changed from {value!r} {_SINCE}"
         if self.one_mode and module.training != owner.training and not isinstance(module, _CONTAINERS):
             mode = "train" if module.training else "eval"
@@ -90,24 +117,6 @@ class Guard:
                 "put both in the same mode, or freeze parameters with requires_grad_(False) instead"
             )
         return None
-
-
-def _kept(value: Any) -> Any:
-    """A value as it is now: of containers a copy, since they may change inside."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_kept, value))
-    return {key: _kept(item) for key, item in value.items()} if type(value) is dict else value
-
-
-def _alike(now: Any, kept: Any) -> bool:
-    """Whether a value is what it was; objects other than plain ones are compared by identity."""
-    if now is kept or type(now) is not type(kept):
-        return now is kept
-    if type(now) in (list, tuple):
-        return len(now) == len(kept) and all(map(_alike, now, kept))
-    if type(now) is dict:
-        return now.keys() == kept.keys() and all(_alike(now[key], kept[key]) for key in now)
-    return isinstance(now, _PLAIN) and bool(now == kept)
 
 
 def _children(module: nn.Module) -> tuple[str, ...]:
@@ -146,24 +155,79 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
     yield from through(module, "")
 
 
-def _read_attributes(module: nn.Module) -> list[str]:
-    """Names of the instance attributes that the module's forward, or a method that it calls, reads, but for tensors and modules."""
+def _kept(value: Any) -> Any:
+    """A value as it is now: of containers a copy, since they may change inside."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_kept, value))
+    return {key: _kept(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def _alike(now: Any, kept: Any) -> bool:
+    """Whether a value is what it was; objects other than plain ones are compared by identity."""
+    if now is kept or type(now) is not type(kept):
+        return now is kept
+    if type(now) in (list, tuple):
+        return len(now) == len(kept) and all(map(_alike, now, kept))
+    if type(now) is dict:
+        return now.keys() == kept.keys() and all(_alike(now[key], kept[key]) for key in now)
+    return isinstance(now, _PLAIN) and bool(now == kept)
+
+
+def _seen(path: str, module: nn.Module, called: bool) -> _Seen:
+    """The module as it is: with the attributes that its forward, or a method that this calls, reads, and with those methods.
+
+    Of one that the graph calls, methods may change.
+    """
     read: set[str] = set()
+    methods: dict[str, Any] = {}
     pending = ["forward"]
     while pending:
-        function = inspect.unwrap(getattr(type(module), pending.pop(), None))  # type: ignore[arg-type]
-        names = set(_names(getattr(function, "__code__", None))) - read
+        name = pending.pop()
+        methods[name] = getattr(type(module), name, None)
+        names = {found for code in _codes(methods[name]) for found in _names(code)} - read
         read |= names
         pending += [name for name in names if inspect.isfunction(getattr(type(module), name, None))]
     own = vars(module)
-    ours = ("training", "_parameters", "_buffers", "_modules", "forward")  # what is in these is looked up at each call
-    return sorted(name for name in read if name in own and name not in ours and not isinstance(own[name], (nn.Module, Tensor)))
+    attributes: dict[str, Any] = {}
+    for name in sorted(read & own.keys() - _OURS):
+        if not isinstance(own[name], (nn.Module, Tensor)):
+            attributes |= {name: _kept(own[name])} | _entries(name, own[name], read)
+    watched = {} if called else {name: method for name, method in methods.items() if name == "forward" or name not in own}
+    return _Seen(path, module, _children(module), attributes, _hooks(module), _Code(watched))
+
+
+def _entries(name: str, value: Any, read: set[str]) -> dict[str, Any]:
+    """The plain attributes of an object that a module holds as `name`, such as a config, of those that the module's code may read.
+
+    That is by name, or by a string that it has or that begins with one: getattr(self.config, f"output_{key}").
+    """
+    if isinstance(value, _PLAIN) or not hasattr(value, "__dict__"):
+        return {}
+    starts = tuple(found for found in read if found.endswith("_") and not found.startswith("_"))
+    entries = {entry: now for entry, now in vars(value).items() if entry in read or (starts and entry.startswith(starts))}
+    return {f"{name}.{entry}": _kept(now) for entry, now in entries.items() if not isinstance(now, (nn.Module, Tensor))}
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute, or that of an object which the module holds; `_HOOKS` where there is none."""
+    holder, _, entry = name.rpartition(".")
+    return getattr(vars(module).get(holder), "__dict__", {}).get(entry, _HOOKS) if holder else vars(module).get(entry, _HOOKS)
+
+
+def _codes(function: Any) -> list[Any]:
+    """The code of a function, and of those that it wraps."""
+    codes = []
+    while function is not None:
+        codes.append(getattr(function, "__code__", function))
+        function = getattr(function, "__wrapped__", None)
+    return codes
 
 
 def _names(code: Any) -> Iterator[str]:
-    """Names that code refers to, that of nested functions included."""
-    if code is not None:
+    """Names that code refers to, also in strings, those of nested functions included."""
+    if inspect.iscode(code):
         yield from code.co_names
         for constant in code.co_consts:
-            if inspect.iscode(constant):
-                yield from _names(constant)
+            if isinstance(constant, str) and constant.isidentifier():
+                yield constant
+            yield from _names(constant)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "EAGER",
+    "LARGEST",
     "Kernels",
     "Spill",
     "fill",
@@ -34,6 +35,7 @@ __all__ = [
 
 CHUNK_CPU = 1 << 18  # elements per pass and thread; less, and calling operations takes longer than they do
 CHUNK_DEVICE = 1 << 23
+LARGEST = 2.0**1000  # magnitude up to which numbers count as finite, so that bounds, units and scales of a float64 stream are finite too
 MOST_CHUNKS = 4  # of so many threads together; more would not stay in cache
 
 
@@ -115,7 +117,7 @@ def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: flo
     Args:
         X, U, y, out: dense tensors of equal strides.
         scale, ratio, unit: see the module's text.
-        finite: False where y has inf or nan; these add nothing.
+        finite: False where y has inf, nan or more than LARGEST; these add nothing.
     """
     for x, u, part, o in _chunks(X, U, y, out):
         q = _rounded(part, u, scale, finite)
@@ -143,16 +145,15 @@ def read(X: Tensor, out: Tensor, unit: float) -> None:
         _put(x, o, unit)
 
 
-def fill(T: Tensor, t: Tensor, scale: float) -> None:
-    """T = round(t * scale), where elements of t that are not finite count as 0."""
+def fill(T: Tensor, t: Tensor, scale: float, finite: bool = True) -> None:
+    """T = round(t * scale), where elements of t that are not finite count as 0; `finite` as in `shear`."""
     for integers, part in _chunks(T, t):
-        q = _scratch.get(part, torch.float64, part.numel()).copy_(part).nan_to_num_(0.0, 0.0, 0.0)
-        integers.copy_(q.mul_(scale).round_().add_(0.0))  # + 0.0 turns -0.0 into 0.0, so that equal integers have equal bits
+        integers.copy_(_rounded(part, part, scale, finite).add_(0.0))  # + 0.0 turns -0.0 into 0.0, so that equal integers have equal bits
 
 
 def _rounded(y: Tensor, u: Tensor, scale: float, finite: bool) -> Tensor:
     q = _scratch.get(u, torch.float64, u.numel()).copy_(y)
-    return (q if finite else q.nan_to_num_(0.0, 0.0, 0.0)).mul_(scale).round_()
+    return (q if finite else q.masked_fill_(~(q.abs() <= LARGEST), 0.0)).mul_(scale).round_()
 
 
 def _product(t: Tensor, factor: float) -> Tensor:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .chain import LayerCall, LayerStep, start_tape
+from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
-from .named import name_region
+from .named import layers_of, name_region, paths_of
+from .report import REPORT
 from .settings import Settings
-from .tape import Chain, ReversingTape
+from .steps import Chain
+from .tape import ReversingTape
 
 __all__ = ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"]
 
@@ -40,7 +42,8 @@ class MomentumNet(nn.Module):
     and gradients are the same bits for both values of `use_backprop`.
 
     Raises:
-        SettingsError: gamma is out of range, or there is no function.
+        SettingsError: gamma is out of range, or there is no function, or one that is no module.
+        StreamError: in a call: x is not real floating point, or a function or init_function does not keep its shape.
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
@@ -55,11 +58,16 @@ class MomentumNet(nn.Module):
         is_residual: bool = True,
     ) -> None:
         super().__init__()
-        found = list(functions)
+        found = list(functions) if isinstance(functions, Iterable) else [functions]
         if not found:
             raise SettingsError("MomentumNet needs at least one function, got an empty list")
+        if not isinstance(functions, Iterable) or not all(isinstance(function, nn.Module) for function in found):
+            wrong = next((function for function in found if not isinstance(function, nn.Module)), functions)
+            raise SettingsError(f"MomentumNet takes a list of modules f[t], or a Sequential; got {_brief(wrong)}")
         if init_speed and init_function is None:
             raise SettingsError("init_speed=True needs an init_function, the module that gives v[0] from x[0]")
+        if init_function is not None and not isinstance(init_function, nn.Module):
+            raise SettingsError(f"init_function must be a module that gives v[0] from x[0], got {_brief(init_function)}")
         for i, function in enumerate(found):
             self.add_module(str(i), function)
         if init_function is not None:
@@ -127,7 +135,7 @@ class MomentumNet(nn.Module):
     def _chain(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], backward: str, inverse: bool = False) -> Chain:
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise StreamError(f"MomentumNet: x must be a real floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        v0 = self.init_function(x) if self.init_speed else None
+        v0 = checked_velocity("MomentumNet", self.init_function(x), x) if self.init_speed else None
         widest = {p.dtype for p in self.parameters() if p.is_floating_point()}
         tape = start_tape("MomentumNet", x, v0, self._factors(), backward, "raise", widest)
         if inverse and not isinstance(tape, ReversingTape):
@@ -223,14 +231,21 @@ def transform_to_momentumnet(
         A copy of the model. May be transformed again, with other containers.
 
     Raises:
-        SettingsError: there is no such container, or gamma is out of range.
+        SettingsError: there is no such container, or gamma is out of range, or `momentumize` has rewritten the model already.
     """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"transform_to_momentumnet takes an nn.Module, got a {type(model).__name__}")
+    if REPORT in model.__dict__:
+        raise SettingsError(
+            "momentumize has rewritten this model already: transform the original, or momentumize it again with other options"
+        )
     net = copy.deepcopy(model)
     settings = Settings(gamma=gamma, backward="stored" if use_backprop else "reversible")
-    for path in sub_layers:
+    for path in paths_of(sub_layers):
         if not is_residual:
             name_region(net, path, settings, skip=int(keep_first_layer))
             continue
+        layers_of(net, path, int(keep_first_layer))  # says what is wrong with it
         layers = [layer for layer in net.get_submodule(path)._modules.values() if layer is not None]  # children() skips repeats
         parent, _, name = path.rpartition(".")
         container = _MomentumContainer(layers, int(keep_first_layer), gamma=gamma, use_backprop=use_backprop, is_residual=True)
@@ -253,7 +268,12 @@ def convert_momentumnet_state_dict(state_dict: dict[str, Any], keep_first_layer:
 
     Returns:
         A new dictionary with the same values.
+
+    Raises:
+        SettingsError: it is no dictionary.
     """
+    if not isinstance(state_dict, Mapping):
+        raise SettingsError(f"convert_momentumnet_state_dict takes what net.state_dict() gives, got {_brief(state_dict)}")
     inner = r"\.1\.0" if keep_first_layer else r"\.0"
     container = re.compile(rf"^(.+?){inner}\.network\.(\d+)\.")
 
@@ -262,3 +282,7 @@ def convert_momentumnet_state_dict(state_dict: dict[str, Any], keep_first_layer:
         return re.sub(r"^network\.(\d+|init)\.", r"\1.", key)
 
     return {converted(key): value for key, value in state_dict.items()}
+
+
+def _brief(thing: Any) -> str:
+    return "None" if thing is None else f"a {type(thing).__name__}"

@@ -22,7 +22,7 @@ from passes import Call, ExportError, RegionCode
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard, hooked
-from .named import NamedLayer, NamedRegion, name_region
+from .named import NamedLayer, NamedRegion, name_region, paths_of
 from .parts import Part, Parts, exported, parts_of
 from .program import Program
 from .region import MomentumRegion
@@ -68,7 +68,8 @@ def momentumize(
         regions: paths of containers (ModuleList, Sequential) whose layers the model calls one after the other, such as
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
             Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and
-            returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew.
+            returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew. Layers that join the container
+            later stay as they are. example_inputs, granularity and min_steps have no meaning then.
         backward: "reversible"; or "stored": the same forward, bit for bit, with activations stored by autograd.
         min_steps: shorter chains are left alone.
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
@@ -81,21 +82,24 @@ def momentumize(
         comes back working, with a warning.
 
     Raises:
-        SettingsError: an option cannot work.
+        SettingsError: an option cannot work, or example_inputs do not fit the model.
         MnetError: the model cannot be copied, is a ScriptModule, or has parameters without values (meta device, lazy modules).
-        NotImplementedError: an option that is not built yet.
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
     settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift, precision)
+    if isinstance(example_inputs, (bool, int, float, str)):
+        raise SettingsError(
+            f"example_inputs must be a tuple of positional arguments or a dict of keyword arguments, got {example_inputs!r}; "
+            "options are given by name, as in gamma=0.9 or regions=['layers']"
+        )
     net = _copied(model)
     if regions is None:
         parts = parts_of(net, settings, example_inputs)
         _rewrite(net, parts, settings)
         report = _report(parts, settings, _stream_dtype(model))
     else:
-        paths = [regions] if isinstance(regions, str) else list(regions)
-        report = _named_report([name_region(net, path, settings) for path in paths], settings, _stream_dtype(model))
+        report = _named_report([name_region(net, path, settings) for path in paths_of(regions)], settings, _stream_dtype(model))
     if settings.velocity is not None:
         if hasattr(net, "initial_velocity"):
             raise SettingsError(f"{type(model).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
@@ -123,7 +127,8 @@ def _copied(model: nn.Module) -> nn.Module:
         raise MnetError("the model has parameters on the meta device, which hold no values: load it first (to_empty, load_state_dict)")
     if any(map(is_lazy, tensors)):
         raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
-    shared = {id(t): t for t in tensors}
+    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    shared = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook at each call, as pruning does; deepcopy refuses them
     try:
         net = copy.deepcopy(model, shared)
     except Exception as error:

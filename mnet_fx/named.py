@@ -11,6 +11,7 @@ layer); anything else starts a new chain, with a warning, or is an error.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .chain import LayerCall, LayerStep, start_tape
+from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from .settings import Settings
-from .tape import Chain
+from .steps import Chain
 
-__all__ = ["NamedLayer", "NamedRegion", "name_region"]
+__all__ = ["NamedLayer", "NamedRegion", "layers_of", "name_region", "paths_of"]
 
 
 @dataclass
@@ -41,19 +42,25 @@ class NamedRegion:
 
     Args:
         path: of the container in the model.
-        layers: the layers in order; the same one may occur several times.
+        layers: by their names in the container, in order; the same one may occur several times.
         settings: the recurrence.
     """
 
-    def __init__(self, path: str, layers: list[nn.Module], settings: Settings) -> None:
+    def __init__(self, path: str, layers: dict[str, nn.Module], settings: Settings) -> None:
         self.path, self.factors = path, settings.factors(len(layers))
+        self.names = [f"{path}.{name}" if path else name for name in layers]
         self.backward, self.on_drift = settings.backward, settings.on_drift
         self.velocity = (settings.velocity,)  # in a tuple: `momentumize` makes it a submodule of the model
         self.positions: dict[int, list[int]] = {}
-        self.widest = {p.dtype for layer in layers for p in layer.parameters() if p.is_floating_point()}
+        self.widest = {p.dtype for layer in layers.values() for p in layer.parameters() if p.is_floating_point()}
         self.widest |= set() if settings.held is None else {settings.held}
-        self.layers = layers
+        self.layers = list(layers.values())
         self._index()
+
+    @property
+    def title(self) -> str:
+        """The region in messages."""
+        return self.path or "(root)"
 
     def _index(self) -> None:
         self.positions = {}
@@ -75,12 +82,12 @@ class NamedRegion:
         Raises:
             StreamError: the stream cannot be carried, or the call is a second one on a stream whose chain has gone on since.
         """
-        call = LayerCall(self.path, args, kwargs)
+        call = LayerCall(f"a layer of {self.title}", args, kwargs)
         x = call.stream(args, kwargs)
         running = self._running(x)
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
-        step = LayerStep(layer, function, call, f"{self.path}.{index}")
+        step = LayerStep(layer, function, call, self.names[index])
         extras = chain.step(step, tuple(call.sides))
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
         if index + 1 < len(self.layers):
@@ -102,37 +109,35 @@ class NamedRegion:
 
     def _started(self, index: int, x: Tensor) -> Chain:
         if not x.dtype.is_floating_point:
-            raise StreamError(f"{self.path}.{index}: the stream must be a real floating tensor, got {x.dtype}")
+            raise StreamError(f"{self.names[index]}: the stream must be a real floating tensor, got {x.dtype}")
         if index:
             self._broken(index)
         velocity = self.velocity[0]
-        v0 = None if velocity is None else velocity(x)
-        if v0 is not None and (not isinstance(v0, Tensor) or v0.shape != x.shape):
-            raise StreamError(f"{self.path}: the initial velocity module must give a tensor of shape {tuple(x.shape)}")
-        tape = start_tape(self.path, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
+        v0 = None if velocity is None else checked_velocity(self.title, velocity(x), x)
+        tape = start_tape(self.title, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
         return Chain(tape, x, v0)
 
     def _broken(self, index: int) -> None:
         """A chain that begins in the middle."""
         if torch._C._current_graph_task_id() != -1:
             raise StreamError(
-                f"{self.path}.{index} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
+                f"{self.names[index]} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
                 "this layer: remove it (gradient_checkpointing_disable()), the chain keeps no activations by itself"
             )
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"{self.path}: layer {index} was called with another tensor than layer {index - 1} returned (or alone), so a new "
+                f"{self.names[index]} was called with another tensor than {self.names[index - 1]} returned (or alone), so a new "
                 "chain starts there with velocity 0: the model changes the stream between the two, or calls only part of the container",
                 MnetWarning,
                 stacklevel=4,
             )
 
     def _continued(self, running: _Running, index: int, x: Tensor) -> Chain:
-        chain, name = running.chain, f"{self.path}.{index}"
+        chain, name = running.chain, self.names[index]
         if not x.is_inference() and x._version != running.version:
             raise StreamError(
-                f"{name}: the stream was changed in place since layer {running.next - 1} returned it: use an out-of-place operation"
+                f"{name}: the stream was changed in place since {self.names[running.next - 1]} returned it: use an out-of-place operation"
             )
         if chain.t != running.t:
             raise StreamError(
@@ -172,6 +177,34 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_neg()
 
 
+def layers_of(net: nn.Module, path: str, skip: int = 0) -> dict[str, nn.Module]:
+    """The layers of a container by their names in it; arguments and errors are those of `name_region`."""
+    try:
+        container = net.get_submodule(path)
+    except AttributeError:
+        close = [name for name, module in net.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1]
+        raise SettingsError(f"{type(net).__name__} has no container {path!r}; containers of several layers are {close[:10]}") from None
+    layers = list(container._modules.items())
+    if skip and 0 < len(layers) <= skip:
+        raise SettingsError(f"{path!r} holds no layer but the first, which stays as it is: use keep_first_layer=False, or leave it out")
+    found = {name: layer for name, layer in layers[skip:] if layer is not None}
+    if not found or len(found) < len(layers) - skip:
+        raise SettingsError(f"{path!r} holds no layers to rewrite: name a ModuleList, a Sequential or another container of layers")
+    return found
+
+
+def paths_of(named: Any) -> list[str]:
+    """The paths of containers that were given as a list, or as one string.
+
+    Raises:
+        SettingsError: they are something else.
+    """
+    paths = [named] if isinstance(named, str) else list(named) if isinstance(named, Iterable) else [named]
+    if not all(isinstance(path, str) for path in paths):
+        raise SettingsError(f"containers are named by their paths in the model, as in ['encoder.layers'], got {named!r}")
+    return paths
+
+
 def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) -> NamedRegion:
     """Makes the layers of a container steps of one chain, in place.
 
@@ -184,20 +217,9 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
     Raises:
         SettingsError: there is no such container, or a layer of it is in another region.
     """
-    try:
-        container = net.get_submodule(path)
-    except AttributeError:
-        close = [name for name, module in net.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1]
-        raise SettingsError(f"{type(net).__name__} has no container {path!r}; containers of several layers are {close[:10]}") from None
-    layers = list(container._modules.values())
-    if skip and 0 < len(layers) <= skip:
-        raise SettingsError(f"{path!r} holds no layer but the first, which stays as it is: use keep_first_layer=False, or leave it out")
-    layers = layers[skip:]
-    if not layers or any(layer is None for layer in layers):
-        raise SettingsError(f"{path!r} holds no layers to rewrite: name a ModuleList, a Sequential or another container of layers")
-    region = NamedRegion(path, layers, settings)  # type: ignore[arg-type]
-    for layer in dict.fromkeys(layers):
-        assert layer is not None
+    layers = layers_of(net, path, skip)
+    region = NamedRegion(path, layers, settings)
+    for layer in dict.fromkeys(layers.values()):
         if "forward" in layer.__dict__:
             raise SettingsError(f"a layer of {path!r} has a forward of its own or is in another region: name each container once")
         if isinstance(layer, torch.jit.ScriptModule):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -29,6 +31,8 @@ _TYPES = {  # float16: gcc 12 and clang have it
 _PARALLEL = 1 << 15  # elements; below, waking another thread takes longer than the loop
 _FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]  # none that alters a result
 _FASTER = ["-march=native", "-fopenmp"]  # not every compiler takes these
+_PATIENCE = 30  # seconds; it takes tenths of one
+_HUNG: set[str] = set()  # compilers that are not asked again
 
 _PRELUDE = """
 #include <math.h>
@@ -150,7 +154,21 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
         function(data, bytes_, sums, count, _PARALLEL, torch.get_num_threads())
         return list(sums)
 
+    sample = torch.arange(20, dtype=torch.uint8)
+    if run([sample]) != [_hash(bytes(sample.tolist()))]:
+        raise NativeError("it gives other numbers than Python")
     return run
+
+
+def _hash(data: bytes) -> int:
+    """What `hashes` gives for these bytes, in Python."""
+    total, most = 0, (1 << 64) - 1
+    for place in range(0, len(data), 8):
+        z = int.from_bytes(data[place : place + 8].ljust(8, b"\0"), sys.byteorder) + (place // 8 + 1) * 0x9E3779B97F4A7C15 & most
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & most
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & most
+        total += z ^ (z >> 31)
+    return total & most
 
 
 def _source(name: str, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -167,15 +185,36 @@ def _source(name: str, dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _library(source: str) -> ctypes.CDLL:
-    compiler = os.environ.get("CC", "cc")
-    with tempfile.TemporaryDirectory(prefix="mnet_fx") as folder:
-        path = Path(folder) / "loop.so"
-        for flags in ([*_FLAGS, *_FASTER], _FLAGS):
-            command = [*compiler.split(), *flags, "-x", "c", "-", "-o", str(path), "-lm"]
-            try:
-                result = subprocess.run(command, input=source, text=True, capture_output=True, timeout=60)
-                if result.returncode == 0:
-                    return ctypes.CDLL(str(path))
-            except (OSError, subprocess.SubprocessError) as error:
-                raise NativeError(f"{compiler}: {error}") from error
-    raise NativeError(f"{compiler}: {result.stderr.strip() or 'no reason given'}")
+    """The source, compiled and loaded.
+
+    Raises:
+        NativeError: whatever went wrong; also at once where an earlier try had to be stopped.
+    """
+    compiler = os.environ.get("CC", "").strip() or "cc"
+    if compiler in _HUNG:
+        raise NativeError(f"{compiler}: it took too long before")
+    reason = ""
+    try:
+        with tempfile.TemporaryDirectory(prefix="mnet_fx", ignore_cleanup_errors=True) as folder:
+            for flags in ([*_FLAGS, *_FASTER], _FLAGS):
+                try:
+                    return _built([*shlex.split(compiler), *flags], source, Path(folder) / f"loop{len(flags)}.so")
+                except NativeError as error:
+                    reason = str(error)
+    except subprocess.TimeoutExpired as error:
+        _HUNG.add(compiler)
+        raise NativeError(f"{compiler}: it took more than {_PATIENCE} s") from error
+    except (OSError, ValueError) as error:  # no compiler, no folder to write to; quotes that do not match
+        raise NativeError(f"{compiler}: {error}") from error
+    raise NativeError(f"{compiler}: {reason}")
+
+
+def _built(command: list[str], source: str, path: Path) -> ctypes.CDLL:
+    command = [*command, "-x", "c", "-", "-o", str(path), "-lm"]
+    result = subprocess.run(command, input=source, text=True, errors="replace", capture_output=True, timeout=_PATIENCE)
+    if result.returncode:
+        raise NativeError(result.stderr.strip() or "no reason given")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # nothing was written, or it needs a library that is not there
+        raise NativeError(str(error)) from error

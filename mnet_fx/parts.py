@@ -8,7 +8,7 @@ torch.export          the whole model if it can be exported and that rewrites mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -69,7 +69,7 @@ def parts_of(net: nn.Module, settings: Settings, example_inputs: Any) -> Parts:
     Args:
         net: the model.
         settings: options of the plan.
-        example_inputs: None, or a call of the model: a tuple of positional arguments, a dict of keyword arguments, or a tensor.
+        example_inputs: None, or a call of the model: a tuple of positional arguments, a mapping of keyword arguments, or a tensor.
 
     Raises:
         SettingsError: `example_inputs` do not fit the model's signature.
@@ -79,10 +79,10 @@ def parts_of(net: nn.Module, settings: Settings, example_inputs: Any) -> Parts:
 
 
 def _call(net: nn.Module, example_inputs: Any) -> Call:
+    by_name = isinstance(example_inputs, Mapping)  # also what a tokenizer of Hugging Face returns, which is no dict
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    kwargs = dict(example_inputs) if isinstance(example_inputs, dict) else {}
     try:
-        return canonical(signature(net), () if isinstance(example_inputs, dict) else args, kwargs)
+        return canonical(signature(net), () if by_name else args, dict(example_inputs) if by_name else {})
     except TypeError as error:
         raise SettingsError(
             f"example_inputs do not fit {type(net).__name__}.forward{signature(net)}: {error}; "

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
-from .chain import start_tape
+from .chain import checked_velocity, start_tape
 from .errors import UNCOMPILED, StreamError
 from .loops import Kernels
 from .program import Program
 from .settings import Settings
-from .tape import run_chain
+from .steps import run_chain
 
 __all__ = ["ChainRegion", "MomentumRegion", "expanded", "sum_dtype"]
 
@@ -167,21 +167,12 @@ class ChainRegion(nn.Module):
         """The region on steps bound before, with the given kind of backward pass."""
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
-        v0 = None if self.velocity is None else self._checked_velocity(self.velocity(x), x)
+        v0 = None if self.velocity is None else checked_velocity(self.name, self.velocity(x), x)
         widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
         widest |= set() if self.held is None else {self.held}
         tape = start_tape(self.name, x, v0, self.factors, backward, self.on_drift, widest, self.arithmetic)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
-
-    def _checked_velocity(self, v0: Any, x: Tensor) -> Tensor:
-        found = f"shape {tuple(v0.shape)} and dtype {v0.dtype}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
-        if not isinstance(v0, Tensor) or v0.shape != x.shape or not v0.dtype.is_floating_point:
-            raise StreamError(
-                f"{self.name}: the initial velocity module gave {found} for a stream of shape {tuple(x.shape)} and dtype {x.dtype}; "
-                "it must give a real floating tensor of the stream's shape"
-            )
-        return v0
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"

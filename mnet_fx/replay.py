@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_leaves
 
 from .fingerprints import fingerprints
 
-__all__ = ["Conditions", "transformed", "undisturbed"]
+__all__ = ["Conditions", "exported", "is_ordinary", "transformed", "undisturbed"]
 
 
-_LOCK = threading.RLock()  # reruns swap buffers and flags of live modules, and steps share generators: one thread at a time
+# Reruns swap buffers and flags of live modules, steps share generators, and threads that go back through one graph share its tape.
+_LOCK = threading.RLock()
 
 
 class Conditions:
@@ -68,7 +69,7 @@ class Conditions:
             return result
 
     def _noting_buffers(self, before: dict[str, Tensor], x: Tensor) -> Any:
-        copies = {name: b.detach().clone() for name, b in before.items()}
+        copies = _copied(before)
         result = self.module(x, *self.sides)
         after = dict(_members(self.module, "_buffers"))
         was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
@@ -96,8 +97,10 @@ class Conditions:
         with _LOCK, self._restored():
             live = dict(_members(self.module, "_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
-            swapped |= {name: b.clone() for name, b in self.buffers.items()}
-            return functional_call(self.module, swapped, (x, *self.sides)) if swapped else self.module(x, *self.sides)
+            swapped |= _copied(self.buffers)
+            if not swapped:
+                return self.module(x, *self.sides)
+            return functional_call(self.module, swapped, (x, *self.sides), tie_weights=False)  # each of several names is in `swapped`
 
     def _proven(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
@@ -124,32 +127,47 @@ def transformed() -> bool:
 
 
 def exported() -> bool:
-    """Whether torch.export or torch.jit.trace records the call."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether torch.export, torch.jit.trace or make_fx records the call, or its tensors are fake: what loops write would not be seen."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+    return modes or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Outside of the inference mode and every vmap around a backward pass, which concern gradients and not what is run again."""
+    """One thread at a time, outside of the inference mode and every vmap around a backward pass, which concern gradients alone."""
     levels = torch._C._vmapmode_increment_nesting()  # those of torch.autograd.grad(..., is_grads_batched=True), and one
     for _ in range(levels):
         torch._C._vmapmode_decrement_nesting()
     try:
-        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():
             yield
     finally:
         for _ in range(levels - 1):
             torch._C._vmapmode_increment_nesting()
 
 
-def _members(module: nn.Module, kind: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors in the dictionaries `kind` of module and its submodules: `named_parameters(remove_duplicate=False)`, but quick."""
-    for name, tensor in getattr(module, kind).items():
-        if tensor is not None:
-            yield prefix + name, tensor
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of some tensors; those that are one tensor by several names stay so."""
+    copies = {id(t): t.detach().clone() for t in tensors.values()}
+    return {name: copies[id(t)] for name, t in tensors.items()}
+
+
+def _members(module: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in the dictionaries `kind` of module and those inside, each once: what is swapped twice would not be put back."""
+    for prefix, owner in _modules(module, "", set()):
+        for name, tensor in getattr(owner, kind).items():
+            if tensor is not None:
+                yield prefix + name, tensor
+
+
+def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, but quick."""
+    seen.add(module)
+    yield prefix, module
     for name, child in module._modules.items():
-        if child is not None:
-            yield from _members(child, kind, f"{prefix}{name}.")
+        if child is not None and child not in seen:
+            yield from _modules(child, f"{prefix}{name}.", seen)
 
 
 def _swap_in(stack: ExitStack, setter: Callable[[Any], Any], then: Any, now: Any) -> None:
@@ -178,14 +196,19 @@ def _autocast_states(device: torch.device) -> list[dict[str, Any]]:
 
 def _freed(t: Tensor) -> bool:
     """Whether the memory of a tensor is gone, though it has elements."""
-    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.numel() > 0 and t.untyped_storage().size() == 0
+    return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
+
+
+def is_ordinary(t: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory, with strides."""
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized and not t.is_nested
 
 
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
     """A number for each tensor that changes with its values; one synchronisation for each device.
 
-    For other than ordinary dense tensors (subclasses, sparse, quantised) it is what autograd knows, the version.
+    For other than ordinary dense tensors (subclasses, sparse, quantised, nested) it is what autograd knows, the version.
     """
-    ordinary = [n for n, t in named.items() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized]
+    ordinary = [name for name, t in named.items() if is_ordinary(t)]
     values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
     return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))

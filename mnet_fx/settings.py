@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -85,10 +85,20 @@ class Settings:
 
     def gammas(self, steps: int) -> tuple[float, ...]:
         """g[0], ..., g[steps - 1]."""
-        gammas = [self.gamma(t, steps) if callable(self.gamma) else self.gamma for t in range(steps)]
+        gammas = [self._scheduled(t, steps) if callable(self.gamma) else self.gamma for t in range(steps)]
         if self.initial_velocity == "first":
             gammas[0] = 0.0
         return tuple(_check_gamma(g, f"gamma({t}, {steps})") for t, g in enumerate(gammas))
+
+    def _scheduled(self, t: int, steps: int) -> Any:
+        assert callable(self.gamma)
+        try:
+            return self.gamma(t, steps)
+        except Exception as error:
+            raise SettingsError(
+                f"gamma({t}, {steps}) failed ({type(error).__name__}: {error}); a schedule is a function (t, steps) -> number in [0, 1) "
+                "of the step t = 0, ..., steps - 1"
+            ) from error
 
     def factors(self, steps: int) -> tuple[tuple[float, float], ...]:
         """(g[t], b[t]) for t = 0, ..., steps - 1."""
@@ -98,7 +108,8 @@ class Settings:
 
 
 def _check_gamma(gamma: Any, name: str = "gamma") -> float:
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma) or not 0 <= gamma < 1:
-        at_one = ": at 1 the residual branch has no weight; use 0.99" if gamma == 1 else ""
-        raise SettingsError(f"{name} must be a number in [0, 1), got {gamma!r}{at_one}")
+    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real) or not 0 <= float(gamma) < 1:
+        hint = "" if isinstance(gamma, numbers.Real) else "; a schedule is a function (t, steps) -> number"
+        hint = ": at 1 the residual branch has no weight; use 0.99" if not hint and gamma == 1 else hint
+        raise SettingsError(f"{name} must be a number in [0, 1), got {gamma!r}{hint}")
     return float(gamma)

@@ -1,7 +1,7 @@
-"""The seekable tape: runs a chain of steps, keeps no activations, and takes the chain back step by step in the backward pass.
+"""The seekable tape: keeps no activations of a chain of steps, and takes the chain back step by step in the backward pass.
 
 Each step runs under `torch.utils.checkpoint` (non-reentrant, public API only), so that autograd, its hooks and its gradients are those of
-the plain chain. What is ours is where a recomputation gets x[t] from:
+the plain chain (see `steps`). What is ours is where a recomputation gets x[t] from:
 
     forward    x[t] --f[t]--> y --+                 tape.push: (X, U) goes from t to t + 1
                  |                Shear --> x[t+1], v[t+1]
@@ -12,14 +12,15 @@ Rule 1. The stream tensor x[t] is no argument of the checkpointed function: the 
 Rule 2. The tape is at a time t, with (X[t], U[t]); or half-way, with (X[t], U[t+1]), while f[t] is rerun. It seeks to any time in either
         direction by rerunning steps, so a partial `autograd.grad`, `retain_graph` and double backward get the right x[t].
 Rule 3. Every rerun, for whatever reason, goes through `Conditions.run` and sees what the first run saw.
-Rule 4. A step ends in `_Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a rerun once
-        the last saved tensor is back, hence never before the move is complete. Its backward is the first of the step, so errors of the
-        recomputation come up there and are given our words.
-Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward.
-Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> _Step -> tape -> _Rerun, no way back) and dies with it.
+Rule 4. A step ends in `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a
+        rerun once the last saved tensor is back, hence never before the move is complete. Its backward is the first of the step, so
+        errors of the recomputation come up there and are given our words.
+Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
+        the extra outputs that a rerun gives gradients to.
+Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
         Nothing is freed by hand.
-Rule 7. Gradients flow through `_Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves nothing and
-        is differentiable, so double backward works.
+Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves
+        nothing and is differentiable, so double backward works.
 Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
         forward and the gradients have the same bits either way.
 """
@@ -27,23 +28,31 @@ Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch import Tensor
 
-from .errors import InversionError, MnetError, MnetWarning, StreamError
+from .errors import InversionError, MnetError, MnetWarning
 from .fingerprints import fingerprint
 from .fixed_point import Record, State
-from .replay import Conditions, transformed, undisturbed
+from .replay import Conditions
+from .shear import Enter, Factors, Shear
 
-__all__ = ["Chain", "Factors", "FloatTape", "PlainTape", "ReversingTape", "StoringTape", "Tape", "run_chain"]
+__all__ = ["FloatTape", "PlainTape", "Print", "Rerun", "ReversingTape", "StoringTape", "Tape"]
 
-Factors = tuple[tuple[float, float], ...]
 Print = tuple[int, ...]
+
+
+class Rerun:
+    """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
+
+    def __init__(self, conditions: Conditions, requires_grad: bool) -> None:
+        self.conditions, self.requires_grad = conditions, requires_grad
+
+    def __call__(self, x: Tensor) -> tuple[Any, ...]:
+        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
 
 
 class Tape:
@@ -58,15 +67,15 @@ class Tape:
 
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
-        self.reruns: list[_Rerun] = []
+        self.reruns: list[Rerun] = []
 
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x[0] and v[0] with their gradients' history."""
-        return _Enter.apply(x0, v0, self)
+        return Enter.apply(x0, v0, self)
 
     def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
         """x[t + 1] and v[t + 1] with their gradients' history."""
-        return _Shear.apply(x, v, y, self, t)
+        return Shear.apply(x, v, y, self, t)
 
     def enter(self) -> Tensor:
         """x[0], on the grid."""
@@ -234,181 +243,3 @@ class FloatTape(PlainTape):
         y = weight * y.to(torch.promote_types(dtype, torch.float32))
         v = y if v is None else gamma * v + y
         return (x + v).to(dtype), v
-
-
-class _Rerun:
-    """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
-
-    def __init__(self, conditions: Conditions, requires_grad: bool) -> None:
-        self.conditions, self.requires_grad = conditions, requires_grad
-
-    def __call__(self, x: Tensor) -> tuple[Any, ...]:
-        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
-
-
-class _Step:
-    """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
-
-    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor) -> None:
-        self.tape, self.t = tape, t
-        self.live: Tensor | None = x
-        tape.reruns.append(_Rerun(Conditions(module, sides, x.device, proof=tape.on_drift != "ignore"), x.requires_grad))
-
-    def __call__(self) -> tuple[Any, ...]:
-        if self.live is not None:
-            x, self.live = self.live, None
-            first_run = self.tape.reruns[self.t].conditions.first_run
-            return _Close.apply(self, False, *checked(first_run, x, (), self.tape.region, self.t))
-        with undisturbed():
-            return _Close.apply(self, True, *self.tape.rerun(self.t, self.tape.hand_out(self.t)))
-
-
-def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], region: str, t: int) -> tuple[Any, ...]:
-    """run(x, *sides), and an error if that wrote to x.
-
-    Raises:
-        StreamError: the step changed the stream in place.
-    """
-    version = None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
-    outputs = run(x, *sides)
-    if version is not None and x._version != version:
-        raise StreamError(
-            f"{region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
-            "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
-        )
-    return outputs
-
-
-class _Close(Function):
-    """End of a step; see Rule 4."""
-
-    @staticmethod
-    def forward(ctx: Any, step: _Step, rerun: bool, *outputs: Any) -> tuple[Any, ...]:
-        ctx.set_materialize_grads(False)
-        y = outputs[0]
-        if rerun:
-            step.tape.close(step.t, y)
-        ctx.region, ctx.t = step.tape.region, step.t
-        ctx.save_for_backward(y.new_empty(0))
-        return tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        try:
-            _ = ctx.saved_tensors  # makes checkpoint rerun the step now
-        except CheckpointError as error:
-            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient") from error
-        return None, None, *grads
-
-
-class _Enter(Function):
-    """x0 and v0, put on the grid; straight-through backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Tape) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        ctx.gamma = tape.factors[0][0]
-        return tape.enter(), None if v0 is None else _token(x0)
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gv is not None:
-            gv = gv * ctx.gamma  # see _Shear
-        elif gx is not None and ctx.needs_input_grad[1]:
-            gv = torch.zeros_like(gx)  # g[0] = 0 forgets v0
-        return gx, gv, None
-
-
-class _Shear(Function):
-    """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
-
-    v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of
-    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Tape, t: int) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
-        after = tape.push(t, y)
-        return after, _token(after)
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
-        if gv is not None:
-            next_gamma = ctx.factors[1][0]
-            gv = gv * next_gamma if gx is None else torch.add(gx, gv, alpha=next_gamma)
-        total = gx if gv is None else gv
-        if total is None:
-            return None, None, None, None, None
-        gy = (total * weight).to(y_dtype) if ctx.needs_input_grad[2] else None
-        return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
-
-
-def _token(x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(x.shape)
-
-
-class Chain:
-    """A chain on a tape, one step after the other.
-
-    Args:
-        tape: a tape at time 0.
-        x0, v0: the stream and the initial velocity (or None), with their gradients' history.
-
-    Attributes:
-        x: the stream at time t; a caller that keeps it itself may take it away, and gives it back before the next step.
-        t: number of steps done.
-    """
-
-    def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
-        self.tape, self.t = tape, 0
-        self.x: Any
-        self.x, self.v = tape.begin(x0, v0)
-
-    def step(self, module: nn.Module, sides: tuple[Any, ...]) -> list[Any]:
-        """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras.
-
-        Raises:
-            StreamError: the step changed the stream in place.
-            MnetError: a transform of torch.func began or ended within the chain.
-        """
-        if transformed() and not isinstance(self.tape, FloatTape):
-            raise MnetError(
-                f"{self.tape.region}, step {self.t}: a transform of torch.func, or forward-mode differentiation, began or ended since "
-                "the chain did: apply it to the whole model"
-            )
-        if isinstance(self.tape, PlainTape):
-            y, *extras = checked(module, self.x, sides, self.tape.region, self.t)
-        else:
-            y, *extras = checkpoint(_Step(self.tape, self.t, module, sides, self.x), use_reentrant=False, preserve_rng_state=False)
-        self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
-        self.t += 1
-        return extras
-
-
-def run_chain(
-    tape: Tape, x0: Tensor, v0: Tensor | None, steps: Sequence[tuple[nn.Module, tuple[Any, ...]]], escapes: Collection[int] = ()
-) -> tuple[Tensor, list[Tensor], list[Any]]:
-    """Runs a chain on a tape at time 0.
-
-    Args:
-        tape: a `PlainTape` lets autograd store the activations (if grad mode is on); the others run each step under checkpoint.
-        x0, v0: the stream and the initial velocity (or None), with their gradients' history.
-        steps: for each step its module, which returns (y, *extras) with y in the shape of x[t], and its side inputs.
-        escapes: times t of the stream values x[t] to return.
-
-    Returns:
-        x[T], the escaping x[t], and the extra outputs of all steps, in order.
-
-    Raises:
-        StreamError: a step changed the stream in place.
-    """
-    chain = Chain(tape, x0, v0)
-    escaped, extras = [], []
-    for t, (module, sides) in enumerate(steps):
-        if t in escapes:
-            escaped.append(chain.x)
-        extras += chain.step(module, sides)
-    return chain.x, escaped, extras

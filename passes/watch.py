@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -30,10 +31,12 @@ __all__ = ["Attributes", "keeping_python_rng", "python_rng_state", "replacing", 
 Note = Callable[[str], None]
 Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_CHECKPOINT = "uses torch.utils.checkpoint or other saved-tensor hooks"
+_SAVES_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # a function which until torch 2.11 is a part of that
 _LOSSES: tuple[tuple[type, str, str], ...] = (
     (torch.autocast, "__enter__", "enters torch.autocast"),
     (torch.inference_mode, "__enter__", "enters torch.inference_mode"),
-    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "uses torch.utils.checkpoint or other saved-tensor hooks"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", _CHECKPOINT),
     (torch.autograd.Function, "apply", "calls a torch.autograd.Function, whose backward a trace would lose"),
 )
 _ASKS = (
@@ -129,16 +132,16 @@ def replacing(stack: contextlib.ExitStack, owner: Any, name: str, method: Any) -
 def _noting(original: Any, reason: str) -> Any:
     """The same method, which notes its calls; `original` is as found in the class, a function or some kind of class method."""
 
-    def note() -> None:
+    def note(reason: str) -> None:
         if _WATCHERS.notes:
             _WATCHERS.notes[-1](reason)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note()
+        note(reason)
         return original(self, *args, **kwargs)
 
     def class_method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        note()
+        note(_CHECKPOINT if cls is _SAVES_INPUTS else reason)
         return original.__get__(None, cls)(*args, **kwargs)
 
     return method if inspect.isfunction(original) else classmethod(class_method)

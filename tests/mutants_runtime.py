@@ -1,23 +1,25 @@
 """The mutants of the arithmetic, the tape and the replay, for `mutate.py`, and the tests that have to notice them.
 
 Left out are changes that alter no result: `if False` in `ReversingTape.hand_out` (the tape then steps back out of the half-way point and
-into it again), `.to(dtype)` in `_Shear.backward` (autograd casts by itself), `gamma and` there (0 times a finite gradient adds nothing),
+into it again), `.to(dtype)` in `Shear.backward` (autograd casts by itself), `gamma and` there (0 times a finite gradient adds nothing),
 `if True` in `State._make_room` (tighter bounds, one more read), `bound >= 0.5` and `bits > reach` (they save bytes that hold zeros),
 `type(t) is not Tensor` in `_Fused` (there for wrappers without memory, which no State holds so far).
 """
 
 from __future__ import annotations
 
-TAPE = ["tests/test_tape.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
+TAPE = ["tests/test_tape.py", "tests/test_replay.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
 ARITHMETIC = ["tests/test_fixed_point.py", "tests/test_dtypes.py"]
 TESTS = {
     "mnet_fx/tape.py": TAPE,
+    "mnet_fx/shear.py": TAPE,
+    "mnet_fx/steps.py": TAPE,
     "mnet_fx/replay.py": [*TAPE, "tests/test_threads.py"],
     "mnet_fx/fixed_point.py": ARITHMETIC,
     "mnet_fx/loops.py": ARITHMETIC,
     "mnet_fx/fingerprints.py": ["tests/test_fingerprints.py"],
     "mnet_fx/fused.py": ["tests/test_fused.py"],
-    "mnet_fx/native.py": ["tests/test_fused.py", "tests/test_fingerprints.py"],
+    "mnet_fx/native.py": ["tests/test_native.py", "tests/test_fused.py", "tests/test_fingerprints.py"],
 }
 
 # File, what stands there once, what the mutant has in its place.
@@ -40,10 +42,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/tape.py", "if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:", "if False:"),
     ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(x)) != print_:", "if False:"),
     ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:", "if False:"),
-    ("mnet_fx/tape.py", 'proof=tape.on_drift != "ignore"', "proof=False"),
-    ("mnet_fx/tape.py", "if version is not None and x._version != version:", "if False:"),
-    ("mnet_fx/tape.py", "except CheckpointError as error:", "except MnetError as error:"),
-    ("mnet_fx/tape.py", "if transformed() and not isinstance(self.tape, FloatTape):", "if False:"),
+    ("mnet_fx/steps.py", 'proof=tape.on_drift != "ignore"', "proof=False"),
+    ("mnet_fx/steps.py", "if version is not None and x._version != version:", "if False:"),
+    ("mnet_fx/steps.py", "except CheckpointError as error:", "except MnetError as error:"),
+    ("mnet_fx/steps.py", "if transformed() and not isinstance(self.tape, FloatTape):", "if False:"),
     # Where the tape is.
     ("mnet_fx/tape.py", "if self.half and self.time == t:", "if self.half:"),
     ("mnet_fx/tape.py", "self._seek(t + 1)\n", "self._seek(t)\n"),
@@ -52,21 +54,21 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/tape.py", "self.half, self.time = False, self.time + 1", "self.half = False"),
     ("mnet_fx/tape.py", "while x is not None and self.time < t:", "while x is not None and self.time < t - 1:"),
     ("mnet_fx/tape.py", "while self.time > t:", "while self.time > t + 1:"),
-    ("mnet_fx/tape.py", "        if rerun:\n            step.tape.close(step.t, y)\n", ""),
-    ("mnet_fx/tape.py", "ctx.save_for_backward(y.new_empty(0))", "ctx.save_for_backward()"),
+    ("mnet_fx/steps.py", "        if rerun:\n            step.tape.close(step.t, y)\n", ""),
+    ("mnet_fx/steps.py", "ctx.save_for_backward(y.new_empty(0))", "ctx.save_for_backward()"),
     # What is kept, and what gradients see.
     ("mnet_fx/tape.py", "with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):", "if True:"),
     ("mnet_fx/tape.py", "self.rerun(self.time, x)[0].detach()", "self.rerun(self.time, x)[0]"),
     ("mnet_fx/tape.py", "self.inputs.append((x.detach(), ", "self.inputs.append((x, "),
     ("mnet_fx/tape.py", "        del self.state\n", ""),
     ("mnet_fx/tape.py", "x.detach().requires_grad_(self.requires_grad)", "x.detach().requires_grad_(True)"),
-    ("mnet_fx/tape.py", "x, self.live = self.live, None", "x = self.live"),
-    ("mnet_fx/tape.py", "with undisturbed():", "if True:"),
-    ("mnet_fx/tape.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
-    ("mnet_fx/tape.py", "gv = gv * ctx.gamma  # see _Shear", "pass"),
-    ("mnet_fx/tape.py", "alpha=next_gamma", "alpha=gamma"),
-    ("mnet_fx/tape.py", "gv * next_gamma if gx is None", "gv if gx is None"),
-    ("mnet_fx/tape.py", "total = gx if gv is None else", "total = gx if gx is not None else"),
+    ("mnet_fx/steps.py", "x, self.live = self.live, None", "x = self.live"),
+    ("mnet_fx/steps.py", "with undisturbed():", "if True:"),
+    ("mnet_fx/shear.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
+    ("mnet_fx/shear.py", "gv = gv * ctx.gamma  # see Shear", "pass"),
+    ("mnet_fx/shear.py", "alpha=next_gamma", "alpha=gamma"),
+    ("mnet_fx/shear.py", "gv * next_gamma if gx is None", "gv if gx is None"),
+    ("mnet_fx/shear.py", "total = gx if gv is None else", "total = gx if gx is not None else"),
     ("mnet_fx/tape.py", "y.to(torch.promote_types(dtype, torch.float32))", "y.to(dtype)"),
     # What a rerun sees.
     ("mnet_fx/replay.py", "generator.set_rng_state(state)\n", "pass\n"),
@@ -79,16 +81,33 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", '"dtype": torch.get_autocast_dtype(kind)', '"dtype": torch.bfloat16'),
     ("mnet_fx/replay.py", "stack.enter_context(torch.enable_grad())", "pass"),
     ("mnet_fx/replay.py", "{name: p for name, p in self.parameters.items() if live.get(name) is not p}", "{}"),
-    ("mnet_fx/replay.py", "copies = {name: b.detach().clone() for", "copies = {name: b.detach() for"),
+    ("mnet_fx/replay.py", "{id(t): t.detach().clone() for", "{id(t): t.detach() for"),
     ("mnet_fx/replay.py", "if after.get(name) is not before[name] or was[name] != now[name]:", "if after.get(name) is not before[name]:"),
     ("mnet_fx/replay.py", "if after.get(name) is not before[name] or was[name] != now[name]:", "if was[name] != now[name]:"),
-    ("mnet_fx/replay.py", "swapped |= {name: b.clone() for", "swapped |= {name: b for"),
+    ("mnet_fx/replay.py", "if child is not None and child not in seen:", "if child is not None:"),
+    ("mnet_fx/replay.py", " and not t.is_nested", ""),
+    ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.PROXY,)"),
+    ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.FAKE,)"),
+    ("mnet_fx/steps.py", "elif prints != self.prints:", "elif False:"),
+    ("mnet_fx/steps.py", "isinstance(e, Tensor) and e.requires_grad and", "isinstance(e, Tensor) and"),
+    ("mnet_fx/replay.py", "swapped |= _copied(self.buffers)", "swapped |= self.buffers"),
     (
         "mnet_fx/replay.py",
-        "with torch.inference_mode(False), temporarily_clear_interpreter_stack():",
-        "with temporarily_clear_interpreter_stack():",
+        "{name: copies[id(t)] for name, t in tensors.items()}",
+        "{name: t.detach().clone() for name, t in tensors.items()}",
     ),
-    ("mnet_fx/replay.py", "with torch.inference_mode(False), temporarily_clear_interpreter_stack():", "with torch.inference_mode(False):"),
+    ("mnet_fx/replay.py", ", tie_weights=False)", ")"),
+    (
+        "mnet_fx/replay.py",
+        "with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
+        "with _LOCK, temporarily_clear_interpreter_stack():",
+    ),
+    (
+        "mnet_fx/replay.py",
+        "with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
+        "with _LOCK, torch.inference_mode(False):",
+    ),
+    ("mnet_fx/replay.py", "with _LOCK, torch.inference_mode(False)", "with torch.inference_mode(False)"),
     (
         "mnet_fx/replay.py",
         "for _ in range(levels):\n        torch._C._vmapmode_decrement_nesting()",
@@ -131,13 +150,17 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/fixed_point.py", "            self.ratio *= 2.0**bits\n        else:", "            pass\n        else:"),
     ("mnet_fx/fixed_point.py", "slack = self.ratio * self.unit", "slack = 0.0"),
     ("mnet_fx/fixed_point.py", "if x_bound < self.format.limit * self.unit - 4 * self.unit:", "if True:"),
-    ("mnet_fx/fixed_point.py", "        self.ratio *= 2.0**-bits\n", ""),
+    ("mnet_fx/fixed_point.py", "math.ldexp(self.ratio, -bits)", "self.ratio"),
+    ("mnet_fx/fixed_point.py", "min(LARGEST, torch.finfo(t.dtype).max)", "LARGEST"),
+    ("mnet_fx/fixed_point.py", "min(LARGEST, torch.finfo(t.dtype).max)", "torch.finfo(t.dtype).max"),
+    ("mnet_fx/fixed_point.py", "fill(self.X, x0, 1 / self.unit, self.mask is None)", "fill(self.X, x0, 1 / self.unit)"),
+    ("mnet_fx/loops.py", "q.masked_fill_(~(q.abs() <= LARGEST), 0.0)", "q.nan_to_num_(0.0, 0.0, 0.0)"),
     ("mnet_fx/fixed_point.py", "if self.v_bound == 0.0:", "if False:"),
     ("mnet_fx/fixed_point.py", "gamma == 0.0 or self.ratio < 2.0**-300", "gamma == 0.0"),
     ("mnet_fx/fixed_point.py", "elif v_bound >= self.format.u_limit * self.ratio * self.unit:", "elif False:"),
     ("mnet_fx/fixed_point.py", "bits = 8 * math.floor(", "bits = 8 * math.ceil("),
     # The loops.
-    ("mnet_fx/loops.py", "mul_(scale).round_().add_(0.0))", "mul_(scale).round_())"),
+    ("mnet_fx/loops.py", "_rounded(part, part, scale, finite).add_(0.0))", "_rounded(part, part, scale, finite))"),
     ("mnet_fx/loops.py", "return 2.0**-126 <= unit <= 2.0**96", "return True"),
     ("mnet_fx/loops.py", "return max(-low, high)", "return high"),
     ("mnet_fx/loops.py", "reach = math.ceil(math.log2(max(bound, 1.0) + 1))", "reach = math.ceil(math.log2(max(bound, 1.0)))"),
@@ -156,10 +179,17 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/fingerprints.py", "words[rows * row :], *parts]", "*parts]"),
     ("mnet_fx/fingerprints.py", "z = z + _places(tuple(lengths), z.device)", "z = z + 0"),
     # The compiled loops.
-    ("mnet_fx/fused.py", " or t.is_neg() for t in", " for t in"),
+    ("mnet_fx/fused.py", " or t.is_neg()", ""),
+    ("mnet_fx/fused.py", " or t._is_zerotensor()", ""),
     ("mnet_fx/fused.py", "if not all(map(torch.equal, ours, theirs)):", "if False:"),
     ("mnet_fx/fused.py", "or not (self.writes_no_x or is_normal(factors[-1]))", ""),
     ("mnet_fx/fused.py", "        with _lock:\n            if key", "        if True:\n            if key"),
     ("mnet_fx/native.py", " + ((bits >> 16) & 1)", ""),
+    ("mnet_fx/native.py", 'os.environ.get("CC", "").strip() or "cc"', 'os.environ.get("CC", "cc")'),
+    ("mnet_fx/native.py", "*shlex.split(compiler)", "*compiler.split()"),
+    ("mnet_fx/native.py", "        _HUNG.add(compiler)\n", ""),
+    ("mnet_fx/native.py", ', errors="replace"', ""),
+    ("mnet_fx/native.py", "if run([sample]) !=", "if not run([sample]) and"),
+    ("mnet_fx/native.py", "except OSError as error:  # nothing", "except ValueError as error:  # nothing"),
     ("mnet_fx/native.py", "(_Float16)(float)((double)(x) * unit)", "(_Float16)((double)(x) * unit)"),
 ]

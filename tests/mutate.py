@@ -291,8 +291,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/facts.py", "[last_call[state] for state in states if state in last_call]", "[]"),
     ("passes/facts.py", "in bases | lent:", "in bases:"),
     ("mnet_fx/guard.py", "if not _alike(", "if False and not _alike("),
-    ("mnet_fx/guard.py", "{name: _kept(vars(module)[name]) for", "{name: vars(module)[name] for"),
-    ("mnet_fx/guard.py", "and not isinstance(own[name], (nn.Module, Tensor))", ""),
+    ("mnet_fx/guard.py", "attributes |= {name: _kept(own[name])}", "attributes |= {name: own[name]}"),
+    ("mnet_fx/guard.py", " | _entries(name, own[name], read)", ""),
+    ("mnet_fx/guard.py", "if not isinstance(own[name], (nn.Module, Tensor)):", "if True:"),
     # The runtime.
     ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
     ("mnet_fx/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),

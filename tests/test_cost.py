@@ -26,6 +26,12 @@ def test_what_makes_no_sense_is_an_error(arguments, words):
         state_bits(*arguments)
 
 
+@pytest.mark.parametrize("arguments", [(0.9,), ([0.9, 1.0],), ([0.9], torch.int32), ([0.9], "float32"), (["0.9"],)], ids=str)
+def test_bytes_of_what_makes_no_sense_are_an_error(arguments):
+    with pytest.raises(SettingsError, match="must be a"):
+        state_bytes(*arguments)
+
+
 @pytest.mark.parametrize(
     ("gamma", "steps", "dtype", "expected"),
     [

@@ -278,5 +278,5 @@ def test_the_torchrun_example_of_the_readme(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
-    losses = [float(line) for line in found.stdout.split()]
+    losses = [float(line) for line in found.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.9 prints on stdout
     assert losses[-1] < losses[0]

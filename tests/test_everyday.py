@@ -18,6 +18,7 @@ import zoo
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from zoo import Convolutional, Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
@@ -154,6 +155,28 @@ def test_to_float64(gamma):
         return out, grad
 
     compare(scenario, gamma=gamma)
+
+
+def pruned(model):
+    for block in model.blocks[1::2]:
+        prune.l1_unstructured(block.fc1, "weight", 0.5)
+    return model
+
+
+def test_a_model_that_was_pruned_and_trained_before():
+    """Its weights are no parameters but computed at each call, from weight_orig and a mask; deepcopy refuses them."""
+    model = pruned(Everyday())
+    model(tokens())
+    rows = []
+    for backward in ("reversible", "stored"):
+        net = mnet_fx.momentumize(model, backward=backward)
+        net.zero_grad()
+        zoo.seeded(step, net)
+        rows.append({name: p.grad.clone() for name, p in net.named_parameters()})
+        for block in net.blocks[1::2]:
+            assert torch.equal(block.fc1.weight == 0, block.fc1.weight_mask == 0)
+            assert torch.equal(block.fc1.weight_orig.grad == 0, block.fc1.weight_mask == 0)
+    zoo.assert_identical(*rows)
 
 
 # ---- which gradients are wanted

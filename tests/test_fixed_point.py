@@ -13,7 +13,7 @@ from mnet_fx.cost import state_bytes
 from mnet_fx.errors import StreamError
 from mnet_fx.fingerprints import fingerprint
 from mnet_fx.fixed_point import State
-from mnet_fx.loops import read, spill, unspill
+from mnet_fx.loops import LARGEST, read, spill, unspill
 from mnet_fx.memory import measure
 from mnet_fx.settings import matched_weights, momentum_weights
 
@@ -31,7 +31,8 @@ def runs(draw):
 
     def tensor():
         size, kind = math.prod(shape), draw(st.sampled_from(others))
-        return torch.tensor(draw(st.lists(values, min_size=size, max_size=size))).reshape(shape).to(kind)
+        numbers = st.lists(values | st.floats() if kind is torch.float64 else values, min_size=size, max_size=size)
+        return torch.tensor(draw(numbers), dtype=torch.float64).reshape(shape).to(kind)
 
     steps = [(tensor(), g, draw(st.sampled_from([1.0, 1.0 - g]))) for g in draw(st.lists(gammas, min_size=1, max_size=12))]
     return tensor(), tensor() if draw(st.booleans()) else None, steps
@@ -80,7 +81,7 @@ def test_every_number_is_that_of_integers_of_any_size(run):
             oracle.U <<= format_.widening(state.format) if format_.u_dtype != state.format.u_dtype else 0
         for i, (oracle, part) in enumerate(zip(exact, y.double().flatten().tolist(), strict=True)):
             bits = [None if s is None else s.bits for s in (record.x_spill, record.u_spill)]
-            lows = oracle.step(part if math.isfinite(part) else 0.0, record.scale, record.ratio, *bits)
+            lows = oracle.step(part if abs(part) <= LARGEST else 0.0, record.scale, record.ratio, *bits)
             assert (state.X.flatten()[i].item(), state.U.flatten()[i].item()) == (oracle.X, oracle.U)
             for low, spilled in zip(lows, (record.x_spill, record.u_spill), strict=True):
                 assert spilled is None or unpack(spilled.bytes, i) == low
@@ -252,6 +253,36 @@ def test_a_float32_stream_is_held_to_two_to_the_minus_thirty_of_its_largest(larg
     x0 = largest * torch.linspace(-1, 1, 9999)
     state = State(x0)
     assert (state.X.double() * state.unit - x0.double()).abs().max() <= 2.0**-30 * largest
+
+
+@pytest.mark.parametrize("largest", [1e-150, 1.0, 1e150, 1e300])
+@pytest.mark.parametrize("jump", [1e-150, 1.0, 1e150, 1e300])
+def test_a_float64_stream_may_jump_to_any_magnitude_and_back(largest, jump):
+    x0, ys = largest * torch.randn(50).double(), [jump * torch.randn(50).double() for _ in range(3)]
+    state = State(x0, -x0)
+    before, records = snapshot(state), []
+    exact = recurrence(x0, [lambda x, y=y: y for y in ys], [(0.25, 0.5)] * 3, -x0)
+    for y, expected in zip(ys, exact[1:], strict=True):
+        record, x = state.step(y, 0.25, 0.5)
+        records.append(record)
+        assert (x - expected).abs().max() <= 2.0**-37 * max(expected.abs().max(), 1e-130)
+    for record, y in zip(reversed(records), reversed(ys), strict=True):
+        state.unstep_x(record)
+        state.unstep_u(record, y)
+    assert same(snapshot(state), before)
+
+
+def test_beyond_what_counts_as_finite_is_nan():
+    x0, y = torch.tensor([[1.0, 1.7e308, 1.0, 1.0], [1.0, 0.0, -1.7e308, 1e301]], dtype=torch.float64)
+    state = State(x0)
+    assert torch.isnan(state.read()).tolist() == [False, True, False, False]
+    before = snapshot(state)
+    record, x = state.step(y, 0.5, 0.5)
+    assert torch.isnan(x).tolist() == [False, True, True, False]
+    assert x[3] == pytest.approx(5e300)
+    state.unstep_x(record)
+    state.unstep_u(record, y)
+    assert same(snapshot(state), before)
 
 
 def test_a_growing_stream_is_put_on_a_coarser_grid_and_comes_back():

@@ -1,5 +1,9 @@
 """What a rewritten forward takes for granted: a change it would not see is an error, and its regions are in nobody's way."""
 
+import copy
+import pickle
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -7,14 +11,28 @@ from torch import nn
 from mnet_fx import MnetError, SettingsError, momentumize, report
 
 
+class Config:
+    def __init__(self):
+        self.shift, self.output_twice, self.unread = 0.5, False, 0
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.scale = nn.Linear(4, 4), 0.5
-        self.sizes, self.act = {"powers": [1.0, (2.0, 1)]}, torch.tanh
+        self.linear, self.scale, self.function, self.config = nn.Linear(4, 4), 0.5, torch.tanh, Config()
+        self.sizes = {"powers": [1.0, (2.0, 1)]}
+
+    def residual(self, x):
+        return self.scale * self.function(self.linear(x)) ** self.sizes["powers"][1][1] + self.config.shift
 
     def forward(self, x):
-        return x + self.scale * self.act(self.linear(x)) ** self.sizes["powers"][1][1]
+        x = x + self.residual(x)
+        return 2 * x if getattr(self.config, f"output_{'twice'}") else x
+
+
+class Other(Block):
+    def residual(self, x):
+        return -x
 
 
 class Model(nn.Module):
@@ -39,7 +57,27 @@ def another_container(net):
 
 
 def another_function(net):
-    net.blocks[1].act = torch.sin
+    net.blocks[1].function = torch.sigmoid
+
+
+def an_entry_of_the_config(net):
+    net.blocks[1].config.shift = 0.0
+
+
+def an_entry_of_the_config_by_a_computed_name(net):
+    net.blocks[1].config.output_twice = True
+
+
+def a_forward_of_its_own(net):
+    net.blocks[1].forward = lambda x: x
+
+
+def a_method_of_its_own(net):
+    net.blocks[1].residual = types.MethodType(Other.residual, net.blocks[1])
+
+
+def another_class(net):
+    net.blocks[1].__class__ = Other
 
 
 def hook_on_a_block(net):
@@ -58,13 +96,20 @@ def one_block_less(net):
     del net.blocks[3]
 
 
-CHANGES = [changed_scale, changed_inside_a_container, another_container, another_function]
+CHANGES = [
+    *(changed_scale, changed_inside_a_container, another_container, another_function),
+    *(an_entry_of_the_config, an_entry_of_the_config_by_a_computed_name),
+    *(a_forward_of_its_own, a_method_of_its_own, another_class),
+    *(hook_on_a_block, another_block, one_block_more, one_block_less),
+]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, hook_on_a_block, another_block, one_block_more, one_block_less])
-def test_a_change_that_the_graph_does_not_see_is_an_error(change):
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("copied", [None, copy.deepcopy], ids=["itself", "copy"])
+def test_a_change_that_the_graph_does_not_see_is_an_error(change, copied):
     net, x = momentumize(Model()), torch.randn(2, 4)
     net(x)
+    net = net if copied is None else copied(net)
     change(net)
     with pytest.raises(MnetError, match="momentumize the model as it is now"):
         net(x)
@@ -80,7 +125,19 @@ def test_changes_that_the_graph_does_see_are_none():
     net.register_forward_hook(lambda *a: None)
     net.something = 3
     net.blocks[1].sizes = {"powers": [1.0, (2.0, 1)]}
+    net.blocks[3].config.unread = 3
+    net.blocks[3].linear.forward = lambda x: 0 * x
     assert not torch.equal(net(x), before)
+
+
+def test_a_class_that_is_patched_later_is_an_error_but_not_in_another_process(monkeypatch):
+    net, x = momentumize(Model()), torch.randn(2, 4)
+    expected = net(x)
+    saved = pickle.dumps(net)
+    monkeypatch.setattr(Block, "residual", lambda self, x: -x)
+    with pytest.raises(MnetError, match=r"blocks\.0 had its method residual replaced"):
+        net(x)
+    assert torch.equal(pickle.loads(saved)(x), expected)
 
 
 class Looping(nn.Module):

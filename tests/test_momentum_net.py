@@ -96,10 +96,30 @@ def test_other_arguments_reach_every_function():
         nets[0](points(), shfit=shift)
 
 
-@pytest.mark.parametrize("options", [{"gamma": 1.0}, {"gamma": -0.1}, {"functions": []}, {"init_speed": True}], ids=lambda o: next(iter(o)))
-def test_what_cannot_work_is_an_error(options):
-    with pytest.raises(mnet_fx.SettingsError, match=r".{30,}"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": 1.0}, r"in \[0, 1\)"),
+        ({"gamma": -0.1}, r"in \[0, 1\)"),
+        ({"functions": []}, "at least one function"),
+        ({"functions": nn.Linear(6, 6)}, "a list of modules .*; got a Linear"),
+        ({"functions": [nn.Linear(6, 6), None]}, "a list of modules .*; got None"),
+        ({"functions": [torch.tanh]}, "a list of modules .*; got a builtin"),
+        ({"init_speed": True}, "needs an init_function"),
+        ({"init_speed": True, "init_function": torch.tanh}, "init_function must be a module"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_an_error(options, message):
+    with pytest.raises(mnet_fx.SettingsError, match=message):
         MomentumNet(**({"functions": functions()} | options))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_initial_velocity_of_another_shape_is_an_error(width):
+    net = MomentumNet(functions(), init_speed=True, init_function=nn.Linear(6, width), use_backprop=False)
+    with pytest.raises(mnet_fx.StreamError, match="must give a real floating tensor of the stream's shape"):
+        net(points())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.05, 0.5, 0.9, 0.999])
@@ -216,6 +236,19 @@ def test_the_model_given_is_left_alone():
 def test_an_unknown_container_is_an_error():
     with pytest.raises(mnet_fx.SettingsError, match=r"no container 'layer7'; containers of several layers are \['res_layer1\.functions'"):
         transform_to_momentumnet(Net(), ["layer7"])
+    with pytest.raises(mnet_fx.SettingsError, match="no container 'layer7'"):
+        transform_to_momentumnet(Net(), "layer7", is_residual=True)
+    with pytest.raises(mnet_fx.SettingsError, match=r"by their paths in the model, .* got None"):
+        transform_to_momentumnet(Net(), None)
+
+
+def test_what_cannot_be_transformed_is_an_error():
+    with pytest.raises(mnet_fx.SettingsError, match=r"takes an nn\.Module, got a str"):
+        transform_to_momentumnet("resnet101")
+    with pytest.raises(mnet_fx.SettingsError, match="momentumize has rewritten this model already"):
+        transform_to_momentumnet(mnet_fx.momentumize(Net(), regions=["layer2"]), ["layer2"])
+    with pytest.raises(mnet_fx.SettingsError, match=r"takes what net\.state_dict\(\) gives, got a Net"):
+        mnet_fx.convert_momentumnet_state_dict(Net())
 
 
 def test_repeated_functions_of_a_container_are_all_run():

@@ -4,7 +4,9 @@ import copy
 import logging
 import math
 import pickle
+import re
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
+from mnet_fx.__main__ import main
 from mnet_fx.settings import matched_weights, momentum_weights
 
 
@@ -62,6 +65,12 @@ BAD_OPTIONS = [
     ({"gamma": lambda t, steps: t / (steps - 1)}, r"gamma\(5, 6\) must be .* got 1.0"),
     ({"gamma": lambda t, steps: math.nan}, r"gamma\(0, 6\) must be .* got nan"),
     ({"gamma": lambda t, steps: "high"}, r"gamma\(0, 6\) must be .* got 'high'"),
+    ({"gamma": lambda t: 0.9}, r"gamma\(0, 6\) failed \(TypeError: .*a schedule is a function \(t, steps\)"),
+    ({"gamma": [0.9, 0.8]}, r"got \[0.9, 0.8\]; a schedule is a function \(t, steps\) -> number"),
+    ({"example_inputs": 0.5}, "example_inputs must be a tuple .*, got 0.5; options are given by name, as in gamma=0.9"),
+    ({"example_inputs": "blocks", "regions": ["blocks"]}, "example_inputs must be a tuple"),
+    ({"regions": 3}, r"by their paths in the model, as in \['encoder.layers'\], got 3"),
+    ({"regions": [None]}, r"by their paths in the model, .*, got \[None\]"),
     ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', got 'paper'"),
     ({"granularity": "block"}, "granularity must be one of 'add', 'module', got 'block'"),
     ({"backward": "checkpoint"}, "backward must be one of 'reversible', 'stored', got 'checkpoint'"),
@@ -216,6 +225,24 @@ def test_an_input_on_meta_is_an_error():
     net = mnet_fx.momentumize(Chain())
     with pytest.raises(mnet_fx.StreamError, match="meta device"):
         net(tokens().to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "must be a whole number, 1 or more, got '0'"),
+        (["--pixels", "3"], "must be a whole number, 33 or more, got '3'"),
+        (["--threads", "two"], "must be a whole number, 1 or more, got 'two'"),
+        (["--gamma", "1"], r"must be a number in \[0, 1\), got '1'"),
+        (["--gamma", "high"], r"must be a number in \[0, 1\), got 'high'"),
+    ],
+    ids=str,
+)
+def test_the_command_line_says_what_it_takes(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", *arguments])
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_something_else_than_a_tensor_is_an_error():
@@ -431,10 +458,26 @@ def test_arguments_are_taken_as_before():
     for out in [net(tokens()), net(x=tokens()), net(tokens(), None), net(tokens(), mask=None, scale=1.0)]:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     for arguments in [{}, {"x": tokens(), "masks": None}]:
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"^WithOptions\.forward\(\): "):
             net(**arguments)
     for others in [{"mask": torch.rand(6)}, {"scale": 2.0}]:
         torch.testing.assert_close(net(tokens(), **others), model(tokens(), **others), rtol=1e-5, atol=1e-6)
+
+
+CALLS = {"dict": lambda x: {"x": x}, "mapping": lambda x: UserDict(x=x), "list": lambda x: [x], "tensor": lambda x: x}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_call_may_be_given_in_many_ways(call):
+    """A tokenizer of Hugging Face returns a mapping that is no dict."""
+
+    class Looks(Chain):
+        def forward(self, x):
+            return super().forward(x) if x.size(0) < 100 else x
+
+    net = mnet_fx.momentumize(Looks(), call(tokens()))
+    assert [part.front_end for part in net.report.captured] == ["torch.export"]
+    assert net.report.rewritten_adds == 6
 
 
 def test_stored_is_the_same_forward_bit_for_bit():

@@ -181,7 +181,7 @@ def test_a_chain_that_breaks_warns_once_and_stays_right():
     def between(i, x):
         return x * 2 if i == 2 else x
 
-    with pytest.warns(mnet_fx.MnetWarning, match="layers: layer 3 was called with another tensor than layer 2 returned") as caught:
+    with pytest.warns(mnet_fx.MnetWarning, match=r"layers\.3 was called with another tensor than layers\.2 returned") as caught:
         assert_same_model(model, net, points(), between=between)
     assert len(caught) == 1
     assert_same_model(model, net, points(), between=between)
@@ -230,7 +230,7 @@ def test_an_alias_of_the_stream_goes_on_with_the_chain():
 def test_what_is_no_plain_alias_starts_a_new_chain(odd):
     net = mnet_fx.momentumize(Model(), regions=["layers"])
     net.layers[2].register_forward_pre_hook(lambda module, args: (odd(args[0]), *args[1:]))
-    with pytest.warns(mnet_fx.MnetWarning, match="layer 2 was called with another tensor"):
+    with pytest.warns(mnet_fx.MnetWarning, match=r"layers\.2 was called with another tensor"):
         net(points())
 
 
@@ -257,6 +257,7 @@ def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reen
                 x = checkpoint(lambda x, layer=layer: layer(x)[0], x, use_reentrant=reentrant)
             return x
 
+    recomputed = hasattr(torch.utils.checkpoint, "_NoopSaveInputs")  # until torch 2.11 the outer one recomputes what the inner one asks for
     nets = twins(Checkpointed(), gamma=0.5)
     found = []
     for net in nets:
@@ -266,7 +267,7 @@ def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reen
     assert torch.equal(*found)
     for net in nets:
         x = points().requires_grad_()
-        if reentrant or net is nets[1]:
+        if reentrant or net is nets[1] or recomputed:
             with pytest.raises(mnet_fx.StreamError, match="checkpoint"):
                 net(x).square().sum().backward()
         else:  # the outer checkpoint has nothing to recompute, since the inner one keeps nothing

@@ -10,7 +10,8 @@ from torch import nn
 
 from mnet_fx import InversionError, MnetWarning, StreamError, state_bits
 from mnet_fx.fixed_point import State
-from mnet_fx.tape import Chain, PlainTape, ReversingTape, StoringTape, run_chain
+from mnet_fx.steps import Chain, run_chain
+from mnet_fx.tape import PlainTape, ReversingTape, StoringTape
 
 TAPES = [ReversingTape, StoringTape]
 D = 6

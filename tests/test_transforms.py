@@ -3,13 +3,17 @@
 The oracle is the recurrence in plain float64, put through the same transform.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import zoo
 from oracles import recurrence
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mnet_fx import MnetError, MomentumNet, momentumize
 
@@ -185,7 +189,7 @@ def test_the_functions_of_torch_autograd_functional(vectorize):
 # ---- graphs of a rewritten model
 
 
-@pytest.mark.parametrize("record", ["export", "jit.trace"])
+@pytest.mark.parametrize("record", ["export", "jit.trace", "make_fx real", "make_fx symbolic"])
 @pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
 def test_exported_programs_are_plain_graphs_that_give_the_same(forms, record):
     """Of either form; with the recurrence in floating point, and a batch size that is free."""
@@ -194,8 +198,18 @@ def test_exported_programs_are_plain_graphs_that_give_the_same(forms, record):
         net.eval()
         if record == "export":
             found = torch.export.export(net, (points(),), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
-        else:
+        elif record == "jit.trace":
             found = torch.jit.trace(net, (points(),))
+        else:
+            run = partial(functional_call, net)
+            found = partial(make_fx(run, tracing_mode=record.split()[1])(weights(net), points()), weights(net))
         x = torch.cat([points(), points().cos()])
         torch.testing.assert_close(found(x), oracle(x), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(net(x), oracle(x), rtol=1e-6, atol=1e-6)
+
+
+def test_fake_tensors_show_shape_and_dtype(forms):
+    for net in forms[1:]:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            out = net(torch.empty(5000, 3, dtype=torch.float64))
+        assert (out.shape, out.dtype, out.requires_grad) == ((5000, 3), torch.float64, True)

@@ -1,0 +1,134 @@
+"""Reruns of steps whose modules, parameters or outputs are shared in odd ways."""
+
+import threading
+
+import pytest
+import torch
+from test_tape import TAPES, D, chain, factors
+from torch import nn
+
+from mnet_fx import InversionError, replay
+from mnet_fx.fingerprints import fingerprints
+from mnet_fx.fixed_point import State
+from mnet_fx.steps import run_chain
+from mnet_fx.tape import PlainTape
+
+
+class Twice(nn.Module):
+    """A norm under two names, and its running mean under a third."""
+
+    def __init__(self, norm, linear):
+        super().__init__()
+        self.first, self.second, self.linear = norm, norm, linear
+        self.register_buffer("mean", norm.running_mean)
+
+    def forward(self, x):
+        return torch.tanh(self.second(self.linear(self.first(x)))) + self.mean.sum()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("shared", [True, False], ids=["one norm", "a norm each"])
+def test_a_buffer_by_several_names(kind, shared):
+    x0, found = torch.randn(5, D, requires_grad=True), []
+    for tape in (kind, PlainTape):
+        torch.manual_seed(1)
+        norms = [nn.BatchNorm1d(D)] * 4 if shared else [nn.BatchNorm1d(D) for _ in range(4)]
+        fs = nn.ModuleList(Twice(norm, nn.Linear(D, D)) for norm in norms)
+        buffers = list(fs.named_buffers(remove_duplicate=False))
+        out, _ = chain(tape, fs, factors([0.9] * 4), x0)
+        gradients = [g for i in (0, 3, 1) for g in torch.autograd.grad(out.exp().sum(), fs[i].parameters(), retain_graph=True)]
+        assert all(a is b for (_, a), (_, b) in zip(buffers, fs.named_buffers(remove_duplicate=False), strict=True))
+        found.append([*gradients, *(b for _, b in buffers)])
+        assert norms[0].num_batches_tracked == (8 if shared else 2)
+    assert all(map(torch.equal, *found))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(D, D)
+        self.b, self.c = self.a, nn.Linear(D, D)
+
+    def forward(self, x):
+        return torch.tanh(self.c(self.b(self.a(x))))
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("change", ["replaced", "tied"])
+def test_parameters_replaced_or_tied_after_the_forward_are_those_of_the_first_run_and_stay_replaced(kind, change):
+    x0, found = torch.randn(5, D, requires_grad=True), []
+    for tape in (kind, PlainTape):
+        torch.manual_seed(1)
+        fs = nn.ModuleList(Tied() for _ in range(4))
+        before = list(fs.parameters())
+        out, _ = chain(tape, fs, factors([0.9] * 4), x0)
+        for f in fs:
+            if change == "replaced":
+                f.a.weight = nn.Parameter(torch.zeros(D, D))
+            else:
+                f.c.weight = f.a.weight
+        now = list(fs.named_parameters(remove_duplicate=False))
+        found.append(torch.autograd.grad(out.exp().sum(), before))
+        assert all(a is b for (_, a), (_, b) in zip(now, fs.named_parameters(remove_duplicate=False), strict=True))
+    assert all(map(torch.equal, *found))
+
+
+class WithExtra(nn.Module):
+    """(f(x), extras that f(x) does not depend on); what differs from run to run is chosen."""
+
+    def __init__(self, differs):
+        super().__init__()
+        self.f, self.weight, self.differs, self.runs = nn.Linear(D, D), nn.Parameter(torch.ones(D)), differs, 0
+
+    def forward(self, x):
+        self.runs += 1
+        noise = x.detach() + self.runs
+        graded = (x * self.weight * (noise if self.differs == "graded" else 2)).square()
+        return torch.tanh(self.f(x)), graded, noise, self.runs, None
+
+
+@pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("on_drift", ["raise", "ignore"])
+@pytest.mark.parametrize("differs", ["graded", "nothing that has a gradient"])
+def test_extra_outputs_with_gradients_must_repeat(kind, differs, on_drift):
+    x0, fs = torch.randn(5, D, requires_grad=True), [WithExtra(differs) for _ in range(3)]
+    out, _, extras = run_chain(kind("region", State(x0.detach()), factors([0.9] * 3), on_drift), x0, None, [(f, ()) for f in fs])
+    loss = out.sum() + extras[4].sum()
+    if differs == "graded" and on_drift == "raise":
+        with pytest.raises(InversionError, match="what step 2 gives besides the stream"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert fs[1].weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_threads_that_go_back_through_one_graph(kind):
+    torch.set_num_threads(1)
+    fs, x0 = [nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(12)], torch.randn(100, D, requires_grad=True)
+    out, _ = chain(kind, fs, factors([0.5] * 12), x0)
+    expected, found = torch.autograd.grad(out.sum(), x0, retain_graph=True)[0], []
+
+    def work():
+        for _ in range(10):
+            found.append(torch.autograd.grad(out.sum(), x0, retain_graph=True)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 30
+    assert all(torch.equal(g, expected) for g in found)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantize")
+def test_of_tensors_that_are_more_than_numbers_in_memory_the_version_counts():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    odd = {"nested": nested, "sparse": torch.eye(3).to_sparse(), "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}
+    plain = {"real": torch.ones(3), "parameter": nn.Parameter(torch.ones(3))}
+    before = replay._fingerprints(odd | plain)
+    assert {name: before[name] for name in odd} == {name: t._version for name, t in odd.items()}
+    assert [before[name] for name in plain] == fingerprints(list(plain.values()))
+    nested.mul_(2)
+    assert replay._fingerprints(odd)["nested"] != before["nested"]
