@@ -64,7 +64,8 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
     memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
     own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
     shape_env = None if fake_mode is None else fake_mode.shape_env
-    known = getattr(shape_env, "backed_var_to_val", getattr(shape_env, "var_to_val", ()))  # torch 2.11, before; () without sizes that vary
+    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"  # since torch 2.11; before
+    known = getattr(shape_env, name, ())  # () without sizes that vary
     others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
     others -= TensorifyState.force_specializations
     TensorifyState.force_specializations |= others
