@@ -183,3 +183,18 @@ def test_names_that_the_model_has_already_are_left_alone():
     with pytest.raises(SettingsError, match="initial_velocity"):
         momentumize(model, initial_velocity=nn.Linear(4, 4))
     assert momentumize(momentumize(model)).initial_velocity is not None
+
+
+def test_a_tensor_that_is_no_buffer_may_be_replaced():
+    class Tabled(Model):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.ones(4)
+
+        def forward(self, x):
+            return self.blocks(x + self.table)
+
+    model, x = Tabled(), torch.randn(2, 4)
+    net = momentumize(model, gamma=0.0)
+    net.table = model.table = torch.arange(4.0)
+    torch.testing.assert_close(net(x), model(x))
