@@ -80,7 +80,7 @@ def scrubbed(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
         if _is_standin(key) or _is_standin(item) or (isinstance(item, tuple) and any(map(_is_standin, item))):
             _remove(value, key, item)
             found = True
-        else:
+        elif isinstance(item, (dict, list, set)) or not isinstance(value, (dict, list, set)):  # a registry may hold thousands of objects
             found |= scrubbed(item, depth + 1, seen)
     return found
 
