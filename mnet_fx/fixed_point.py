@@ -191,15 +191,15 @@ class State:
         out = torch.empty_like(self.X, dtype=self.dtype)
         kernels = self.kernels if record.finite else EAGER
         kernels.shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
-        if self.x_bound > torch.finfo(self.dtype).max:  # what the dtype cannot hold would be inf in the plain model, and stay so
-            beyond = torch.isinf(out)
+        # What the dtype cannot hold would be inf in the plain model, and stay so.
+        if self.x_bound > torch.finfo(self.dtype).max and (beyond := torch.isinf(out)).any():
             self.mask = beyond if self.mask is None else self.mask | beyond
         return record, self._masked(out)
 
     def unstep_x(self, record: Record) -> Tensor:
         """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]. Returns x[t]."""
+        out = torch.empty_like(self.X, dtype=record.dtype)  # before anything moves, as it may fail
         self._swap(record)
-        out = torch.empty_like(self.X, dtype=self.dtype)
         self.kernels.unshear_x(self.X, self.U, out, record.ratio, self.unit)
         if record.x_spill is None and record.format == self.format:
             return self._masked(out)

@@ -46,7 +46,7 @@ class NamedRegion:
     """
 
     def __init__(self, path: str, layers: list[nn.Module], settings: Settings) -> None:
-        self.path, self.factors = path, settings.factors(len(layers))
+        self.path, self.name, self.factors = path, path or "(root)", settings.factors(len(layers))
         self.backward, self.on_drift = settings.backward, settings.on_drift
         self.velocity = (settings.velocity,)  # in a tuple: `momentumize` makes it a submodule of the model
         self.positions: dict[int, list[int]] = {}
@@ -75,13 +75,13 @@ class NamedRegion:
         Raises:
             StreamError: the stream cannot be carried, or the call is a second one on a stream whose chain has gone on since.
         """
-        call = LayerCall(self.path, args, kwargs)
+        call = LayerCall(self.name, args, kwargs)
         x = call.stream(args, kwargs)
         running = self._running(x)
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
-        step = LayerStep(layer, function, call, f"{self.path}.{index}")
-        extras = chain.step(step, tuple(call.sides))
+        step = LayerStep(layer, function, call, self._layer(index))
+        extras = chain.step(step, call.sides)
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
         if index + 1 < len(self.layers):
             self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
@@ -100,36 +100,40 @@ class NamedRegion:
         known = self.positions[id(layer)]
         return next((i for i in known if running is not None and i >= running.next), known[0])
 
+    def _layer(self, index: int) -> str:
+        """Path of a layer in the model."""
+        return f"{self.path}.{index}" if self.path else str(index)
+
     def _started(self, index: int, x: Tensor) -> Chain:
         if not x.dtype.is_floating_point:
-            raise StreamError(f"{self.path}.{index}: the stream must be a real floating tensor, got {x.dtype}")
+            raise StreamError(f"{self._layer(index)}: the stream must be a real floating tensor, got {x.dtype}")
         if index:
             self._broken(index)
         velocity = self.velocity[0]
         v0 = None if velocity is None else velocity(x)
         if v0 is not None and (not isinstance(v0, Tensor) or v0.shape != x.shape):
-            raise StreamError(f"{self.path}: the initial velocity module must give a tensor of shape {tuple(x.shape)}")
-        tape = start_tape(self.path, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
+            raise StreamError(f"{self.name}: the initial velocity module must give a tensor of shape {tuple(x.shape)}")
+        tape = start_tape(self.name, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
         return Chain(tape, x, v0)
 
     def _broken(self, index: int) -> None:
         """A chain that begins in the middle."""
         if torch._C._current_graph_task_id() != -1:
             raise StreamError(
-                f"{self.path}.{index} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
+                f"{self._layer(index)} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
                 "this layer: remove it (gradient_checkpointing_disable()), the chain keeps no activations by itself"
             )
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"{self.path}: layer {index} was called with another tensor than layer {index - 1} returned (or alone), so a new "
+                f"{self.name}: layer {index} was called with another tensor than layer {index - 1} returned (or alone), so a new "
                 "chain starts there with velocity 0: the model changes the stream between the two, or calls only part of the container",
                 MnetWarning,
                 stacklevel=4,
             )
 
     def _continued(self, running: _Running, index: int, x: Tensor) -> Chain:
-        chain, name = running.chain, f"{self.path}.{index}"
+        chain, name = running.chain, self._layer(index)
         if not x.is_inference() and x._version != running.version:
             raise StreamError(
                 f"{name}: the stream was changed in place since layer {running.next - 1} returned it: use an out-of-place operation"

@@ -141,7 +141,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/fixed_point.py", "t if strides(t) == strides(self.X) else", "t if True else"),
     ("mnet_fx/fixed_point.py", "record.finite = self.mask is record.mask", "pass"),
     ("mnet_fx/fixed_point.py", "self._widen(Format.of(self.dtype))", "pass"),
-    ("mnet_fx/fixed_point.py", "if self.x_bound > torch.finfo(self.dtype).max:", "if False:"),
+    ("mnet_fx/fixed_point.py", "if self.x_bound > torch.finfo(self.dtype).max and", "if False and"),
+    ("mnet_fx/fixed_point.py", "(beyond := torch.isinf(out)).any():", "(beyond := torch.isinf(out)) is not None:"),
     ("mnet_fx/fixed_point.py", "-self.format.widening(record.format))\n        return self.read()", "0)\n        return self.read()"),
     (
         "mnet_fx/fixed_point.py",
