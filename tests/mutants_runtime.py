@@ -16,6 +16,7 @@ TESTS = {
     "mnet_fx/steps.py": TAPE,
     "mnet_fx/replay.py": [*TAPE, "tests/test_threads.py"],
     "mnet_fx/fixed_point.py": ARITHMETIC,
+    "mnet_fx/formats.py": ARITHMETIC,
     "mnet_fx/loops.py": ARITHMETIC,
     "mnet_fx/fingerprints.py": ["tests/test_fingerprints.py"],
     "mnet_fx/fused.py": ["tests/test_fused.py"],
@@ -132,7 +133,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", "name: None if t.is_inference() else t._version for", "name: None for"),
     ("mnet_fx/replay.py", "None if t.is_inference() else t._version", "t._version"),
     # The recurrence in integers.
-    ("mnet_fx/fixed_point.py", "bits=30, limit", "bits=26, limit"),
+    ("mnet_fx/formats.py", "bits=30, limit", "bits=26, limit"),
     ("mnet_fx/fixed_point.py", "self.fine = 2 + math.ceil(math.log2(max(horizon, 1.0)))", "self.fine = 0"),
     ("mnet_fx/fixed_point.py", "_exponent(max(self.x_bound, self.v_bound))", "_exponent(self.x_bound)"),
     ("mnet_fx/fixed_point.py", "self.x_bound += 0.5 * self.unit if self.x_bound else 0.0", "pass"),
