@@ -111,8 +111,8 @@ class LayerCall:
         if place is None:
             raise StreamError(f"{name} was called without a tensor among its arguments, so there is no stream to carry")
         self.place: int | str = place
-        rest = (tuple(None if i == place else a for i, a in enumerate(args)), {k: v for k, v in kwargs.items() if k != place})
-        self.sides, self.spec = pytree.tree_flatten(rest)
+        # As they are: a layer may add to a list of its caller's.
+        self.sides = (tuple(None if i == place else a for i, a in enumerate(args)), {k: v for k, v in kwargs.items() if k != place})
 
     def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The stream among the arguments."""
@@ -120,8 +120,7 @@ class LayerCall:
 
     def arguments(self, x: Tensor, sides: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
         """The call again, with other tensors."""
-        args, kwargs = pytree.tree_unflatten(list(sides), self.spec)
-        args, kwargs = list(args), dict(kwargs)
+        args, kwargs = list(sides[0]), dict(sides[1])
         if isinstance(self.place, int):
             args[self.place] = x
         else:

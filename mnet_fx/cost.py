@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import SettingsError
-from .fixed_point import Format
+from .formats import Format
 
 __all__ = ["state_bits", "state_bytes", "step_bits", "storage"]
 

@@ -23,10 +23,7 @@ low bits of U, whose magnitude grows by 1/g for a given v. When U would outgrow 
 bytes, losslessly, and put back by the inverse. X is re-gridded in the same way when the stream outgrows its range. g = 0 forgets v
 altogether, so the whole of U is spilled: that step is a checkpoint.
 
-**Formats.** For float32 streams, X is an int32 and U holds integers below 2^53 in a float64 (12 bytes per element for both): sums of such
-numbers are exact, and no conversion from or to int64 is needed, which makes a step twice as fast on CPUs. For float64, X is a float64
-too; for bfloat16 and float16, both are int32 (8 bytes). The unit is a power of two that gives max|x[0]| 30 bits (39 for float64, 18 for
-16-bit streams): several more than the stream's own precision, or than float32's for float64. A stream that is promoted on the way, by a
+**Formats.** The dtypes and sizes of X and U for each dtype of the stream are in `formats`. A stream that is promoted on the way, by a
 residual of a wider dtype, is *widened*, losslessly.
 
 **Accuracy.** The grid is equally fine everywhere, while float32 is finer where |x| is small. Where residual functions mix elements, as
@@ -53,49 +50,10 @@ from torch import Tensor
 
 from .errors import StreamError
 from .fingerprints import fingerprint
+from .formats import Format
 from .loops import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
-__all__ = ["Format", "Record", "State"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a stream of one dtype is held.
-
-    Attributes:
-        dtype, u_dtype: dtypes of X and U.
-        bits: bits given to max|x[0]|.
-        limit, u_limit: |X| and |U| stay below; sums of two such numbers are exact. limit * 2**(fine + 8) <= u_limit, so that
-            spilling a byte always makes room.
-        fine: at most this many bits by which the unit of a fresh U is finer than the unit of X.
-    """
-
-    dtype: torch.dtype
-    u_dtype: torch.dtype
-    bits: int
-    limit: float
-    u_limit: float
-    fine: int
-
-    @staticmethod
-    def of(dtype: torch.dtype) -> Format:
-        """Format of a stream of floating dtype `dtype`."""
-        return _FORMATS.get(dtype, _FLOAT32)
-
-    @property
-    def state_bytes(self) -> int:
-        """Resident bytes per element of X and U together."""
-        return self.dtype.itemsize + self.u_dtype.itemsize
-
-    def widening(self, wider: Format) -> int:
-        """Bits by which integers of this format are shifted left on the way to a wider one."""
-        return min(wider.bits - self.bits, math.floor(math.log2(wider.limit / self.limit) + 1e-3))
-
-
-_FLOAT64 = Format(torch.float64, torch.float64, bits=39, limit=2.0**41, u_limit=2.0**52, fine=3)
-_FLOAT32 = Format(torch.int32, torch.float64, bits=30, limit=2.0**31 - 2.0**16, u_limit=2.0**52, fine=13)
-_FLOAT16 = Format(torch.int32, torch.int32, bits=18, limit=2.0**20, u_limit=2.0**30, fine=2)
-_FORMATS = {torch.float64: _FLOAT64, torch.float32: _FLOAT32, torch.bfloat16: _FLOAT16, torch.float16: _FLOAT16}
+__all__ = ["Record", "State"]
 
 
 @dataclass
@@ -191,15 +149,15 @@ class State:
         out = torch.empty_like(self.X, dtype=self.dtype)
         kernels = self.kernels if record.finite else EAGER
         kernels.shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
-        if self.x_bound > torch.finfo(self.dtype).max:  # what the dtype cannot hold would be inf in the plain model, and stay so
-            beyond = torch.isinf(out)
+        # What the dtype cannot hold would be inf in the plain model, and stay so.
+        if self.x_bound > torch.finfo(self.dtype).max and (beyond := torch.isinf(out)).any():
             self.mask = beyond if self.mask is None else self.mask | beyond
         return record, self._masked(out)
 
     def unstep_x(self, record: Record) -> Tensor:
         """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]. Returns x[t]."""
+        out = torch.empty_like(self.X, dtype=record.dtype)  # before anything moves, as it may fail
         self._swap(record)
-        out = torch.empty_like(self.X, dtype=self.dtype)
         self.kernels.unshear_x(self.X, self.U, out, record.ratio, self.unit)
         if record.x_spill is None and record.format == self.format:
             return self._masked(out)

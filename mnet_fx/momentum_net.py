@@ -143,7 +143,7 @@ class MomentumNet(nn.Module):
         chain = Chain(tape, x, v0)
         for i, function in enumerate(self.functions):
             call = LayerCall(str(i), (x, *args), kwargs)
-            chain.step(LayerStep(function, function, call, str(i), residual=self.is_residual), tuple(call.sides))
+            chain.step(LayerStep(function, function, call, str(i), residual=self.is_residual), call.sides)
         return chain
 
 

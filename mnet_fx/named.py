@@ -88,7 +88,7 @@ class NamedRegion:
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, self.names[index])
-        extras = chain.step(step, tuple(call.sides))
+        extras = chain.step(step, call.sides)
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
         if index + 1 < len(self.layers):
             self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)

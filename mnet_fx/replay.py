@@ -6,6 +6,7 @@
 - autocast state, number of threads, and the `training` flag of every submodule;
 - parameters: the very tensors the first run used, also if the module has others by now (`torch.func.functional_call` with the backward
   after the call); a fingerprint shows whether their values changed since, whatever changed them;
+- side inputs: likewise; lists and dictionaries of them hold what they held before the step;
 - buffers that the step changed, in place or by assignment: the values before the step. A later run works on copies of them and leaves
   no trace, so batch statistics move once. The other buffers must still have their values, as parameters must.
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .fingerprints import fingerprints
 
@@ -48,7 +49,9 @@ class Conditions:
     """
 
     def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True) -> None:
-        self.module, self.sides, self.device = module, sides, device
+        self.module, self.device = module, device
+        self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
+        self.sides = _rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
         self.training = [m.training for m in module.modules()]
         self.threads = torch.get_num_threads()
@@ -64,13 +67,14 @@ class Conditions:
         with _LOCK:
             generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
             before = dict(_members(self.module, "_buffers"))
-            result = self._noting_buffers(before, x) if before else self.module(x, *self.sides)
+            sides, self.live = self.live, ()
+            result = self._noting_buffers(before, x, sides) if before else self.module(x, *sides)
             self.random = [(module, state) for module, state in generators if not torch.equal(state, module.get_rng_state())]
             return result
 
-    def _noting_buffers(self, before: dict[str, Tensor], x: Tensor) -> Any:
+    def _noting_buffers(self, before: dict[str, Tensor], x: Tensor, sides: Sequence[Any]) -> Any:
         copies = _copied(before)
-        result = self.module(x, *self.sides)
+        result = self.module(x, *sides)
         after = dict(_members(self.module, "_buffers"))
         was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
         for name, copy in copies.items():
@@ -98,9 +102,10 @@ class Conditions:
             live = dict(_members(self.module, "_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= _copied(self.buffers)
+            sides = _rebuilt(self.sides)
             if not swapped:
-                return self.module(x, *self.sides)
-            return functional_call(self.module, swapped, (x, *self.sides), tie_weights=False)  # each of several names is in `swapped`
+                return self.module(x, *sides)
+            return functional_call(self.module, swapped, (x, *sides), tie_weights=False)  # each of several names is in `swapped`
 
     def _proven(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
@@ -151,6 +156,11 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of some tensors; those that are one tensor by several names stay so."""
     copies = {id(t): t.detach().clone() for t in tensors.values()}
     return {name: copies[id(t)] for name, t in tensors.items()}
+
+
+def _rebuilt(sides: Sequence[Any]) -> Sequence[Any]:
+    """The same side inputs in lists and dictionaries of their own."""
+    return sides if all(isinstance(side, Tensor) for side in sides) else tree_map(lambda leaf: leaf, sides)
 
 
 def _members(module: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -158,9 +158,8 @@ class ReversingTape(Tape):
         return x
 
     def _halve(self) -> Tensor:
-        self.time -= 1
-        x = self.state.unstep_x(self.records[self.time])
-        self.half = True
+        x = self.state.unstep_x(self.records[self.time - 1])
+        self.half, self.time = True, self.time - 1
         return x
 
     def _seek(self, t: int) -> None:

@@ -4,11 +4,12 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, **common)
 settings.register_profile("deep", max_examples=1000, **common)
+settings.register_profile("mutants", max_examples=40, phases=[Phase.explicit, Phase.generate], **common)  # nobody reads the example
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -363,6 +363,7 @@ def _run_tests(copy: Path, tests: list[str]) -> NoReturn:
     os.dup2(1, 2)
     sys.path[:] = [str(copy), *(path for path in sys.path if path != str(Path(__file__).parent))]
     sys.dont_write_bytecode = True
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     torch.set_num_threads(1)
     os._exit(pytest.main(["-x", "-q", "-n", "0", "-k", SLOW, "-p", "no:cacheprovider", *tests]))
 

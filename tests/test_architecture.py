@@ -53,6 +53,7 @@ def test_imports_have_no_cycle():
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
+        ("mnet_fx.formats", {"mnet_fx.fixed_point", "mnet_fx.cost", "passes"}),
         ("mnet_fx.fixed_point", {"mnet_fx.tape", "mnet_fx.replay", "mnet_fx.region", "passes"}),
         ("mnet_fx.replay", {"mnet_fx.tape", "mnet_fx.region", "passes"}),
         ("mnet_fx.shear", {"mnet_fx.tape", "mnet_fx.steps", "mnet_fx.fixed_point", "mnet_fx.replay", "passes"}),

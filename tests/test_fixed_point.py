@@ -384,6 +384,15 @@ def test_what_was_not_finite_stays_so_when_more_joins_it():
     assert torch.isnan(state.read()).tolist() == [True, True, False, False, False]
 
 
+def test_only_what_its_dtype_cannot_hold_is_lost():
+    state = State(torch.tensor([6e4, 0.0, 0.0]).half())
+    state.step(torch.tensor([0.0, 6e4, 0.0]).half(), 0.5, 1.0)
+    assert state.x_bound > 65504
+    assert state.mask is None
+    _, x = state.step(torch.tensor([6e4, 0.0, 0.0]).half(), 0.5, 1.0)
+    assert torch.isnan(x).tolist() == [True, True, False]
+
+
 def test_layout_of_the_stream_is_kept_whatever_the_layout_of_y():
     x0 = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state, plain = State(x0), State(x0.contiguous())

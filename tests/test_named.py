@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import zoo
 from test_export import assert_same_model, run, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -407,3 +408,51 @@ def test_the_velocity_module_is_not_run_as_a_layer():
 
 def steps_of(net):
     return [region.steps for region in net.report.regions]
+
+
+class Adding(nn.Module):
+    """Adds to a list and a dictionary of its caller's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x, losses, counts=None):
+        y = torch.tanh(self.linear(x))
+        losses.append(y.square().mean())
+        counts["calls"] = counts.get("calls", 0) + 1
+        return x + y
+
+
+class Collecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Adding() for _ in range(4))
+
+    def forward(self, x):
+        losses, counts = [], {}
+        for layer in self.layers:
+            x = layer(x, losses, counts=counts)
+        return x.sum() + sum(losses), counts
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9], ids=["inputs", "reverse"])
+def test_what_layers_add_to_lists_of_the_caller_arrives_once_with_its_gradient(gamma):
+    model, x, found = Collecting(), torch.randn(5, 6), []
+    for net in zoo.twins(model, gamma=gamma, regions=["layers"]):
+        loss, counts = net(x)
+        found.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
+        assert counts == {"calls": 4}
+    assert all(map(torch.equal, *found))
+    if gamma == 0:
+        torch.testing.assert_close(found[0][0], model(x)[0])
+
+
+def test_errors_of_a_root_that_is_the_container_name_region_and_layer():
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    net = mnet_fx.momentumize(nn.Sequential(*layers), regions=[""])
+    out = net(torch.randn(5, 6))
+    with torch.no_grad():
+        layers[2][0].weight.add_(1)
+    with pytest.raises(mnet_fx.InversionError, match=r"^\(root\), step 2: parameter '2.0.weight' differs"):
+        out.sum().backward()

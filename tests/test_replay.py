@@ -103,6 +103,37 @@ def test_extra_outputs_with_gradients_must_repeat(kind, differs, on_drift):
 
 
 @pytest.mark.parametrize("kind", TAPES)
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(D)], ids=["", "buffers"])
+def test_lists_and_dictionaries_among_the_side_inputs_hold_what_they_held(kind, norm):
+    """The steps add to them, as to a cache, and the caller changes them before the backward pass."""
+    x0, found = torch.randn(5, D, requires_grad=True), []
+    for tape in (kind, PlainTape):
+        torch.manual_seed(1)
+        fs, cache, scale = nn.ModuleList(nn.Sequential(norm(), nn.Linear(D, D)) for _ in range(4)), [], {"scale": torch.ones(D), "runs": 0}
+        state = State(x0.detach())
+        steps = [(Caching(f), (cache, scale)) for f in fs]
+        out, _, _ = run_chain(tape("region", state, factors([0.9] * 4)), x0, None, steps)
+        assert (len(cache), scale["runs"]) == (4, 4)
+        scale["scale"] = torch.zeros(D)
+        found.append([g for i in (3, 0, 3) for g in torch.autograd.grad(out.exp().sum(), fs[i].parameters(), retain_graph=True)])
+        assert (len(cache), scale["runs"]) == (4, 4)
+    assert found[0][0].any()
+    assert all(map(torch.equal, *found))
+
+
+class Caching(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x, cache, scale):
+        scale["runs"] += 1
+        y = self.f(x).tanh()
+        cache.append(y.detach())
+        return (y + sum(cache) * scale["scale"] * len(cache),)
+
+
+@pytest.mark.parametrize("kind", TAPES)
 def test_threads_that_go_back_through_one_graph(kind):
     torch.set_num_threads(1)
     fs, x0 = [nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(12)], torch.randn(100, D, requires_grad=True)

@@ -189,6 +189,25 @@ def test_an_error_of_ours_in_a_rerun_keeps_its_words(kind):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("allocation", range(4))
+def test_a_backward_pass_that_ran_out_of_memory_may_be_tried_again(monkeypatch, allocation):
+    fs, x0 = functions(4).eval(), torch.randn(5, D, requires_grad=True)
+    out, _ = chain(ReversingTape, fs, factors([0.9] * 4), x0)
+    expected = torch.autograd.grad(chain(PlainTape, fs, factors([0.9] * 4), x0)[0].sum(), x0)
+    left, empty_like = [allocation], torch.empty_like
+
+    def allocate(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == -1:
+            raise torch.OutOfMemoryError("full")
+        return empty_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", allocate)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(out.sum(), x0, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out.sum(), x0)[0], expected[0])
+
+
 @pytest.mark.parametrize("kind", TAPES)
 @pytest.mark.parametrize("on_drift", ["raise", "warn", "ignore"])
 def test_a_step_that_does_not_repeat_is_reported_as_asked(kind, on_drift, recwarn):
