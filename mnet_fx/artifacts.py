@@ -8,7 +8,7 @@ Steps that differ in their parameters alone share it, so the time to compile doe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ import torch._functorch.config as functorch_config
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from passes import StepCode
 
@@ -47,8 +49,27 @@ class Compiler:
         # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
         # which then knows whether retain_graph forbids it to overwrite what the forward saved.
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=torch._dynamo.config.repro_after is not None)
-        with tracing(TracingContext(self.fake_mode)), at_once:
+        with tracing(TracingContext(self.fake_mode)), at_once, _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
+
+
+@contextlib.contextmanager
+def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    """Keeps AOTAutograd's hands off the floats that are no inputs of a part.
+
+    Of a float that may vary, which Dynamo hands over as a 0-d tensor, it makes a constant where the graph at hand has no use for it, and
+    so every other value of it would be compiled for anew. Names in this set it takes to be done with.
+    """
+    memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
+    own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
+    known = [] if fake_mode is None or fake_mode.shape_env is None else fake_mode.shape_env.backed_var_to_val
+    others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
+    others -= TensorifyState.force_specializations
+    TensorifyState.force_specializations |= others
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations -= others
 
 
 def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
 
 import passes
-from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
+from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, is_hook
 
 from .artifacts import Artifacts, Compiler, Inner, fake_output
 from .compiled_region import CompiledRegion
@@ -98,10 +98,13 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         inner: Inner = torch._dynamo.lookup_backend(self.inner)
         found = _plan(gm, self.settings)
-        _announce(gm, found, self.settings)
-        if not isinstance(found, _Found) or not found.plan.regions:
-            return inner(gm, example_inputs)
-        return _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
+        report = _report(gm, found, self.settings)  # now, as a compiler may change the graph
+        if isinstance(found, _Found) and found.plan.regions:
+            run = _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
+        else:
+            run = inner(gm, example_inputs)
+        _announce(report)  # now, as Dynamo may call off a compilation and start anew
+        return run
 
     def _fuses(self) -> bool:
         return self.inner == "inductor" and fusing()
@@ -157,6 +160,9 @@ class _Filler(fx.Interpreter):
         super().__init__(joined)
         self.compiler, self.artifacts = compiler, artifacts
 
+    def run_node(self, n: fx.Node) -> Any:
+        return self.fetch_args_kwargs_from_env(n)[0][0] if is_hook(n) else super().run_node(n)  # no hooks on fake tensors
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = getattr(self.module, target)
         assert self.compiler.fake_mode is not None
@@ -179,9 +185,8 @@ class _Piece(nn.Module):
         return self._run(*args)
 
 
-def _announce(gm: fx.GraphModule, found: _Found | Refusal, settings: Settings) -> None:
+def _announce(report: Report) -> None:
     """Adds the report of a graph to `reports`, and logs it."""
-    report = _report(gm, found, settings)
     with _lock:
         _reports.append(report)
     log.info("torch.compile: %s", str(report).splitlines()[0])

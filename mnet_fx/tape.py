@@ -290,7 +290,10 @@ class _Close(Function):
             step.tape.close(step.t, y)
         ctx.region, ctx.t = step.tape.region, step.t
         ctx.save_for_backward(y.new_empty(0))
-        return tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in outputs)
+        own = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in outputs)
+        constant = [o for o, needs_grad in zip(own, ctx.needs_input_grad[2:], strict=True) if isinstance(o, Tensor) and not needs_grad]
+        ctx.mark_non_differentiable(*constant)
+        return own
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:

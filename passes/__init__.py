@@ -12,6 +12,7 @@ from passes.capture import Capture, Captured, capture, capture_by_export, forwar
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.exporting import ExportError, Interface
 from passes.legality import CODES
+from passes.ops import is_hook
 from passes.pieces import pieces
 from passes.plan import may_join, plan
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
@@ -45,6 +46,7 @@ __all__ = [
     "capture_by_export",
     "forward_children",
     "inner_calls",
+    "is_hook",
     "lift",
     "may_join",
     "pieces",

@@ -32,7 +32,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-__all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_other_sum", "is_random", "kind", "may_alias", "operands", "written"]
+__all__ = ["FACTORIES", "LINKS", "MIXING", "is_add", "is_hook", "is_other_sum", "is_random", "kind", "may_alias", "operands", "written"]
 
 LINKS = frozenset({"norm", "activation", "dropout", "identity", "cast"})
 MIXING = frozenset({"convolution", "linear", "pool", "mix"})
@@ -265,17 +265,20 @@ def is_random(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
     """The values that a node overwrites in place.
 
-    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, `out=`, and the statistics of
-    functional batch and instance norms. An unknown function or module whose result nobody reads is taken to write to all its inputs, since
+    Known are augmented assignments, item assignments, names that end in an underscore, `inplace=True`, `out=`, what the schema of an
+    operation of torch.ops says, the statistics of functional batch and instance norms, and Dynamo's `register_hook`, which changes the
+    gradient of its input. An unknown function or module whose result nobody reads is taken to write to all its inputs, since
     it must have been called for some effect. The statistics and inputs that are buffers of a module do not count: a rerun restores those.
     """
     if node.op == "call_function" and node.target in _RUNNING:
         return _running_statistics(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return tuple(value for value, argument in _arguments(node) if argument.alias_info is not None and argument.alias_info.is_write)
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return tuple(dict.fromkeys(value for value, a in _arguments(node) if a.alias_info is not None and a.alias_info.is_write))
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return (out,)
+    if is_hook(node):
+        return tuple(value for value in node.args[:1] if isinstance(value, fx.Node))
     if _in_place(node, modules):
         return tuple(value for value in operands(node)[:1] if isinstance(value, fx.Node))
     if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
@@ -300,16 +303,27 @@ def _running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(value for value in given if isinstance(value, fx.Node) and value.op != "get_attr") if updating is not False else ()
 
 
+def is_hook(node: fx.Node) -> bool:
+    """Whether a node hooks a function onto the gradient of its first argument, which it returns as it is: Dynamo's `x.register_hook(f)`."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "register_hook"
+
+
 def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any]]:
-    """The nodes among the arguments of an operation of torch.ops, each with what the schema says about it."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = [*zip(node.args, arguments, strict=False), *((node.kwargs[a.name], a) for a in arguments if a.name in node.kwargs)]
+    """The nodes among the arguments of an operation of torch.ops, each with what the schema says about it (each schema of a packet)."""
+    target: Any = node.target
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, name) for name in target.overloads()]
+    given: list[tuple[Any, Any]] = []
+    for arguments in (overload._schema.arguments for overload in overloads):
+        given += zip(node.args, arguments, strict=False)
+        given += ((node.kwargs[a.name], a) for a in arguments if a.name in node.kwargs)
     return [(value, argument) for value, argument in given if isinstance(value, fx.Node)]
 
 
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__module__.startswith("torch.")
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # runs any code
+        return False
     return isinstance(node.target, str) or _package(node.target) in ("torch", "_operator", "builtins", "math")
 
 
@@ -356,7 +370,7 @@ _COPIES = _words("""
 
 def may_alias(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     """The input whose memory the result of a node may share, or None when the result is fresh memory."""
-    if _in_place(node, modules) or "out" in node.kwargs:
+    if _in_place(node, modules) or is_hook(node) or "out" in node.kwargs:
         return written(node, modules)[0] if written(node, modules) else None
     first = operands(node)[0] if operands(node) else None
     if not isinstance(first, fx.Node) or kind(node, modules) not in ("dropout", "identity", "cast", "layout"):

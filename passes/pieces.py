@@ -2,6 +2,9 @@
 
 before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
 after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
+
+A tensor that is given a hook is returned by the piece that makes it, and the hook is put on it outside of all pieces: a compiler only sees
+the part of its gradient that comes from the same piece.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch.fx as fx
+
+from passes.ops import is_hook
 
 __all__ = ["pieces"]
 
@@ -27,7 +32,8 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
         A graph of the calls `piece_0`, `piece_1`, ... (GraphModules that return tuples) and those of `between`.
     """
     kept = {node for node in gm.graph.nodes if node.op == "call_module" and node.target in between}
-    own = kept | {node for node in gm.graph.nodes if node.target is operator.getitem and node.args[0] in kept}
+    own = kept | {node for node in gm.graph.nodes if is_hook(node) or (node.target is operator.getitem and node.args[0] in kept)}
+    hooked = {node.args[0] for node in own if is_hook(node)}
     groups: list[list[fx.Node]] = [[]]
     units: list[fx.Node | list[fx.Node]] = []
     for node in gm.graph.nodes:
@@ -38,6 +44,9 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
             groups.append([])
         else:
             groups[-1].append(node)
+        if node in hooked:
+            units.append(groups[-1])
+            groups.append([])
     return _Joiner(gm, everywhere).joined([*units, groups[-1]])
 
 
@@ -58,16 +67,19 @@ class _Joiner:
             if isinstance(unit, list):
                 self._piece(unit)
             else:
-                self.values[unit] = self.graph.node_copy(unit, self.values.__getitem__)
-                if unit.op == "call_module":
-                    self.modules[str(unit.target)] = getattr(self.gm, str(unit.target))
-        output = self.gm.graph.output_node()
-        for source in output.all_input_nodes:
+                self._copied(unit)
+        self._copied(self.gm.graph.output_node())
+        return fx.GraphModule(self.modules, self.graph)
+
+    def _copied(self, node: fx.Node) -> None:
+        """The node as it is, with the attributes that it refers to."""
+        for source in node.all_input_nodes:
             if source.op == "get_attr":
                 self.values[source] = self.graph.node_copy(source)
-                self.modules[str(source.target)] = getattr(self.gm, str(source.target))
-        self.graph.node_copy(output, self.values.__getitem__)
-        return fx.GraphModule(self.modules, self.graph)
+        self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+        for used in (node, *node.all_input_nodes):
+            if used.op in ("call_module", "get_attr"):
+                self.modules[str(used.target)] = getattr(self.gm, str(used.target))
 
     def _piece(self, nodes: list[fx.Node]) -> None:
         """One piece and its call; nothing for no nodes."""

@@ -281,6 +281,96 @@ def test_a_graph_that_is_kept_gives_its_gradients_again():
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
+def hooked(self, x):
+    """Hooks on the stream, on a tensor that pieces on both sides of a chain read, and inside of a branch."""
+    scale = (x * self.layers[0].bias).sigmoid()
+    before = scale.cos()
+    x = self.chain(x * before)
+    x.register_hook(lambda grad: grad.sin())
+    scale.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    for layer in self.layers:
+        y = layer(x)
+        y.register_hook(torch.tanh)
+        x = x + torch.tanh(y) * scale
+    return x * before
+
+
+def test_a_hook_sees_the_whole_gradient_of_its_tensor():
+    odd_is_right(hooked, adds=6)
+
+
+def test_a_hook_on_the_input_of_a_step_is_refused():
+    def forward(self, x, scale):
+        for layer in self.layers:
+            y = torch.tanh(layer(x)) * scale
+            scale.register_hook(lambda grad: grad * 2)
+            x = x + y
+        return x
+
+    function, model = compiled(Odd(lambda self, x: forward(self, x, self.layers[0].weight[0] * 2)))
+    step(function, model, torch.ones(5, 6))
+    (report,) = mnet_fx.reports()
+    assert (report.rewritten_adds, {refusal.code for refusal in report.refusals} & {"mutated_side", "interleaved"} != set()) == (0, True)
+
+
+def test_what_a_step_leaves_needs_a_gradient_only_if_it_did():
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            for layer in self.layers:
+                layer.register_buffer("mean", torch.ones(6))
+
+        def forward(self, x):
+            for layer in self.layers:
+                layer.mean = layer.mean * 0.9 + x.detach().mean(0) * 0.1
+                x = x + torch.tanh(layer(x) * layer.mean)
+            return x
+
+    function, model = compiled(Averaged())
+    for _ in range(2):  # a mean with a history would have the second backward pass go through the first one's
+        step(function, model, torch.ones(5, 6))
+    assert mnet_fx.reports()[0].rewritten_adds == 3
+    assert not any(layer.mean.requires_grad for layer in model.layers)
+
+
+def test_an_operation_that_writes_to_a_side_input():
+    """Called without naming the overload, as people do, and for nothing but its effect."""
+    with torch.library._scoped_library("mnet_fx_tests", "DEF") as library:
+        library.define("count(Tensor x, Tensor(a!) n) -> ()")
+        library.impl("count", lambda x, n: n.add_(1) and None, "CompositeExplicitAutograd")
+
+        def forward(self, x):
+            n = torch.zeros((), dtype=x.dtype)
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x) + n)
+                torch.ops.mnet_fx_tests.count(x.detach(), n)
+            return x
+
+        odd_is_right(forward, adds=0)
+
+
+def test_a_float_that_varies_is_compiled_once_for_all_values():
+    def forward(self, x, k):
+        return self.chain(self.layers[0](x), k)  # what comes before the chain has no use for it
+
+    function, model = compiled(Odd(forward))
+    for k in (0.5, 0.6, 0.7, 0.8):
+        step(function, model, torch.ones(5, 6), k)
+    assert [report.rewritten_adds for report in mnet_fx.reports()] == [3, 3]  # for 0.5, and for any float
+
+
+def test_a_compilation_that_dynamo_calls_off_has_no_report():
+    def forward(self, x, k):
+        return nn.functional.dropout(self.chain(x), k)  # dropout takes no number that varies, so this is found out while compiling
+
+    function, model = compiled(Odd(forward))
+    for k in (0.5, 0.6):
+        step(function, model, torch.ones(5, 6), k)
+    assert len(mnet_fx.reports()) == 2
+
+
 def under_autocast(self, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return self.chain(x)
