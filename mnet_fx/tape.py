@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from .errors import InversionError, MnetError, MnetWarning, StreamError
+from .errors import UNCOMPILED, InversionError, MnetError, MnetWarning, StreamError
 from .fingerprints import fingerprint
 from .fixed_point import Record, State
 from .replay import Conditions, transformed, undisturbed
@@ -296,6 +296,7 @@ class _Close(Function):
         return own
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         try:
             _ = ctx.saved_tensors  # makes checkpoint rerun the step now
@@ -314,6 +315,7 @@ class _Enter(Function):
         return tape.enter(), None if v0 is None else _token(x0)
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if gv is not None:
             gv = gv * ctx.gamma  # see _Shear
@@ -337,6 +339,7 @@ class _Shear(Function):
         return after, _token(after)
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
         if gv is not None:

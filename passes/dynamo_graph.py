@@ -173,7 +173,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 def _module_path(name: str) -> str:
-    path = re.sub(r"^L\['[^']*'\]\.?", "", name)
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", name)
     path = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).strip(".")
 

@@ -568,6 +568,30 @@ def test_registered_by_name_without_an_import(tmp_path):
     assert found.stdout.strip() == "4.0", found.stderr
 
 
+def test_a_whole_training_step_is_compiled():
+    """Dynamo then reads whatever Python the backward pass calls."""
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        model = Net(depth=2)
+        results.append(step(torch.compile(whole(model), backend=mnet_fx.backend(inner="aot_eager", backward=kind)), model))
+    assert sum(report.rewritten_adds for report in mnet_fx.reports()) == 2 * 4
+    zoo.assert_identical(*results)
+    net = zoo.rewritten(Net(depth=2))
+    step(torch.compile(whole(net), backend="aot_eager"), net)
+
+
+def whole(model):
+    x = images()
+
+    def function():
+        out = model(x)
+        out.square().sum().backward()
+        return out.detach().requires_grad_()
+
+    return function
+
+
 def test_under_the_minifier():
     model = Net()
     function = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager"})
