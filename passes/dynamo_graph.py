@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.facts import Facts
 
@@ -58,11 +59,12 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
         gm: the graph, which is not changed.
 
     Raises:
-        LostContextError: it changes a global state across operations in a way that cannot be kept.
+        LostContextError: it changes a global state across operations in a way that cannot be kept, or is not about plain tensors.
     """
     gm = _with_contexts_as_modules(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
+    _check_types(node for node in gm.graph.nodes if node.name not in attributes)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in sorted(placeholders, key=lambda node: node.name in attributes):
@@ -126,6 +128,12 @@ def _attributes(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """What of `gm` the nodes of a graph refer to, by target."""
     targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     return {target: getattr(gm, target) for target in targets if hasattr(gm, target)}  # Dynamo's names have no dots
+
+
+def _check_types(nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        if is_traceable_wrapper_subclass(value := node.meta.get("example_value")):
+            raise LostContextError(f"%{node.name} is a {type(value).__name__}, and a chain carries plain tensors")
 
 
 def _is_attribute(node: fx.Node) -> bool:

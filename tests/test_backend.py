@@ -514,6 +514,30 @@ def test_a_graph_break_is_reported_where_it_cuts_a_chain():
     assert not second.refusals
 
 
+def test_nested_tensors_go_to_the_inner_backend():
+    def forward(x):
+        for layer in layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    x = torch.nested.nested_tensor([images(2), images(3)], layout=torch.jagged)
+    found = torch.compile(forward, backend=mnet_fx.backend(inner="eager"))(x)
+    assert torch.equal(found.values(), forward(x).values())
+    (refusal,) = mnet_fx.reports()[0].refusals
+    assert "NestedTensor" in refusal.explanation
+
+
+def test_compiled_within_a_checkpoint():
+    """The checkpoint counts what is saved: what a compilation saves on its way must be none of it."""
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        function, model = compiled(Net(depth=2).eval(), backward=kind)
+        results.append(step(lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False), model, images()))  # noqa: B023
+    zoo.assert_identical(*results)
+
+
 def test_a_context_that_is_left_open_is_refused():
     def forward(x):
         x = torch.nn.functional.linear(x, torch.eye(4))
