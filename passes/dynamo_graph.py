@@ -140,7 +140,10 @@ def _is_attribute(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or buffer of a module."""
     if isinstance(node.meta.get("example_value"), nn.Parameter):
         return True
-    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    if "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {}):
+        return False
+    name = _source_name(node)  # such a type have also inputs that went through mark_static_address
+    return name is None or "_buffers['" in name or "_parameters['" in name
 
 
 def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
@@ -163,13 +166,17 @@ def _is_float(node: fx.Node) -> bool:
 
 def _path(node: fx.Node) -> str:
     """Path of a parameter or buffer, as far as Dynamo's name of it tells: L['self']._modules['fc']._parameters['weight'] is fc.weight."""
+    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", _source_name(node) or "")
+    return ".".join(inside) or node.name
+
+
+def _source_name(node: fx.Node) -> str | None:
+    """Where Dynamo found the value of a placeholder, as Python code, if it says so."""
     source: Any = getattr(node, "_dynamo_source", None)
     try:
-        name = source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
+        return source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
     except Exception:  # not every source has a name
-        return node.name
-    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", name)
-    return ".".join(inside) or node.name
+        return None
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:

@@ -538,6 +538,35 @@ def test_compiled_within_a_checkpoint():
     zoo.assert_identical(*results)
 
 
+def test_buckets_of_ddp_must_not_cut_chains(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 200)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        results = []
+        for kind in ("reversible", "stored"):
+            torch._dynamo.reset()
+            model = Net(depth=2)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            wrapped.bucket_bytes_cap = 300
+            function = torch.compile(wrapped, backend=mnet_fx.backend(inner="aot_eager", backward=kind))
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="optimize_ddp = False"):
+                function(images())
+            with torch._dynamo.config.patch(optimize_ddp=False):
+                results.append(step(function, model, images()))
+        zoo.assert_identical(*results)
+        assert [report.rewritten_adds for report in mnet_fx.reports()] == [4, 4]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_input_at_a_fixed_address_is_an_input():
+    function, _ = compiled(Net())
+    x = images()
+    torch._dynamo.mark_static_address(x)
+    function(x)
+    assert mnet_fx.reports()[0].rewritten_adds == 6
+
+
 def test_a_context_that_is_left_open_is_refused():
     def forward(x):
         x = torch.nn.functional.linear(x, torch.eye(4))
