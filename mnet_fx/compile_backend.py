@@ -41,8 +41,8 @@ _BODY_HINT = (
 )
 _DDP = (
     "DistributedDataParallel had Dynamo cut the model at its buckets, which would cut its chains too: set "
-    "torch._dynamo.config.optimize_ddp = False. Nothing is lost: a chain hands its gradients on step by step, so that they are reduced while the "
-    "backward pass runs"
+    "torch._dynamo.config.optimize_ddp = False. Nothing is lost: a chain hands its gradients on step by step, so they are reduced "
+    "while the backward pass runs"
 )
 _reports: list[Report] = []
 _lock = threading.Lock()

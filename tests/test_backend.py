@@ -533,7 +533,7 @@ def test_compiled_within_a_checkpoint():
     results = []
     for kind in ("reversible", "stored"):
         torch._dynamo.reset()
-        function, model = compiled(Net(depth=2).eval(), backward=kind)
+        function, model = compiled(Net(depth=2).eval(), backward=kind, inner="eager")
         results.append(step(lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False), model, images()))  # noqa: B023
     zoo.assert_identical(*results)
 
@@ -548,7 +548,7 @@ def test_buckets_of_ddp_must_not_cut_chains(monkeypatch):
             model = Net(depth=2)
             wrapped = nn.parallel.DistributedDataParallel(model)
             wrapped.bucket_bytes_cap = 300
-            function = torch.compile(wrapped, backend=mnet_fx.backend(inner="aot_eager", backward=kind))
+            function = torch.compile(wrapped, backend=mnet_fx.backend(inner="eager", backward=kind))
             with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="optimize_ddp = False"):
                 function(images())
             with torch._dynamo.config.patch(optimize_ddp=False):
@@ -560,7 +560,7 @@ def test_buckets_of_ddp_must_not_cut_chains(monkeypatch):
 
 
 def test_an_input_at_a_fixed_address_is_an_input():
-    function, _ = compiled(Net())
+    function, _ = compiled(Net(), inner="eager")
     x = images()
     torch._dynamo.mark_static_address(x)
     function(x)
@@ -627,11 +627,11 @@ def test_a_whole_training_step_is_compiled():
     for kind in ("reversible", "stored"):
         torch._dynamo.reset()
         model = Net(depth=2)
-        results.append(step(torch.compile(whole(model), backend=mnet_fx.backend(inner="aot_eager", backward=kind)), model))
+        results.append(step(torch.compile(whole(model), backend=mnet_fx.backend(inner="eager", backward=kind)), model))
     assert sum(report.rewritten_adds for report in mnet_fx.reports()) == 2 * 4
     zoo.assert_identical(*results)
     net = zoo.rewritten(Net(depth=2))
-    step(torch.compile(whole(net), backend="aot_eager"), net)
+    step(torch.compile(whole(net), backend="eager"), net)
 
 
 def whole(model):
