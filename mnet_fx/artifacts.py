@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from passes import StepCode
@@ -78,7 +79,8 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
 def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
     """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
     sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
-    with fake_mode, enable_python_dispatcher(), sizes:  # the dispatcher for operations on symbolic sizes
+    hidden = saved_tensors_hooks(lambda t: t, lambda t: t)  # from a checkpoint around the call that is being compiled, which counts
+    with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
         return gm(*inputs)
 
 

@@ -25,7 +25,7 @@ from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, is_hoo
 
 from .artifacts import Artifacts, Compiler, Inner, fake_output
 from .compiled_region import CompiledRegion
-from .errors import SettingsError
+from .errors import MnetError, SettingsError
 from .fused import FUSED, fusing
 from .loops import Kernels
 from .report import CapturedPart, Report, region_report
@@ -38,6 +38,11 @@ log = logging.getLogger("mnet_fx")
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 _BODY_HINT = (
     "Put the context around the call of the compiled model, or around each branch; leave the checkpoint out, a chain keeps no activations."
+)
+_DDP = (
+    "DistributedDataParallel had Dynamo cut the model at its buckets, which would cut its chains too: set "
+    "torch._dynamo.config.optimize_ddp = False. Nothing is lost: a chain hands its gradients on step by step, so they are reduced "
+    "while the backward pass runs"
 )
 _reports: list[Report] = []
 _lock = threading.Lock()
@@ -98,6 +103,8 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         inner: Inner = torch._dynamo.lookup_backend(self.inner)
         found = _plan(gm, self.settings)
+        if _is_bucket(gm) and (isinstance(found, Refusal) or found.plan.residual_adds):
+            raise MnetError(_DDP)
         report = _report(gm, found, self.settings)  # now, as a compiler may change the graph
         if isinstance(found, _Found) and found.plan.regions:
             run = _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
@@ -183,6 +190,11 @@ class _Piece(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self._run(*args)
+
+
+def _is_bucket(gm: fx.GraphModule) -> bool:
+    """Whether a graph is a part that Dynamo cut out for DistributedDataParallel."""
+    return "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", ""))
 
 
 def _announce(report: Report) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .errors import UNCOMPILED
+
 __all__ = ["Enter", "Factors", "Shear"]
 
 Factors = tuple[tuple[float, float], ...]
@@ -23,6 +25,7 @@ class Enter(Function):
         return tape.enter(), None if v0 is None else _token(x0)
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if gv is not None:
             gv = gv * ctx.gamma  # see Shear
@@ -46,6 +49,7 @@ class Shear(Function):
         return after, _token(after)
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
         if gv is not None:

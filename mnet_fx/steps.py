@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from .errors import InversionError, MnetError, StreamError
+from .errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .fingerprints import fingerprint
 from .replay import Conditions, is_ordinary, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Print, Rerun, Tape
@@ -79,6 +79,7 @@ class Close(Function):
         return own
 
     @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         try:
             _ = ctx.saved_tensors  # makes checkpoint rerun the step now

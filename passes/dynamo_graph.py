@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.facts import Facts
 
@@ -58,11 +59,12 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
         gm: the graph, which is not changed.
 
     Raises:
-        LostContextError: it changes a global state across operations in a way that cannot be kept.
+        LostContextError: it changes a global state across operations in a way that cannot be kept, or is not about plain tensors.
     """
     gm = _with_contexts_as_modules(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
+    _check_types(node for node in gm.graph.nodes if node.name not in attributes)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in sorted(placeholders, key=lambda node: node.name in attributes):
@@ -128,11 +130,20 @@ def _attributes(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     return {target: getattr(gm, target) for target in targets if hasattr(gm, target)}  # Dynamo's names have no dots
 
 
+def _check_types(nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        if is_traceable_wrapper_subclass(value := node.meta.get("example_value")):
+            raise LostContextError(f"%{node.name} is a {type(value).__name__}, and a chain carries plain tensors")
+
+
 def _is_attribute(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or buffer of a module."""
     if isinstance(node.meta.get("example_value"), nn.Parameter):
         return True
-    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    if "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {}):
+        return False
+    name = _source_name(node)  # such a type have also inputs that went through mark_static_address
+    return name is None or "_buffers['" in name or "_parameters['" in name
 
 
 def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
@@ -155,13 +166,17 @@ def _is_float(node: fx.Node) -> bool:
 
 def _path(node: fx.Node) -> str:
     """Path of a parameter or buffer, as far as Dynamo's name of it tells: L['self']._modules['fc']._parameters['weight'] is fc.weight."""
+    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", _source_name(node) or "")
+    return ".".join(inside) or node.name
+
+
+def _source_name(node: fx.Node) -> str | None:
+    """Where Dynamo found the value of a placeholder, as Python code, if it says so."""
     source: Any = getattr(node, "_dynamo_source", None)
     try:
-        name = source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
+        return source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
     except Exception:  # not every source has a name
-        return node.name
-    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", name)
-    return ".".join(inside) or node.name
+        return None
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:
@@ -173,7 +188,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 def _module_path(name: str) -> str:
-    path = re.sub(r"^L\['[^']*'\]\.?", "", name)
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", name)
     path = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).strip(".")
 

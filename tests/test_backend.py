@@ -514,6 +514,59 @@ def test_a_graph_break_is_reported_where_it_cuts_a_chain():
     assert not second.refusals
 
 
+def test_nested_tensors_go_to_the_inner_backend():
+    def forward(x):
+        for layer in layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    x = torch.nested.nested_tensor([images(2), images(3)], layout=torch.jagged)
+    found = torch.compile(forward, backend=mnet_fx.backend(inner="eager"))(x)
+    assert torch.equal(found.values(), forward(x).values())
+    (refusal,) = mnet_fx.reports()[0].refusals
+    assert "NestedTensor" in refusal.explanation
+
+
+def test_compiled_within_a_checkpoint():
+    """The checkpoint counts what is saved: what a compilation saves on its way must be none of it."""
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        function, model = compiled(Net(depth=2).eval(), backward=kind, inner="eager")
+        results.append(step(lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False), model, images()))  # noqa: B023
+    zoo.assert_identical(*results)
+
+
+def test_buckets_of_ddp_must_not_cut_chains(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 200)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        results = []
+        for kind in ("reversible", "stored"):
+            torch._dynamo.reset()
+            model = Net(depth=2)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            wrapped.bucket_bytes_cap = 300
+            function = torch.compile(wrapped, backend=mnet_fx.backend(inner="eager", backward=kind))
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="optimize_ddp = False"):
+                function(images())
+            with torch._dynamo.config.patch(optimize_ddp=False):
+                results.append(step(function, model, images()))
+        zoo.assert_identical(*results)
+        assert [report.rewritten_adds for report in mnet_fx.reports()] == [4, 4]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_input_at_a_fixed_address_is_an_input():
+    function, _ = compiled(Net(), inner="eager")
+    x = images()
+    torch._dynamo.mark_static_address(x)
+    function(x)
+    assert mnet_fx.reports()[0].rewritten_adds == 6
+
+
 def test_a_context_that_is_left_open_is_refused():
     def forward(x):
         x = torch.nn.functional.linear(x, torch.eye(4))
@@ -566,6 +619,30 @@ def test_registered_by_name_without_an_import(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert found.stdout.strip() == "4.0", found.stderr
+
+
+def test_a_whole_training_step_is_compiled():
+    """Dynamo then reads whatever Python the backward pass calls."""
+    results = []
+    for kind in ("reversible", "stored"):
+        torch._dynamo.reset()
+        model = Net(depth=2)
+        results.append(step(torch.compile(whole(model), backend=mnet_fx.backend(inner="eager", backward=kind)), model))
+    assert sum(report.rewritten_adds for report in mnet_fx.reports()) == 2 * 4
+    zoo.assert_identical(*results)
+    net = zoo.rewritten(Net(depth=2))
+    step(torch.compile(whole(net), backend="eager"), net)
+
+
+def whole(model):
+    x = images()
+
+    def function():
+        out = model(x)
+        out.square().sum().backward()
+        return out.detach().requires_grad_()
+
+    return function
 
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 cannot compile a backward pass within a compilation")
