@@ -111,7 +111,9 @@ def momentumize(
         net.__dict__["report"] = report
     if not report.regions:
         warnings.warn(
-            f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2
+            f"{type(model).__name__}: no residual chain was rewritten, the model is as before; print(net.report) says why",
+            MnetWarning,
+            stacklevel=2,
         )
     return net
 

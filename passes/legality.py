@@ -76,7 +76,7 @@ CODES: dict[str, Code] = {
     ),
     "untraceable": Code(
         "Tracing the module failed, so what is inside it is not seen.",
-        "Give example inputs, so that torch.export can try; or make its forward free of control flow on tensor values.",
+        "Give example inputs, so that torch.export can try; or name the list of layers with regions=[...], which needs no capture.",
     ),
     "lost_context": Code(
         "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",

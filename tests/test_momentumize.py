@@ -415,6 +415,14 @@ def test_the_report_prints_as_tables():
     assert any(line.startswith("too_short: ") for line in table)
 
 
+def test_refusals_that_are_alike_share_a_line():
+    report = zoo.rewritten(nn.Sequential(*[nn.Sequential(Chain(1), nn.Linear(6, 6)) for _ in range(5)])).report
+    lines = str(report).splitlines()
+    assert [refusal.code for refusal in report.refusals] == ["too_short"] * 5
+    assert sum("too_short" in line for line in lines) == 2  # one of the table, one with the hint
+    assert any(line.startswith("0.0 and 4 more ") for line in lines)
+
+
 def test_a_model_that_was_not_rewritten_has_no_report():
     with pytest.raises(mnet_fx.MnetError, match="Chain has no report"):
         mnet_fx.report(Chain())
