@@ -55,8 +55,8 @@ def momentumize(
 
     Args:
         model: any module; left as it was. The result shares its parameters and buffers, and has the same `state_dict` keys.
-        example_inputs: a call of the model, as a tuple of positional arguments or a dict of keyword arguments, of which only structure,
-            shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export, and calls with
+        example_inputs: a call of the model, as a tuple of positional arguments or a dict (or other mapping) of keyword arguments, of which
+            only structure, shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export, and calls with
             other sizes or other arguments are captured again when they come, or are an error.
         gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
             network stays closest to the original.
@@ -78,8 +78,8 @@ def momentumize(
 
     Returns:
         A module of the class of `model` whose `forward` is rewritten; `net.report`, or `mnet_fx.report(net)` where the model has an
-        attribute of that name, says what was done. A model without residual chains
-        comes back working, with a warning.
+        attribute of that name, says what was done. A model without residual chains comes back working, with a warning. The options are
+        not in its state_dict: to use a checkpoint of it, momentumize the model with the same options, and load.
 
     Raises:
         SettingsError: an option cannot work, or example_inputs do not fit the model.
