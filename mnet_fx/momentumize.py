@@ -56,8 +56,8 @@ def momentumize(
     Args:
         model: any module; left as it was. The result shares its parameters and buffers, and has the same `state_dict` keys.
         example_inputs: a call of the model, as a tuple of positional arguments or a dict (or other mapping) of keyword arguments, of which
-            only structure, shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export, and calls with
-            other sizes or other arguments are captured again when they come, or are an error.
+            only structure, shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export,
+            and calls with other sizes or other arguments are captured again when they come, or are an error.
         gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
             network stays closest to the original.
         initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or
