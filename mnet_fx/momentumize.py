@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 import passes
 from passes import Call, ExportError, RegionCode
 
+from .copies import keep_forwards, release_forwards
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard, hooked
@@ -106,6 +107,7 @@ def momentumize(
         if isinstance(net, nn.Sequential) and "forward" not in net.__dict__:
             raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
         net.add_module("initial_velocity", settings.velocity)
+    keep_forwards(net)
     net.__dict__[REPORT] = report
     if not hasattr(net, "report"):
         net.__dict__["report"] = report
@@ -123,7 +125,7 @@ def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise MnetError("the model is a ScriptModule, whose code torch.fx cannot read: momentumize it before torch.jit.script or trace")
+        raise MnetError("the model is a ScriptModule, whose code torch.fx cannot read: momentumize the module that it was made from")
     tensors = [*chain(model.parameters(), model.buffers())]
     if any(t.is_meta for t in tensors):
         raise MnetError("the model has parameters on the meta device, which hold no values: load it first (to_empty, load_state_dict)")
@@ -141,6 +143,7 @@ def _copied(model: nn.Module) -> nn.Module:
         if isinstance(original, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
             for name, tensor in chain(original.named_parameters(recurse=False), original.named_buffers(recurse=False)):
                 twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
+    release_forwards(net)
     if REPORT in net.__dict__:
         _restore(net)
     return net

@@ -88,7 +88,7 @@ CODES: dict[str, Code] = {
     ),
     "opaque_module": Code(
         "The module has hooks or a forward set on the instance, or is a ScriptModule, so it stays whole.",
-        "Remove hooks and replaced forwards before the rewrite; script the model afterwards.",
+        "Remove hooks and replaced forwards before the rewrite; of a script, rewrite the module that it was made from.",
     ),
 }
 
