@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -47,19 +47,22 @@ def state_bits(gamma: float | Sequence[float], steps: int | None = None, zero_ve
         steps: number of steps T; needed where gamma is one number.
         zero_velocity: whether v[0] = 0, so that the first step sheds nothing.
 
+    Returns:
+        Bits per element of the stream, for all steps together.
+
     Raises:
         SettingsError: a gamma is outside [0, 1), or `steps` is missing or contradicts the list.
 
-    Returns:
-        Bits per element of the stream, for all steps together.
+    Source: MacKay, Vicol, Ba, Grosse, "Reversible Recurrent Neural Networks", 2018, arXiv 1810.10999.
     """
     if isinstance(gamma, numbers.Real):
         if steps is None or steps < 1:
             raise SettingsError(f"steps, how many there are, is needed where gamma is one number, got {steps}")
         gamma = [float(gamma)] * steps
-    if not isinstance(gamma, Sequence) or steps not in (None, len(gamma)):
+    gammas = list(gamma) if isinstance(gamma, Iterable) else []
+    if not isinstance(gamma, Iterable) or steps not in (None, len(gammas)):
         raise SettingsError(f"gamma must be one number, or a list of one for each of steps={steps}, got {gamma!r}")
-    return math.fsum(step_bits(g) for g in gamma[1 if zero_velocity else 0 :])
+    return math.fsum(step_bits(g) for g in gammas[1 if zero_velocity else 0 :])
 
 
 def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zero_velocity: bool = True) -> float:
@@ -72,13 +75,17 @@ def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zer
         dtype: dtype of the stream.
         zero_velocity: whether v[0] = 0.
 
+    Returns:
+        Bytes per element of the stream, for all steps together.
+
     Raises:
         SettingsError: `gammas` is no list of numbers in [0, 1), or dtype is not real floating point.
     """
-    if not isinstance(gammas, Sequence):
+    if not isinstance(gammas, Iterable):
         raise SettingsError(f"gammas must be a list with the momentum of each step, such as [0.9] * 12, got {gammas!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SettingsError(f"dtype must be a real floating torch.dtype, got {dtype!r}")
+    gammas = list(gammas)
     for gamma in gammas:
         step_bits(gamma)  # raises where it is out of range
     form = Format.of(dtype)

@@ -7,12 +7,14 @@ whole, the graph no longer is what the model's Python would do. Then the call is
 
 from __future__ import annotations
 
+import dis
 import enum
 import inspect
 import types
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -180,10 +182,12 @@ def _seen(path: str, module: nn.Module, called: bool) -> _Seen:
     """
     read: set[str] = set()
     methods: dict[str, Any] = {}
+    codes: list[Any] = []
     pending = ["forward"]
     while pending:
         name = pending.pop()
         methods[name] = getattr(type(module), name, None)
+        codes += _codes(methods[name])
         names = {found for code in _codes(methods[name]) for found in _names(code)} - read
         read |= names
         pending += [name for name in names if inspect.isfunction(getattr(type(module), name, None))]
@@ -191,21 +195,32 @@ def _seen(path: str, module: nn.Module, called: bool) -> _Seen:
     attributes: dict[str, Any] = {}
     for name in sorted(read & own.keys() - _OURS):
         if not isinstance(own[name], (nn.Module, Tensor)):
-            attributes |= {name: _kept(own[name])} | _entries(name, own[name], read)
+            attributes |= {name: _kept(own[name])} | _entries(name, own[name], codes)
     watched = {} if called else {name: method for name, method in methods.items() if name == "forward" or name not in own}
     return _Seen(path, module, _children(module), attributes, _hooks(module), _Code(watched))
 
 
-def _entries(name: str, value: Any, read: set[str]) -> dict[str, Any]:
-    """The plain attributes of an object that a module holds as `name`, such as a config, of those that the module's code may read.
+def _entries(name: str, value: Any, codes: list[Any]) -> dict[str, Any]:
+    """The plain attributes of an object that a module holds as `name`, such as a config, of those that code reads from it.
 
-    That is by name, or by a string that it has or that begins with one: getattr(self.config, f"output_{key}").
+    That is self.config.entry, getattr(self.config, "entry"), or, by its beginning, getattr(self.config, f"en{key}").
     """
     if isinstance(value, _PLAIN) or not hasattr(value, "__dict__"):
         return {}
-    starts = tuple(found for found in read if found.endswith("_") and not found.startswith("_"))
-    entries = {entry: now for entry, now in vars(value).items() if entry in read or (starts and entry.startswith(starts))}
+    read = {entry for code in codes for holder, entry in _read_in_turn(code) if holder == name}
+    starts = tuple(found for found in read if found.endswith("_"))
+    entries = {entry: now for entry, now in vars(value).items() if entry in read or entry.startswith(starts)}
     return {f"{name}.{entry}": _kept(now) for entry, now in entries.items() if not isinstance(now, (nn.Module, Tensor))}
+
+
+@cache
+def _read_in_turn(code: Any) -> frozenset[tuple[str, str]]:
+    """Pairs of an attribute and the attribute or string that code loads right after it; those of nested functions included."""
+    if not inspect.iscode(code):
+        return frozenset()
+    loads = [(i.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")), i.opname == "LOAD_CONST", i.argval) for i in dis.get_instructions(code)]
+    pairs = {(one[2], two[2]) for one, two in pairwise(loads) if one[0] and (two[0] or two[1]) and isinstance(two[2], str)}
+    return frozenset(pairs).union(*map(_read_in_turn, code.co_consts))
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -224,10 +239,8 @@ def _codes(function: Any) -> list[Any]:
 
 
 def _names(code: Any) -> Iterator[str]:
-    """Names that code refers to, also in strings, those of nested functions included."""
+    """Names that code refers to, those of nested functions included."""
     if inspect.iscode(code):
         yield from code.co_names
         for constant in code.co_consts:
-            if isinstance(constant, str) and constant.isidentifier():
-                yield constant
             yield from _names(constant)

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 import passes
 from passes import Call, ExportError, RegionCode
 
+from .copies import keep_forwards, release_forwards
 from .errors import MnetError, MnetWarning, SettingsError
 from .forward import Constants, ExportedForward, Forward, Variant
 from .guard import Guard, hooked
@@ -55,9 +56,9 @@ def momentumize(
 
     Args:
         model: any module; left as it was. The result shares its parameters and buffers, and has the same `state_dict` keys.
-        example_inputs: a call of the model, as a tuple of positional arguments or a dict of keyword arguments, of which only structure,
-            shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export, and calls with
-            other sizes or other arguments are captured again when they come, or are an error.
+        example_inputs: a call of the model, as a tuple of positional arguments or a dict (or other mapping) of keyword arguments, of which
+            only structure, shapes, dtypes and constants count. With them, what a symbolic trace cannot read is captured by torch.export,
+            and calls with other sizes or other arguments are captured again when they come, or are an error.
         gamma: momentum g[t] in [0, 1): a number, or a callable `(t, steps) -> number`. Near 1 a region keeps fewest bits; near 0 the
             network stays closest to the original.
         initial_velocity: "zero": v[0] = 0; "first": v[0] = 0 and g[0] = 0, so that the chain starts at the speed of its first residual; or
@@ -78,8 +79,8 @@ def momentumize(
 
     Returns:
         A module of the class of `model` whose `forward` is rewritten; `net.report`, or `mnet_fx.report(net)` where the model has an
-        attribute of that name, says what was done. A model without residual chains
-        comes back working, with a warning.
+        attribute of that name, says what was done. A model without residual chains comes back working, with a warning. The options are
+        not in its state_dict: to use a checkpoint of it, momentumize the model with the same options, and load.
 
     Raises:
         SettingsError: an option cannot work, or example_inputs do not fit the model.
@@ -106,12 +107,15 @@ def momentumize(
         if isinstance(net, nn.Sequential) and "forward" not in net.__dict__:
             raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
         net.add_module("initial_velocity", settings.velocity)
+    keep_forwards(net)
     net.__dict__[REPORT] = report
     if not hasattr(net, "report"):
         net.__dict__["report"] = report
     if not report.regions:
         warnings.warn(
-            f"{type(model).__name__}: no residual chain was rewritten, the model is as before; see net.report", MnetWarning, stacklevel=2
+            f"{type(model).__name__}: no residual chain was rewritten, the model is as before; print(net.report) says why",
+            MnetWarning,
+            stacklevel=2,
         )
     return net
 
@@ -121,7 +125,7 @@ def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise MnetError("the model is a ScriptModule, whose code torch.fx cannot read: momentumize it before torch.jit.script or trace")
+        raise MnetError("the model is a ScriptModule, whose code torch.fx cannot read: momentumize the module that it was made from")
     tensors = [*chain(model.parameters(), model.buffers())]
     if any(t.is_meta for t in tensors):
         raise MnetError("the model has parameters on the meta device, which hold no values: load it first (to_empty, load_state_dict)")
@@ -139,6 +143,7 @@ def _copied(model: nn.Module) -> nn.Module:
         if isinstance(original, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
             for name, tensor in chain(original.named_parameters(recurse=False), original.named_buffers(recurse=False)):
                 twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
+    release_forwards(net)
     if REPORT in net.__dict__:
         _restore(net)
     return net

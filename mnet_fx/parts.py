@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,6 +25,13 @@ from .settings import Settings
 __all__ = ["Part", "Parts", "exported", "in_mode", "parts_of"]
 
 _EXPECTED = frozenset({"projection_shortcut", "nested"})  # codes of adds that no other capture would make rewritable
+
+
+_REGIONS = "or name the list of layers with regions=[...], which needs no capture."
+_ALTHOUGH_GIVEN = {  # hints where example inputs were given
+    "untraceable": f"Call it without what torch.export does not take (a cache: use_cache=False among the example_inputs), {_REGIONS}",
+    "lost_context": f"Move a custom function or a context to a small submodule of its own, {_REGIONS}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +189,8 @@ class _Exporter:
         ]
         both = kept | chosen
         in_order = [path for path, _ in self.net.named_modules(remove_duplicate=False) if path in both]
-        return Parts({path: both[path] for path in in_order}, (*refusals, *self.refusals))
+        refusals = [replace(r, hint=_ALTHOUGH_GIVEN.get(r.code, r.hint)) for r in (*refusals, *self.refusals)]
+        return Parts({path: both[path] for path in in_order}, tuple(refusals))
 
     def _fit(self, path: str) -> dict[str, dict[bool, Part]]:
         """The traced parts at a path and below that fit the calls they get."""

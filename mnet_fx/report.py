@@ -93,12 +93,13 @@ class Report:
         if any(part.front_end != "symbolic trace" for part in self.captured):
             parts.append(_table("path captured-by adds rewritten", map(_captured_row, self.captured)))
         if self.refusals:
-            grouped: dict[tuple[str, str], list[Refusal]] = {}
+            alike: dict[tuple[str, str], list[Refusal]] = {}
             for refusal in self.refusals:
-                grouped.setdefault((refusal.code, refusal.hint), []).append(refusal)
+                alike.setdefault((refusal.code, refusal.explanation), []).append(refusal)
+            hints = dict.fromkeys(f"{refusal.code}: {refusal.hint}" for refusal in self.refusals)
             parts.append("Not rewritten")
-            parts.append(_table("path node code explanation", ((r.path or "(root)", r.node, r.code, r.explanation) for r in self.refusals)))
-            parts.append("\n".join(f"{code}: {hint}" for code, hint in grouped))
+            parts.append(_table("path node code explanation", map(_refusal_row, alike.values())))
+            parts.append("\n".join(hints))
         return "\n\n".join(parts)
 
 
@@ -115,6 +116,12 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
     shape = "-" if r.shape is None else " x ".join("?" if n < 0 else str(n) for n in r.shape)
     kept = "-" if r.state_bytes_per_element is None else f"{r.state_bytes_per_element:g}"
     return r.name, r.path or "(root)", str(r.steps), str(r.adds), r.kind, gamma, shape, r.storage, kept
+
+
+def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
+    """The row of refusals with the same explanation, under the path of the first."""
+    first, more = alike[0], f" and {len(alike) - 1} more" * (len(alike) > 1)
+    return f"{first.path or '(root)'}{more}", first.node, first.code, first.explanation
 
 
 def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:

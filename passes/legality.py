@@ -76,7 +76,7 @@ CODES: dict[str, Code] = {
     ),
     "untraceable": Code(
         "Tracing the module failed, so what is inside it is not seen.",
-        "Give example inputs, so that torch.export can try; or make its forward free of control flow on tensor values.",
+        "Give example inputs, so that torch.export can try; or name the list of layers with regions=[...], which needs no capture.",
     ),
     "lost_context": Code(
         "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",
@@ -88,7 +88,7 @@ CODES: dict[str, Code] = {
     ),
     "opaque_module": Code(
         "The module has hooks or a forward set on the instance, or is a ScriptModule, so it stays whole.",
-        "Remove hooks and replaced forwards before the rewrite; script the model afterwards.",
+        "Remove hooks and replaced forwards before the rewrite; of a script, rewrite the module that it was made from.",
     ),
 }
 

@@ -292,7 +292,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/facts.py", "in bases | lent:", "in bases:"),
     ("mnet_fx/guard.py", "if not _alike(", "if False and not _alike("),
     ("mnet_fx/guard.py", "attributes |= {name: _kept(own[name])}", "attributes |= {name: own[name]}"),
-    ("mnet_fx/guard.py", " | _entries(name, own[name], read)", ""),
+    ("mnet_fx/guard.py", " | _entries(name, own[name], codes)", ""),
     ("mnet_fx/guard.py", "if not isinstance(own[name], (nn.Module, Tensor)):", "if True:"),
     # The runtime.
     ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),

@@ -17,8 +17,9 @@ import torch
 import zoo
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from zoo import Convolutional, Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
@@ -135,6 +136,24 @@ def test_copies_with_a_velocity_and_a_schedule(copied):
     zoo.assert_identical(zoo.leftovers(other), zoo.leftovers(net))
     assert other.initial_velocity.weight.grad.any()
     assert list(net.state_dict())[-2:] == ["initial_velocity.weight", "initial_velocity.bias"]
+
+
+def test_copies_of_a_graph_module_are_no_original_networks():
+    """torch.fx copies one by its graph, and a forward of its own is lost; create_feature_extractor and others return such a model."""
+    model = fx.symbolic_trace(OnTheInput())
+    net = mnet_fx.momentumize(model).eval()
+    expected = net(tokens())
+    assert not torch.equal(expected, model.eval()(tokens()))
+    twice = copy.deepcopy(copy.deepcopy(net))
+    assert torch.equal(twice(tokens()), expected)
+    assert twice.report == net.report
+    assert torch.equal(AveragedModel(net)(tokens()), expected)
+    zoo.seeded(step, twice)
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(mnet_fx.MnetError, match="save the state_dict instead"):
+        pickle.dumps(net)
+    again = mnet_fx.momentumize(twice, gamma=0).eval()
+    torch.testing.assert_close(again(tokens()), model(tokens()))
 
 
 def test_weights_saved_and_loaded():

@@ -387,6 +387,27 @@ def tiny(name):
     return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_hugging_face_model_whose_config_changes(tmp_path):
+    model, example = tiny("bert")
+    net = mnet_fx.momentumize(model, example, gamma=0).eval()
+    expected = net(**example)[0]
+    net.save_pretrained(tmp_path)  # writes into the config, nothing that forward reads
+    assert torch.equal(net(**example)[0], expected)
+    net.config.output_hidden_states = True
+    with pytest.raises(mnet_fx.MnetError, match=r"config\.output_hidden_states changed from False since momentumize"):
+        net(**example)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_call_with_a_cache_is_refused_with_a_way_out():
+    model, example = tiny("gpt2")
+    report = mnet_fx.momentumize(model, {"input_ids": example["input_ids"]}).report
+    assert report.rewritten_adds == 0
+    assert "Give example inputs" not in str(report)
+    assert "use_cache=False among the example_inputs" in str(report)
+
+
 @pytest.mark.parametrize(
     ("name", "chains"),
     [("gpt2", [6]), ("bert", [6]), ("llama", [6]), ("t5", [4, 6]), ("vit", [6])],

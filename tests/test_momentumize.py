@@ -133,7 +133,7 @@ def test_one_parameter_on_meta_is_an_error():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, tokens())], ids=["script", "trace"])
 def test_a_script_module_is_an_error(compiled):
-    with pytest.raises(mnet_fx.MnetError, match=r"ScriptModule.*before torch\.jit"):
+    with pytest.raises(mnet_fx.MnetError, match=r"ScriptModule.*that it was made from"):
         mnet_fx.momentumize(compiled(Layer()))
 
 
@@ -413,6 +413,14 @@ def test_the_report_prints_as_tables():
     assert table[2].split()[0] == "2"
     assert table[2].split()[2] == "too_short"
     assert any(line.startswith("too_short: ") for line in table)
+
+
+def test_refusals_that_are_alike_share_a_line():
+    report = zoo.rewritten(nn.Sequential(*[nn.Sequential(Chain(1), nn.Linear(6, 6)) for _ in range(5)])).report
+    lines = str(report).splitlines()
+    assert [refusal.code for refusal in report.refusals] == ["too_short"] * 5
+    assert sum("too_short" in line for line in lines) == 2  # one of the table, one with the hint
+    assert any(line.startswith("0.0 and 4 more ") for line in lines)
 
 
 def test_a_model_that_was_not_rewritten_has_no_report():
