@@ -117,3 +117,14 @@ def test_fingerprints_of_a_list_are_those_of_its_tensors():
     assert fingerprints(tensors) == [fingerprints([t])[0] for t in tensors]
     assert tuple(fingerprints(tensors[:1])) == fingerprint(tensors[0])
     assert fingerprint(*tensors[:4]) != fingerprint(*reversed(tensors[:4]))
+
+
+def test_fingerprint_sees_the_elements_of_a_view_with_gaps_and_no_others():
+    base = torch.randn(6, 8)
+    view = base[:, ::2]
+    before = fingerprint(view)
+    assert before == fingerprint(view.clone())
+    base[:, 1::2] += 1
+    assert fingerprint(view) == before
+    base[5, 6] += 1
+    assert fingerprint(view) != before
