@@ -108,7 +108,6 @@ def test_other_arguments_reach_every_function():
         ({"init_speed": True}, "needs an init_function"),
         ({"init_speed": True, "init_function": torch.tanh}, "init_function must be a module"),
     ],
-    ids=str,
 )
 def test_what_cannot_work_is_an_error(options, message):
     with pytest.raises(mnet_fx.SettingsError, match=message):
