@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
+from torch._guards import CompileContext
 
 import passes
 from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, is_hook
 
 from .artifacts import Artifacts, Compiler, Inner, fake_output
 from .compiled_region import CompiledRegion
-from .errors import MnetError, SettingsError
+from .errors import MnetError, MnetWarning, SettingsError
 from .fused import FUSED, fusing
 from .loops import Kernels
 from .report import CapturedPart, Report, region_report
@@ -107,6 +109,7 @@ class Backend:
             raise MnetError(_DDP)
         report = _report(gm, found, self.settings)  # now, as a compiler may change the graph
         if isinstance(found, _Found) and found.plan.regions:
+            _warn_of_the_limit()
             run = _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
         else:
             run = inner(gm, example_inputs)
@@ -195,6 +198,21 @@ class _Piece(nn.Module):
 def _is_bucket(gm: fx.GraphModule) -> bool:
     """Whether a graph is a part that Dynamo cut out for DistributedDataParallel."""
     return "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", ""))
+
+
+def _warn_of_the_limit() -> None:
+    """Dynamo runs a function's Python, hence the original network, once it has compiled so many graphs for it."""
+    at = CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if at is None or at.frame_compile_id is None or at.frame_compile_id + 1 < limit or torch._dynamo.config.fail_on_recompile_limit_hit:
+        return
+    warnings.warn(
+        f"{at.frame_compile_id + 1} graphs were compiled for one function, and {limit} is Dynamo's limit: calls that need yet another one "
+        "will run the original network, not the momentum network. Give torch.compile dynamic=True, or raise torch._dynamo.config."
+        "recompile_limit; torch._dynamo.config.fail_on_recompile_limit_hit = True makes it an error",
+        MnetWarning,
+        stacklevel=2,
+    )
 
 
 def _announce(report: Report) -> None:

@@ -621,6 +621,18 @@ def test_registered_by_name_without_an_import(tmp_path):
     assert found.stdout.strip() == "4.0", found.stderr
 
 
+def test_a_warning_comes_before_dynamo_gives_up_on_a_function():
+    torch._dynamo.reset()
+    model = Net(depth=2).eval()
+    function = torch.compile(model, backend=mnet_fx.backend(inner="eager"), dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        function(images(1))
+        with pytest.warns(mnet_fx.MnetWarning, match="2 graphs were compiled for one function, and 2 is Dynamo's limit"):
+            second = function(images(2))
+        assert torch.equal(function(images(3)), model(images(3)))  # which is why
+        assert not torch.equal(second, model(images(2)))
+
+
 def test_a_whole_training_step_is_compiled():
     """Dynamo then reads whatever Python the backward pass calls."""
     results = []
