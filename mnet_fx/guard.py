@@ -11,6 +11,7 @@ import dis
 import enum
 import inspect
 import types
+import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +33,8 @@ _PLAIN = (
     *(bool, int, float, str, bytes, type(None), type, enum.Enum, torch.dtype, torch.device),
     *(types.FunctionType, types.BuiltinFunctionType),
 )
+
+_LIVE = (nn.Module, Tensor, weakref.ref)  # what a module holds of these in no dictionary of torch's is no constant, or seen elsewhere
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,9 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
 
 
 def _kept(value: Any) -> Any:
-    """A value as it is now: of containers a copy, since they may change inside."""
+    """A value as it is now: of containers a copy, since they may change inside; `...` for what is no constant of a graph."""
+    if isinstance(value, _LIVE):
+        return ...
     if type(value) in (list, tuple):
         return type(value)(map(_kept, value))
     return {key: _kept(item) for key, item in value.items()} if type(value) is dict else value
@@ -166,8 +171,8 @@ def _kept(value: Any) -> Any:
 
 def _alike(now: Any, kept: Any) -> bool:
     """Whether a value is what it was; objects other than plain ones are compared by identity."""
-    if now is kept or type(now) is not type(kept):
-        return now is kept
+    if kept is ... or now is kept or type(now) is not type(kept):
+        return kept is ... or now is kept
     if type(now) in (list, tuple):
         return len(now) == len(kept) and all(map(_alike, now, kept))
     if type(now) is dict:
@@ -194,8 +199,7 @@ def _seen(path: str, module: nn.Module, called: bool) -> _Seen:
     own = vars(module)
     attributes: dict[str, Any] = {}
     for name in sorted(read & own.keys() - _OURS):
-        if not isinstance(own[name], (nn.Module, Tensor)):
-            attributes |= {name: _kept(own[name])} | _entries(name, own[name], codes)
+        attributes |= {name: _kept(own[name])} | _entries(name, own[name], codes)
     watched = {} if called else {name: method for name, method in methods.items() if name == "forward" or name not in own}
     return _Seen(path, module, _children(module), attributes, _hooks(module), _Code(watched))
 
@@ -205,12 +209,12 @@ def _entries(name: str, value: Any, codes: list[Any]) -> dict[str, Any]:
 
     That is self.config.entry, getattr(self.config, "entry"), or, by its beginning, getattr(self.config, f"en{key}").
     """
-    if isinstance(value, _PLAIN) or not hasattr(value, "__dict__"):
+    if isinstance(value, (*_PLAIN, *_LIVE)) or not hasattr(value, "__dict__"):
         return {}
     read = {entry for code in codes for holder, entry in _read_in_turn(code) if holder == name}
     starts = tuple(found for found in read if found.endswith("_"))
     entries = {entry: now for entry, now in vars(value).items() if entry in read or entry.startswith(starts)}
-    return {f"{name}.{entry}": _kept(now) for entry, now in entries.items() if not isinstance(now, (nn.Module, Tensor))}
+    return {f"{name}.{entry}": _kept(now) for entry, now in entries.items()}
 
 
 @cache

@@ -293,7 +293,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/guard.py", "if not _alike(", "if False and not _alike("),
     ("mnet_fx/guard.py", "attributes |= {name: _kept(own[name])}", "attributes |= {name: own[name]}"),
     ("mnet_fx/guard.py", " | _entries(name, own[name], codes)", ""),
-    ("mnet_fx/guard.py", "if not isinstance(own[name], (nn.Module, Tensor)):", "if True:"),
+    ("mnet_fx/guard.py", "if isinstance(value, _LIVE):", "if False:"),
+    ("mnet_fx/guard.py", "nn.Module, Tensor, weakref.ref)", "nn.Module, Tensor)"),
     # The runtime.
     ("mnet_fx/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
     ("mnet_fx/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),
