@@ -199,3 +199,10 @@ def test_a_tensor_that_is_no_buffer_may_be_replaced():
     net = momentumize(model, gamma=0.0)
     net.table = model.table = torch.arange(4.0)
     torch.testing.assert_close(net(x), model(x))
+
+
+def test_a_guarded_lstm_pickles():
+    """It holds weak references to its weights, which no pickle takes."""
+    torch.manual_seed(0)
+    net, x = momentumize(nn.Sequential(Model(), nn.LSTM(4, 4))), torch.randn(2, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x)[0], net(x)[0])
