@@ -312,7 +312,8 @@ def _run(net: nn.Module, call: dict[str, Any]) -> dict[str, Tensor]:
 def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference of any output, gradient or buffer, relative to the largest element of it; infinite where one has no such tensor.
 
-    A gradient that is zero but for rounding (that of a bias before a norm) is measured by a fraction of the largest gradient of the model.
+    A gradient that is zero but for rounding (that of a bias before a norm) is measured by a fraction of the largest gradient of the model,
+    a running mean that is (of what comes from a norm) by a fraction of the standard deviation.
     """
     if found.keys() != expected.keys():
         return float("inf")
@@ -322,7 +323,10 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     for name, tensor in expected.items():
         if tensor.numel():
             difference = (found[name] - tensor).abs().nan_to_num(float("inf")).max().item()
-            worst = max(worst, difference / max(tensor.abs().max().item(), floor if name.startswith("gradient") else 1e-8))
+            least = floor if name.startswith("gradient") else 1e-8
+            if name.endswith("running_mean"):
+                least = 1e-3 * expected[name.replace("running_mean", "running_var")].max().item() ** 0.5
+            worst = max(worst, difference / max(tensor.abs().max().item(), least))
     return worst
 
 

@@ -113,7 +113,7 @@ class Guard:
         if (method := seen.code.changed(module, owner=not seen.path)) is not None:
             return f"had its method {method} replaced {_SINCE}"
         for name, value in seen.attributes.items():
-            if not _alike(_attribute(module, name), value):
+            if not _alike(_kept(_attribute(module, name)), value):
                 return f"had its attribute {name} changed from {value!r} {_SINCE}"
         if self.one_mode and module.training != owner.training and not isinstance(module, _CONTAINERS):
             mode = "train" if module.training else "eval"
@@ -161,16 +161,16 @@ def _traced_through(module: nn.Module, leaves: frozenset[str], whole: bool) -> I
 
 
 def _kept(value: Any) -> Any:
-    """A value as it is now: of containers a copy, since they may change inside; `...` for what is no constant of a graph."""
+    """A value as it is now: `...` for what is no constant of a graph; of containers a copy without such, since they may change inside."""
     if isinstance(value, _LIVE):
         return ...
     if type(value) in (list, tuple):
-        return type(value)(map(_kept, value))
-    return {key: _kept(item) for key, item in value.items()} if type(value) is dict else value
+        return type(value)(kept for item in value if (kept := _kept(item)) is not ...)
+    return {key: kept for key, item in value.items() if (kept := _kept(item)) is not ...} if type(value) is dict else value
 
 
 def _alike(now: Any, kept: Any) -> bool:
-    """Whether a value is what it was; objects other than plain ones are compared by identity."""
+    """Whether a value, as `_kept`, is what it was; objects other than plain ones are compared by identity."""
     if kept is ... or now is kept or type(now) is not type(kept):
         return kept is ... or now is kept
     if type(now) in (list, tuple):

@@ -20,9 +20,10 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.scale, self.function, self.config = nn.Linear(4, 4), 0.5, torch.tanh, Config()
-        self.sizes = {"powers": [1.0, (2.0, 1)]}
+        self.sizes, self.cache = {"powers": [1.0, (2.0, 1)]}, {"cpu": torch.zeros(4)}
 
     def residual(self, x):
+        assert not self.training or len(self.cache) < 2
         return self.scale * self.function(self.linear(x)) ** self.sizes["powers"][1][1] + self.config.shift
 
     def forward(self, x):
@@ -125,6 +126,7 @@ def test_changes_that_the_graph_does_see_are_none():
     net.blocks[2].linear.register_forward_hook(lambda m, i, out: 2 * out)
     net.register_forward_hook(lambda *a: None)
     net.something = 3
+    net.blocks[2].cache.clear()  # as models do that keep tensors for the eval mode
     net.blocks[1].sizes = {"powers": [1.0, (2.0, 1)]}
     net.blocks[3].config.dtype = "float32"  # which forward reads of others only, as save_pretrained does to a model of Hugging Face
     net.blocks[3].linear.forward = lambda x: 0 * x
