@@ -101,8 +101,7 @@ class ExportedForward:
     def _fitting(self, captured: str, given: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Interface, list[Any]]:
         """The program for a call, its interface, and the arguments as the program takes them."""
         self.guard.check(self.owner)
-        _bound(self.owner, args, kwargs)
-        call, reason = canonical(self.__signature__, args, kwargs), f"it was captured with {captured}, not {given}"
+        call, reason = canonical(_bound(self.owner, args, kwargs)), f"it was captured with {captured}, not {given}"
         for variant in self.variants:
             program, interface = variant[self.owner.training]
             try:
@@ -163,15 +162,10 @@ def _bound(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
         raise TypeError(f"{type(owner).__name__}.forward(): {error}") from None
 
 
-def canonical(form: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """A call of that signature in the form that all equal calls share: positions before keywords, defaults left out.
-
-    Raises:
-        TypeError: the arguments do not fit the signature.
-    """
-    bound = form.bind(*args, **kwargs)
+def canonical(bound: inspect.BoundArguments) -> Call:
+    """A call in the form that all equal calls share: positions before keywords, defaults left out. Takes these out of `bound`."""
     for name, value in list(bound.arguments.items()):
-        if _same(value, form.parameters[name].default):
+        if _same(value, bound.signature.parameters[name].default):
             del bound.arguments[name]
     return bound.args, dict(sorted(bound.kwargs.items()))
 

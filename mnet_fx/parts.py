@@ -90,7 +90,7 @@ def _call(net: nn.Module, example_inputs: Any) -> Call:
     by_name = isinstance(example_inputs, Mapping)  # also what a tokenizer of Hugging Face returns, which is no dict
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     try:
-        return canonical(signature(net), () if by_name else args, dict(example_inputs) if by_name else {})
+        return canonical(signature(net).bind(**example_inputs) if by_name else signature(net).bind(*args))
     except TypeError as error:
         raise SettingsError(
             f"example_inputs do not fit {type(net).__name__}.forward{signature(net)}: {error}; "
@@ -249,7 +249,8 @@ class _Exporter:
         seen = self.seen(False).get(path, [])
         if not seen:
             raise ExportError("example_inputs do not reach the module")
-        return canonical(signature(self.net.get_submodule(path)), *seen[0].call)
+        args, kwargs = seen[0].call
+        return canonical(signature(self.net.get_submodule(path)).bind(*args, **kwargs))
 
 
 def _live(both: dict[bool, Part]) -> dict[str, passes.Blame]:

@@ -223,8 +223,7 @@ def _watched(module: nn.Module, flat: _Flat, live: LiveCalls) -> Iterator[None]:
             drew = python_rng_state() != before
             attributes.restore()
             outside.clean()
-    for path, blame in live.blames.items():
-        raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
+    _require_no_blames(live)
     if drew:
         raise ExportError("the module draws from Python's random module or NumPy's, whose result a graph would bake in")
     for path, name in flat.specs.changed:
@@ -294,13 +293,17 @@ def _require_unwritten(gm: fx.GraphModule) -> None:
                 raise ExportError(f"{call.target} stays Python, and may return memory that it is given, to which {write.target} writes")
 
 
+def _require_no_blames(live: LiveCalls) -> None:
+    for path, blame in live.blames.items():
+        raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
+
+
 def _require_no_transforms(gm: fx.GraphModule, live: LiveCalls) -> None:
     """What begins and ends a vmap are operations of their own, tied to those between by nothing that a graph shows."""
     found = [node for node in gm.graph.nodes if str(getattr(node.target, "__module__", "")).startswith("torch._functorch")]
     blame = Blame("lost_context", "runs a transform of torch.func, which a graph would take apart")
     live.blames |= {owner_path(node).removeprefix(WRAPPED).removeprefix("."): blame for node in found}
-    for path in live.blames:
-        raise ExportError(f"the module {path} {blame.reason}".replace("  ", " "))
+    _require_no_blames(live)
 
 
 def _require_pure_subgraphs(gm: fx.GraphModule) -> None:
