@@ -26,9 +26,9 @@ from passes import StepCode
 
 from .region import expanded, sum_dtype
 
-__all__ = ["Artifact", "Artifacts", "Compiler", "fake_output"]
+__all__ = ["Artifact", "Artifacts", "Compile", "Compiler", "fake_output"]
 
-Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 class Compiler:
@@ -39,7 +39,7 @@ class Compiler:
         fake_mode: the fake tensor mode of the graph, None where it has no tensors.
     """
 
-    def __init__(self, inner: Inner, fake_mode: FakeTensorMode | None) -> None:
+    def __init__(self, inner: Compile, fake_mode: FakeTensorMode | None) -> None:
         self.inner, self.fake_mode = inner, fake_mode
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

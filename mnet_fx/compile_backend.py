@@ -25,17 +25,20 @@ from torch._guards import CompileContext
 import passes
 from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, is_hook
 
-from .artifacts import Artifacts, Compiler, Inner, fake_output
+from .artifacts import Artifacts, Compile, Compiler, fake_output
 from .compiled_region import CompiledRegion
 from .errors import MnetError, MnetWarning, SettingsError
 from .fused import FUSED, fusing
 from .loops import Kernels
-from .report import CapturedPart, Report, region_report
+from .report import CapturedPart, Report, graph_report
 from .settings import Settings
 
-__all__ = ["backend", "mnet_fx", "reports", "reset_reports"]
+__all__ = ["Backend", "Found", "Inner", "backend", "checked_inner", "mnet_fx", "reports", "reset_reports"]
 
 log = logging.getLogger("mnet_fx")
+
+Inner = str | Callable[..., Any]
+"""What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 _BODY_HINT = (
@@ -91,52 +94,75 @@ def mnet_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str,
     return backend(**(options or {}))(gm, example_inputs)
 
 
+def checked_inner(inner: Inner) -> Inner:
+    """The option `inner`, if it can be one.
+
+    Raises:
+        SettingsError: it is neither the name of a registered backend nor a callable, or it is this package's own.
+    """
+    if isinstance(inner, str) and inner == "mnet_fx":
+        raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
+    if not isinstance(inner, str) and not callable(inner):
+        raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
+    return inner
+
+
 class Backend:
     """See `backend`."""
 
-    def __init__(self, settings: Settings, inner: str | Callable[..., Any]) -> None:
-        self.settings, self.inner = settings, inner
+    def __init__(self, settings: Settings, inner: Inner) -> None:
+        self.settings, self.inner = settings, checked_inner(inner)
         self.__name__ = "mnet_fx"
-        if isinstance(inner, str) and inner == "mnet_fx":
-            raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
-        if not isinstance(inner, str) and not callable(inner):
-            raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        inner: Inner = torch._dynamo.lookup_backend(self.inner)
-        found = _plan(gm, self.settings)
+        found = self.planned(gm)
         if _is_bucket(gm) and (isinstance(found, Refusal) or found.plan.residual_adds):
             raise MnetError(_DDP)
-        report = _report(gm, found, self.settings)  # now, as a compiler may change the graph
-        if isinstance(found, _Found) and found.plan.regions:
+        report = self.report(gm, found)
+        if isinstance(found, Found) and found.plan.regions:
             _warn_of_the_limit()
-            run = _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
-        else:
-            run = inner(gm, example_inputs)
+        run = self.compiled(gm, found, example_inputs)
         _announce(report)  # now, as Dynamo may call off a compilation and start anew
         return run
+
+    def planned(self, gm: fx.GraphModule) -> Found | Refusal:
+        """What can be rewritten of a graph; a refusal where it cannot be read."""
+        return _plan(gm, self.settings)
+
+    def report(self, gm: fx.GraphModule, found: Found | Refusal) -> Report:
+        """The report of a planned graph; to be asked before it is compiled, as a compiler may change the graph."""
+        return _report(gm, found, self.settings)
+
+    def compiled(self, gm: fx.GraphModule, found: Found | Refusal, example_inputs: list[Any]) -> Callable[..., Any]:
+        """A planned graph with its regions, and everything else compiled by the inner compiler."""
+        inner: Compile = torch._dynamo.lookup_backend(self.inner)
+        if isinstance(found, Refusal) or not found.plan.regions:
+            return inner(gm, example_inputs)
+        return _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
 
     def _fuses(self) -> bool:
         return self.inner == "inductor" and fusing()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
+    """A graph of Dynamo as the passes read it, and its plan."""
+
     unlifted: Unlifted
     plan: Plan
 
 
-def _plan(gm: fx.GraphModule, settings: Settings) -> _Found | Refusal:
+def _plan(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     """What can be rewritten of a graph; a refusal where it cannot be read."""
     try:
         unlifted = passes.unlift(gm)
     except LostContextError as error:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
-    return _Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
+    return Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
 
 
 def _compiled(
-    gm: fx.GraphModule, found: _Found, example_inputs: list[Any], settings: Settings, inner: Inner, arithmetic: Kernels | None
+    gm: fx.GraphModule, found: Found, example_inputs: list[Any], settings: Settings, inner: Compile, arithmetic: Kernels | None
 ) -> Callable[..., Any]:
     """The graph with regions, and everything else compiled."""
     regions: dict[str, CompiledRegion] = {}
@@ -223,16 +249,15 @@ def _announce(report: Report) -> None:
     log.debug("%s", report)
 
 
-def _report(gm: fx.GraphModule, found: _Found | Refusal, settings: Settings) -> Report:
+def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> Report:
     if isinstance(found, Refusal):
         return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
     plan, nodes = found.plan, {node.name: node for node in found.unlifted.graph_module.graph.nodes}
-    dtypes = [getattr(torch, region.dtype) if region.dtype else torch.get_default_dtype() for region in plan.regions]
-    rows = tuple(region_report(r, r.path, settings, dtype) for r, dtype in zip(plan.regions, dtypes, strict=True))
+    report = graph_report(plan, "torch.compile", settings)
     hidden, in_bodies = _in_bodies(found.unlifted.graph_module, settings)
-    adds, rewritten = len(plan.residual_adds) + hidden, len(plan.rewritten_adds)
-    refusals = (*plan.refusals, *in_bodies, *_at_breaks(gm, plan, nodes))
-    return Report(adds, rewritten, rows, refusals, (CapturedPart("", "torch.compile", adds, rewritten),))
+    adds, part = report.residual_adds + hidden, report.captured[0]
+    refusals = (*report.refusals, *in_bodies, *_at_breaks(gm, plan, nodes))
+    return dataclasses.replace(report, residual_adds=adds, refusals=refusals, captured=(dataclasses.replace(part, residual_adds=adds),))
 
 
 def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusal]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 
-from passes import PlannedRegion, Refusal
+from passes import Plan, PlannedRegion, Refusal
 
 from .cost import storage
 from .errors import MnetError
@@ -17,7 +18,7 @@ from .settings import Settings
 
 REPORT = "_mnet_fx_report"  # where a rewritten model keeps its report
 
-__all__ = ["REPORT", "CapturedPart", "RegionReport", "Report", "region_report", "report", "row"]
+__all__ = ["REPORT", "CapturedPart", "Pending", "RegionReport", "Report", "graph_report", "region_report", "report", "row"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class CapturedPart:
 
     Attributes:
         path: path of the module, "" for the whole model.
-        front_end: "symbolic trace" (submodules inside stay live: replacing one, hooks, and parametrisations have their effect) or
-            "torch.export" (only parameters and buffers are live; a change of the modules is an error at the next call), "named", or
-            "torch.compile" (a graph of Dynamo, which captures again after any change).
+        front_end: "Dynamo" (a graph that it captured, and will capture again after any change), "preview" (read without inputs; the first
+            call decides), "GraphModule" (the graph that was given), "named" (layers of a named container), or "torch.compile" (a graph
+            of the backend).
         residual_adds, rewritten_adds: number of residual-looking adds found in it, and of those rewritten.
     """
 
@@ -84,13 +85,15 @@ class Report:
     rewritten_adds: int
     regions: tuple[RegionReport, ...]
     refusals: tuple[Refusal, ...]
-    captured: tuple[CapturedPart, ...] = ()
+    captured: tuple[CapturedPart, ...] = field(default_factory=tuple)
 
     def __str__(self) -> str:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
-        if any(part.front_end != "symbolic trace" for part in self.captured):
+        if any(part.front_end == "preview" for part in self.captured):
+            parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
+        if len(self.captured) > 1 or any(part.front_end == "named" for part in self.captured):
             parts.append(_table("path captured-by adds rewritten", map(_captured_row, self.captured)))
         if self.refusals:
             alike: dict[tuple[str, str], list[Refusal]] = {}
@@ -101,6 +104,24 @@ class Report:
             parts.append(_table("path node code explanation", map(_refusal_row, alike.values())))
             parts.append("\n".join(hints))
         return "\n\n".join(parts)
+
+
+class Pending(Report):
+    """A report that is worked out when somebody looks at it.
+
+    Args:
+        work: gives the report.
+    """
+
+    def __init__(self, work: Callable[[], Report]) -> None:
+        self.__dict__["_work"] = work
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that is not there yet."""
+        if name not in Report.__dataclass_fields__ or "_work" not in self.__dict__:
+            raise AttributeError(name)
+        self.__dict__.update(vars(self.__dict__.pop("_work")()))
+        return self.__dict__[name]
 
 
 def _table(headers: str, rows: object) -> str:
@@ -141,6 +162,27 @@ def row(
     if settings.backward == "stored":
         kept, kept_bytes = "autograd", None  # type: ignore[assignment]
     return RegionReport(name, path, steps, adds, kind, gamma, shape, kept, kept_bytes)
+
+
+def graph_report(plan: Plan, front_end: str, settings: Settings, path: str = "", dtype: torch.dtype | None = None) -> Report:
+    """The report of one planned graph.
+
+    Args:
+        plan: its plan.
+        front_end: as in `CapturedPart`.
+        settings: the recurrence.
+        path: of the module whose graph it is.
+        dtype: of streams where the graph recorded none, by default torch's default.
+    """
+    known = [getattr(torch, region.dtype) if region.dtype else dtype or torch.get_default_dtype() for region in plan.regions]
+    rows = tuple(region_report(r, _joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
+    refusals = tuple(replace(refusal, path=_joined(path, refusal.path)) for refusal in plan.refusals)
+    adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
+    return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),))
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
 
 
 def report(net: nn.Module) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -41,6 +42,34 @@ def matched_weights(gammas: Sequence[float]) -> tuple[float, ...]:
     return tuple(reversed(weights))
 
 
+class _Schedule:
+    """A schedule `(t, steps) -> g[t]` that keeps what it gave, so that a pickle can do without the function where that has no name."""
+
+    def __init__(self, function: Callable[[int, int], float]) -> None:
+        self.function: Callable[[int, int], float] | None = function
+        self.known: dict[tuple[int, int], Any] = {}
+
+    def __call__(self, t: int, steps: int) -> Any:
+        if (t, steps) not in self.known:
+            if self.function is None:
+                raise SettingsError(
+                    f"gamma is a schedule that could not be pickled (a lambda), and a chain of {steps} steps is new to it: give momentumize a "
+                    "function of a module"
+                )
+            self.known[t, steps] = self.function(t, steps)
+        return self.known[t, steps]
+
+    def __deepcopy__(self, memo: dict) -> _Schedule:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self.function)
+        except Exception:  # pickle says so in several ways
+            return self.__dict__ | {"function": None}
+        return self.__dict__
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options of `momentumize` that concern the recurrence and its backward; see there for their meaning.
@@ -61,6 +90,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not callable(self.gamma):
             _check_gamma(self.gamma)
+        elif not isinstance(self.gamma, _Schedule):
+            object.__setattr__(self, "gamma", _Schedule(self.gamma))
         named = {"weights": Weights, "granularity": Granularity, "backward": Backward, "on_drift": OnDrift, "precision": Precision}
         for name, choices in named.items():
             if getattr(self, name) not in get_args(choices):

@@ -21,7 +21,7 @@ from torch import nn
 from passes.memory import is_unknown, may_alias, moved, written
 from passes.ops import kind
 
-__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "shape_of"]
+__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "owner_stack", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,8 @@ def owner_path(node: fx.Node) -> str:
     """Path of the module whose forward contains the node; for the call of a leaf module, of its caller."""
     keys = owner_keys(node)
     return str(node.meta["nn_module_stack"][keys[-1]][0]) if keys else ""
+
+
+def owner_stack(node: fx.Node) -> list[str]:
+    """Paths of the modules whose calls were running when the node was recorded, outermost first."""
+    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]

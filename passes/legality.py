@@ -39,8 +39,8 @@ CODES: dict[str, Code] = {
         "Keep the shape of the stream within a chain.",
     ),
     "dtype_changed": Code(
-        "The step returns another dtype than it takes.",
-        "Cast inside the branch, so that the stream keeps one dtype.",
+        "The step returns a narrower dtype than it takes.",
+        "Cast inside the branch, so that the stream keeps its dtype.",
     ),
     "not_real": Code(
         "The stream is not of a real floating dtype, so that no momentum chain can carry it.",
@@ -75,20 +75,16 @@ CODES: dict[str, Code] = {
         "Nothing needs to be done: the memory inside the step is freed by the region that contains it.",
     ),
     "untraceable": Code(
-        "Tracing the module failed, so what is inside it is not seen.",
-        "Give example inputs, so that torch.export can try; or name the list of layers with regions=[...], which needs no capture.",
+        "The preview could not read the module, so what is inside it is not seen.",
+        "Call the model once, or give example_inputs: then Dynamo captures it.",
     ),
     "lost_context": Code(
-        "The module does something that a trace would lose: autocast, no_grad, a checkpoint, a custom autograd function.",
-        "Give example inputs, with which contexts are kept; move a custom function to a small submodule of its own.",
+        "The adds lie within a block under autocast, no_grad or a checkpoint of the model's own, or the graph changes a state of torch's.",
+        "Put the context around the call of the model, or around each branch; leave checkpoints out, a chain keeps no activations.",
     ),
     "graph_break": Code(
         "Dynamo ended the graph right behind the chain, so what follows is compiled by itself.",
-        "Find the break with TORCH_LOGS=graph_breaks; or momentumize(model, regions=[...]) before torch.compile.",
-    ),
-    "opaque_module": Code(
-        "The module has hooks or a forward set on the instance, or is a ScriptModule, so it stays whole.",
-        "Remove hooks and replaced forwards before the rewrite; of a script, rewrite the module that it was made from.",
+        "Find the break with TORCH_LOGS=graph_breaks; or name the list of layers, momentumize(model, regions=[...]), which needs no capture.",
     ),
 }
 
@@ -156,9 +152,15 @@ def _changes_shape(span: Span, facts: Facts) -> Refusal | None:
 
 def _changes_dtype(span: Span, facts: Facts) -> Refusal | None:
     before, after = dtype_of(span.source), dtype_of(span.target)
-    if before is None or after is None or before == after:
+    if before is None or after is None or _may_hold(before, after):
         return None
     return refuse("dtype_changed", span.add, f"%{span.source.name} is {before}, %{span.target.name} is {after}")
+
+
+def _may_hold(before: str, after: str) -> bool:
+    """Whether a stream may go from one dtype to another: to a wider one; or under autocast, which mixes them, to any."""
+    wider = torch.promote_types(getattr(torch, before), getattr(torch, after)) == getattr(torch, after)
+    return wider or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 def _is_not_real(span: Span, facts: Facts) -> Refusal | None:

@@ -16,12 +16,11 @@ from passes.hoisting import hoisted
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
-from passes.ops import MIXING
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
 from passes.steps import Span, common_path, dead_ends_of, spans_of
 
-__all__ = ["may_join", "plan"]
+__all__ = ["plan"]
 
 
 @dataclass
@@ -68,30 +67,6 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
         regions=_regions(nest, _names(gm), facts),
         refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
     )
-
-
-def may_join(gm: fx.GraphModule, found: Plan) -> bool:
-    """True if an add that was too short a chain is joined to another by operations that do not mix, so that a capture that records shapes
-    may see one chain there: a change of layout, a norm in single operations.
-
-    Args:
-        gm: the graph.
-        found: its plan.
-    """
-    facts = Facts.of(gm)
-    sums, _ = match(facts)
-    short = {refusal.node for refusal in found.refusals if refusal.code == "too_short"}
-    for add, residual in sums.items():
-        seen, stack = {residual.skip}, [residual.skip]
-        while short and stack:
-            node = stack.pop()
-            if node in sums:
-                if node.name in short or add.name in short:
-                    return True
-            elif facts.kinds[node] not in MIXING:
-                stack += [source for source in facts.values[node] if source not in seen]
-                seen.update(facts.values[node])
-    return False
 
 
 def _pieces(chain: Chain, granularity: Granularity, draft: _Draft) -> list[Piece]:

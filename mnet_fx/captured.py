@@ -1,0 +1,305 @@
+"""The forward of a rewritten model: captured by Dynamo at the first call of each kind, guarded, and captured again where a guard fails.
+
+    net(x) -> CapturedForward -> torch.compile(a function of this model's own) -> Dynamo's guards and code -> graphs with regions
+
+What Python decided while it was captured (attributes, globals, sizes, modes, hooks) is Dynamo's to guard. What is ours is that the original
+network never runs in place of the momentum network: a call in which no graph of ours ran is an error, and so is one that would make
+another network than the first did (`network`).
+
+Where tensors are not what Dynamo can guard (torch.export, torch.jit.trace, make_fx, torch.func, dispatch modes), Dynamo's guards choose the
+program on stand-ins of the same kind, without running it, and plain Python then runs that program on what was given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .capturing import Capture
+from .compile_backend import Inner
+from .doors import close, install
+from .errors import UNCOMPILED, MnetError, MnetWarning
+from .network import Graph, Network
+from .replay import exported, transformed
+from .report import REPORT, Report
+from .settings import Settings
+from .stand_ins import stand_ins
+
+__all__ = ["CapturedForward"]
+
+log = logging.getLogger("mnet_fx")
+
+_SLOW = 2.0  # seconds of a capture that are worth a line in the log
+_MANY = 10**6
+_CONFIG: dict[str, Any] = {
+    "recompile_limit": 256,  # kinds of calls of one model
+    "accumulated_recompile_limit": _MANY,  # of code that several models share
+    "fail_on_recompile_limit_hit": True,  # beyond it, the original network would run
+    "suppress_errors": False,  # likewise
+    "skip_nnmodule_hook_guards": False,  # a hook that comes later has its effect
+    "allow_rnn": True,
+    "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
+    "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
+    "side_effect_replay_policy": "silent",  # likewise
+}
+_CONFIG = {name: value for name, value in _CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
+_number = itertools.count()
+
+
+class _Stopped(BaseException):
+    """Ends a call before the first graph runs; carries the code that Dynamo made for it."""
+
+    def __init__(self, code: types.CodeType | None) -> None:
+        super().__init__("stopped before running")
+        self.code = code
+
+
+class _Call:
+    """One call of a rewritten model.
+
+    Attributes:
+        graphs: those that ran so far.
+        new: those captured in it.
+        dry: whether to stop before the first one runs.
+    """
+
+    def __init__(self, dry: bool = False) -> None:
+        self.graphs: list[Graph] = []
+        self.new: list[Graph] = []
+        self.dry, self.began = dry, time.perf_counter()
+
+    def ran(self, graph: Graph) -> None:
+        """A graph is about to run."""
+        if graph.refused is not None:
+            raise MnetError(graph.refused)
+        self.graphs.append(graph)
+        if self.dry:
+            raise _Stopped(_running_code())
+
+
+def _running_code() -> types.CodeType | None:
+    """The code that Dynamo made of the function of a model, which is running now; None if this is the code of a function inside."""
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_name.startswith(_PREFIX):
+        if frame.f_code is CapturedForward.capture.__code__:
+            return None
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame.f_code if frame is not None else None
+
+
+_PREFIX = "mnet_fx_forward_of_"
+
+
+def _through_class(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return own_forward(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _function(owner: nn.Module, own_forward: Callable[..., Any] | None) -> types.FunctionType:
+    """A function (model, *args) -> result of its forward, with code of its own, to which Dynamo attaches what it makes.
+
+    So nothing of one model counts against, or outlives in, another one of its class.
+    """
+    template = _through_class if own_forward is None else _through_instance
+    code = template.__code__.replace(co_name=f"{_PREFIX}{type(owner).__name__}_{next(_number)}")
+    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__, "own_forward": own_forward})
+
+
+class CapturedForward:
+    """The `forward` of a rewritten model.
+
+    Args:
+        owner: the model, whose `forward` this becomes.
+        settings: the recurrence.
+        inner: what runs or compiles the steps and everything between the chains.
+    """
+
+    def __init__(self, owner: nn.Module, settings: Settings, inner: Inner) -> None:
+        self.owner, self.settings, self.inner = owner, settings, inner
+        self.own_forward: Callable[..., Any] | None = owner.__dict__.pop("forward", None)
+        self.network = Network()
+        self.inside = {path: module for path, module in owner.named_modules() if path}
+        self.logged = self.warned = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.calls = threading.local()
+        self.compiled = self._compiled(self.inner)
+        self.plain = self.compiled if self.inner == "eager" else self._compiled("eager")
+        install(self.inside, self)
+
+    def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
+        function = _function(self.owner, self.own_forward)
+        return function, torch.compile(function, backend=Capture(self, inner))
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _check_caller(self.owner)
+        if transformed() or exported() or _get_current_dispatch_mode_stack():
+            return self._program(args, kwargs)(self.owner, *args, **kwargs)
+        with self.call() as call:
+            result = self.compiled[1](self.owner, *args, **kwargs)
+            self._finish(call)
+        return result
+
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False) -> types.CodeType | None:
+        """Captures a kind of call, if it has not been, without running it.
+
+        Args:
+            args, kwargs: the call; of its tensors nothing but what they are like is read.
+            plain: whether for the program that plain Python runs.
+
+        Returns:
+            The code that Dynamo made of the model's function for this kind of call; None if it begins with a graph break.
+        """
+        function, compiled = self.plain if plain else self.compiled
+        try:
+            with self.call(dry=True) as call:
+                compiled(self.owner, *args, **kwargs)
+        except _Stopped as stopped:
+            whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
+            self._take_in(call, complete=whole)
+            return stopped.code if whole else None
+        return self._without_graphs(function)
+
+    @contextmanager
+    def call(self, dry: bool = False) -> Iterator[_Call]:
+        """A call of the model in this thread."""
+        call, outer = _Call(dry), self.running()
+        self.calls.now = call
+        try:
+            with torch._dynamo.config.patch(_CONFIG):
+                yield call
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, MnetError):
+                raise error.inner_exception from None
+            raise
+        except FailOnRecompileLimitHit as error:
+            raise MnetError(
+                f"{type(self.owner).__name__} was captured for {_CONFIG['recompile_limit']} kinds of calls, which is the limit: something "
+                "that its forward reads is another at each call (TORCH_LOGS=recompiles says what); keep that constant or make it a "
+                "tensor, or name the list of layers with regions=[...], which needs no capture"
+            ) from error
+        finally:
+            self.calls.now = outer
+
+    def running(self) -> _Call | None:
+        return getattr(self.calls, "now", None)
+
+    def closed(self) -> frozenset[str]:
+        return frozenset(self.network.closed)
+
+    def preview(self) -> Report:
+        """What a capture will probably make of the model, read without inputs."""
+        return Report(0, 0, (), ())
+
+    def _finish(self, call: _Call) -> None:
+        """Looks back at a call that went through."""
+        if not call.graphs:
+            self._without_graphs(self.compiled[0])
+        if call.new:
+            self._take_in(call)
+
+    def _take_in(self, call: _Call, complete: bool = True) -> None:
+        if call.new or not self.network.reports:
+            shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
+            self.network.add(call.graphs, self.owner.training, complete)
+            self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
+        seconds = time.perf_counter() - call.began
+        if seconds > _SLOW and call.new and not self.logged:
+            self.logged = True
+            log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
+        for graph in call.new:
+            if graph.broken is not None:
+                warnings.warn(graph.broken, MnetWarning, stacklevel=4)
+        if complete and not self.warned and not any(graph.chains for graph in call.graphs):
+            self.warned = True
+            warnings.warn(
+                f"{type(self.owner).__name__}: no residual chain was rewritten, it computes what it did; print(net.report) says why",
+                MnetWarning,
+                stacklevel=4,
+            )
+
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """The program of a kind of call as a function that plain Python runs: (model, *args, **kwargs) -> result."""
+        with stand_ins(self.owner, args, kwargs) as (args, kwargs):
+            code = self.capture(args, kwargs, plain=True)
+        if code is None:
+            raise MnetError(
+                f"{type(self.owner).__name__}: Dynamo breaks its graph of the model (TORCH_LOGS=graph_breaks says where), so there is no one "
+                "program to export, trace or transform; give momentumize what is inside of the break, or name its list of layers with "
+                "regions=[...]"
+            )
+        return types.FunctionType(code, self.plain[0].__globals__)
+
+    def _without_graphs(self, function: types.FunctionType) -> types.CodeType:
+        """A call ran no graph: fine where the model computes nothing on tensors, else an error."""
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
+        for entry in entries:
+            if not any(name.startswith("__resume_at") for name in entry.code.co_names):
+                return entry.code
+        raise MnetError(
+            f"{type(self.owner).__name__}: in this call {_reason()}, so the original network ran and not the momentum network: undo that, or "
+            "name its list of layers with regions=[...], which needs no capture"
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own_forward or type(self.owner).forward.__get__(self.owner))
+
+    @property
+    def __code__(self) -> Any:  # torch.export wants a file and a line
+        return type(self).__call__.__code__
+
+    def release(self) -> None:
+        """Makes the model what it was before."""
+        del self.owner.__dict__["forward"]
+        if self.own_forward is not None:
+            self.owner.__dict__["forward"] = self.own_forward
+        close(self.owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._prepare()
+
+
+def _check_caller(owner: nn.Module) -> None:
+    """An error if a module that merely shares the attributes of the model was called."""
+    frame = sys._getframe(3)  # over this function, __call__ and what torch.compiler.disable makes of it
+    caller = frame.f_locals.get("self") if frame.f_code.co_filename == _MODULES else None
+    if isinstance(caller, nn.Module) and caller is not owner:
+        raise MnetError(
+            f"this {type(caller).__name__} is a shallow copy of a rewritten model, whose forward would run the model it was copied from: "
+            "use copy.deepcopy, or copy the original and momentumize the copy"
+        )
+
+
+_MODULES = nn.Module._call_impl.__code__.co_filename
+
+
+def _reason() -> str:
+    if torch._dynamo.config.disable:
+        return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
+    if torch._dynamo.eval_frame._stance.stance != "default":
+        return f"Dynamo was told not to capture (torch.compiler.set_stance({torch._dynamo.eval_frame._stance.stance!r}))"
+    return "Dynamo left the whole forward to Python (torch.compiler.disable, or what TORCH_LOGS=graph_breaks says)"

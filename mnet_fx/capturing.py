@@ -1,0 +1,141 @@
+"""The backend that Dynamo hands the graphs of a rewritten model to: as `compile_backend`, with paths from the model, and with a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch.fx as fx
+from torch import nn
+
+from passes import Refusal, owner_stack
+
+from .compile_backend import Backend, Found, Inner
+from .network import Graph, graph_of
+from .report import Report
+from .settings import Settings
+
+__all__ = ["Capture"]
+
+
+class Caller(Protocol):
+    """The forward that a capture is for."""
+
+    owner: nn.Module
+    settings: Settings
+
+    def running(self) -> Any:
+        """The call of the model that this thread is in, or None."""
+
+
+class Capture(Backend):
+    """The backend of one rewritten model.
+
+    Args:
+        forward: whose calls it serves.
+        inner: as in `backend`.
+    """
+
+    def __init__(self, forward: Caller, inner: Inner) -> None:
+        super().__init__(forward.settings, inner)
+        self.forward = forward
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        call = self.forward.running()
+        found = self.planned(gm)
+        if isinstance(found, Found):
+            found = self._named(found, sum(len(graph.chains) for graph in call.new) if call is not None else 0)
+        graph = self._noted(gm, found, self.report(gm, found), example_inputs)
+        run = self.compiled(gm, found, example_inputs)
+        if call is not None:
+            call.new.append(graph)
+
+        def counted(*inputs: Any) -> Any:
+            if (call := self.forward.running()) is not None:
+                call.ran(graph)
+            return run(*inputs)
+
+        return counted
+
+    def _named(self, found: Found, before: int) -> Found:
+        """The plan with names that no region of another graph of this call has."""
+        if not before:
+            return found
+        names = {region.name: f"momentum_region_{before + i}" for i, region in enumerate(found.plan.regions)} | {"": ""}
+        regions = (dataclasses.replace(r, name=names[r.name], within=names[r.within]) for r in found.plan.regions)
+        return dataclasses.replace(found, plan=dataclasses.replace(found.plan, regions=tuple(regions)))
+
+    def _noted(self, gm: fx.GraphModule, found: Found | Refusal, report: Report, example_inputs: list[Any]) -> Graph:
+        if isinstance(found, Refusal):
+            return Graph(report, (), frozenset({""}), frozenset())
+        prefix = self._prefix(found, example_inputs)
+        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix)
+        reason: Any = getattr(gm, "compile_subgraph_reason", None)
+        if getattr(reason, "graph_break", False):
+            graph.complete = False
+            graph.broken = self._broken(reason, found, report, prefix)
+        return graph
+
+    def _prefix(self, found: Found, example_inputs: list[Any]) -> str:
+        """Path of the module from which the paths of a graph start: not the model where Dynamo captured code of a module inside."""
+        paths: dict[int, list[str]] = {}
+        for name, tensor in _tensors(self.forward.owner):
+            paths.setdefault(id(tensor), []).append(name)
+        for name, tensor in zip(found.unlifted.inputs, example_inputs, strict=True):
+            path = found.unlifted.attributes.get(name)
+            known = [] if path is None else [full for full in paths.get(id(tensor), []) if f".{full}".endswith(f".{path}")]
+            if path is not None and known:
+                return min(known, key=len).removesuffix(path).rstrip(".")
+        return ""
+
+    def _broken(self, reason: Any, found: Found, report: Report, prefix: str) -> str | None:
+        """The warning about a graph break inside of a chain; None where it is elsewhere."""
+        last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
+        inside = [f"{prefix}.{path}".strip(".") for path in (last[-1] if last else [])] or [prefix]
+        listed = next((parent for path in inside if (parent := self._list_of(path))), None)
+        if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
+            return None
+        where = _line(reason)
+        regions = f"momentumize(model, regions=[{listed!r}]), which needs no capture; or " if listed else ""
+        return (
+            f"{type(self.forward.owner).__name__}: Dynamo breaks its graph inside of a chain, {where} "
+            f"({' '.join(str(reason.reason).split())[:160]}), so what follows is no part of that chain. Use {regions}take that operation out of the blocks"
+        )
+
+    def _list_of(self, path: str) -> str | None:
+        """Path of the ModuleList or Sequential of several layers of one class that a module is an element of, or lies in one."""
+        parts = path.split(".")
+        for i in range(len(parts) - 1, 0, -1):
+            try:
+                parent = self.forward.owner.get_submodule(".".join(parts[:i]))
+            except AttributeError:
+                continue
+            if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
+                return ".".join(parts[:i])
+        return None
+
+
+def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from owner.named_parameters(remove_duplicate=False)
+    yield from owner.named_buffers(remove_duplicate=False)
+
+
+def _line(reason: Any) -> str:
+    stack = [frame for frame in getattr(reason, "user_stack", None) or [] if "mnet_fx_forward_of_" not in frame.name]
+    return f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else "at a place that it does not name"
+
+
+def _from(prefix: str, report: Report) -> Report:
+    """A report with paths from the model, captured as part of it."""
+
+    def under(path: str) -> str:
+        return ".".join(part for part in (prefix, path) if part)
+
+    return Report(
+        report.residual_adds,
+        report.rewritten_adds,
+        tuple(dataclasses.replace(region, path=under(region.path)) for region in report.regions),
+        tuple(dataclasses.replace(refusal, path=under(refusal.path)) for refusal in report.refusals),
+        tuple(dataclasses.replace(part, path=under(part.path), front_end="Dynamo") for part in report.captured),
+    )

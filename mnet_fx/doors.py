@@ -1,0 +1,75 @@
+"""Other ways into a rewritten model than its forward: `net.features(x)`, `net.encoder(x)`, a loop over `net.layers` in a user's code.
+
+Run by plain Python, these would compute the original network. So each module inside the model has a door: what runs when Python, and not
+Dynamo, calls it (torch's own slot for a compiled call, of which Dynamo takes no notice). A module that owns a step of a chain opens its door
+only to calls that come from the captured forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .errors import MnetError
+
+__all__ = ["Door", "close", "install"]
+
+_SLOT = "_compiled_call_impl"
+
+
+class Keeper(Protocol):
+    """What knows which modules own steps, and which calls are its own."""
+
+    def running(self) -> Any:
+        """The call of the model that this thread is in, which counts the graphs that it ran (`len(call.graphs)`); None outside of one."""
+
+    def closed(self) -> frozenset[str]:
+        """Paths of the modules that plain Python must not run."""
+
+
+class Door:
+    """What plain Python calls in place of a module inside a rewritten model.
+
+    Args:
+        module: the module.
+        path: of it in the model.
+        keeper: of the model.
+    """
+
+    def __init__(self, module: nn.Module, path: str, keeper: Keeper) -> None:
+        self.module, self.path, self.keeper = module, path, keeper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.keeper.running()
+        if call is None and self.path in self.keeper.closed():
+            raise MnetError(
+                f"{self.path} is part of a momentum chain and was called from outside of the rewritten model's forward, where it would "
+                "compute the original network: call the rewritten model itself; the model that was given to momentumize shares its "
+                "weights and computes the original; or rewrite what you call, as in momentumize(model.encoder)"
+            )
+        before = 0 if call is None else len(call.graphs)
+        result = self.module._call_impl(*args, **kwargs)
+        if call is not None and len(call.graphs) == before and self.path in self.keeper.closed():
+            raise MnetError(
+                f"{self.path} is part of a momentum chain, but Dynamo left it to Python in this call, where it computed the original "
+                "network (TORCH_LOGS=graph_breaks says why): name its list of layers with regions=[...], which needs no capture"
+            )
+        return result
+
+
+torch._dynamo.eval_frame.skip_code(Door.__call__.__code__)  # Dynamo is to capture the module, not the door
+
+
+def install(modules: dict[str, nn.Module], keeper: Keeper) -> None:
+    """Gives each module, by its path, a door."""
+    for path, module in modules.items():
+        module.__dict__[_SLOT] = Door(module, path, keeper)
+
+
+def close(net: nn.Module) -> None:
+    """Takes the doors out of a model and of what is inside."""
+    for module in net.modules():
+        if isinstance(module.__dict__.get(_SLOT), Door):
+            del module.__dict__[_SLOT]

@@ -1,0 +1,169 @@
+"""What the captures of one model made of it, and that they all make the same momentum network.
+
+A chain is known by the paths of the modules that own its steps, as ("layer1.0", "layer1.1"). The first capture in which a module runs
+decides which chain it is part of, if any; a later one that would decide otherwise (after a graph break, for another number of layers)
+would be another network with other outputs, and is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from passes import Plan, owner_stack
+
+from .errors import MnetError
+from .report import Report
+
+__all__ = ["Chain", "Graph", "Network", "graph_of"]
+
+Chain = tuple[str, ...]
+"""The paths of the modules that own the steps of a chain, in order."""
+
+
+@dataclass
+class Graph:
+    """What is remembered of one captured graph.
+
+    Attributes:
+        report: what was rewritten in it.
+        chains: its chains.
+        ran: paths of the modules whose code it holds.
+        closed: paths of the modules that plain Python must not run: those that own steps, and those called in the steps of a module that
+            owns several.
+        broken: where it ends in a graph break, the warning that this deserves; else None.
+        complete: whether it does not end in a graph break.
+        refused: why a call that runs it is an error, or None.
+    """
+
+    report: Report
+    chains: tuple[Chain, ...]
+    ran: frozenset[str]
+    closed: frozenset[str]
+    broken: str | None = None
+    complete: bool = True
+    refused: str | None = None
+
+
+def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str) -> Graph:
+    """What to remember of a graph.
+
+    Args:
+        gm: the planned graph.
+        plan: its plan.
+        report: its report.
+        prefix: path of the module that the graph's paths start from.
+    """
+    named = {node.name: node for node in gm.graph.nodes}
+    ran = {prefix} | {_joined(prefix, path) for node in named.values() for path in owner_stack(node)}
+    chains = [tuple(_joined(prefix, step.path) for step in region.steps) for region in plan.regions]
+    owned = [path for chain in chains for path in chain]
+    closed = set(owned)
+    for step in (step for region in plan.regions for step in region.steps):
+        owner = _joined(prefix, step.path)
+        if owned.count(owner) > 1 or not owner:
+            for node in (named[name] for name in step.nodes):
+                closed |= set(_below(owner, [_joined(prefix, path) for path in owner_stack(node)]))
+    return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}))
+
+
+def _below(owner: str, stack: list[str]) -> list[str]:
+    """The module of a stack that `owner` calls, as a list of one or none."""
+    inner = stack[stack.index(owner) + 1 :] if owner in stack else stack if not owner else []
+    return inner[:1]
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+@dataclass
+class Network:
+    """The momentum network that a model was found to be.
+
+    Attributes:
+        chains: those of all captures so far.
+        ran: paths of the modules that ran in a capture.
+        closed: as in `Graph`, of all captures.
+        reports: by the training flag of the model, the report of the first call of that kind.
+    """
+
+    chains: set[Chain] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    reports: dict[bool, Report] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self.lock = threading.Lock()
+
+    @property
+    def captured(self) -> bool:
+        """Whether there was a capture."""
+        return bool(self.reports)
+
+    @property
+    def report(self) -> Report:
+        """The report of the first call in train mode, or if there was none, in eval mode."""
+        return self.reports[max(self.reports)]
+
+    def add(self, graphs: Sequence[Graph], training: bool, complete: bool = True) -> None:
+        """Takes in the graphs of one call, of which some are new.
+
+        Args:
+            graphs: those that the call ran, in order.
+            training: the training flag of the model.
+            complete: False if the call was stopped after its first graph and that ended in a graph break.
+
+        Raises:
+            MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
+        """
+        with self.lock:
+            chains = {chain for graph in graphs for chain in graph.chains}
+            ran = {path for graph in graphs for path in graph.ran}
+            if complete and (reason := self._contradiction(chains, ran)) is not None:
+                for graph in graphs:
+                    graph.refused = reason
+                raise MnetError(reason)
+            if complete:
+                self.chains |= chains
+                self.ran |= ran
+                self.closed |= {path for graph in graphs for path in graph.closed}
+            self.reports.setdefault(training, merged([graph.report for graph in graphs]))
+
+    def _contradiction(self, chains: set[Chain], ran: set[str]) -> str | None:
+        lost = [chain for chain in self.chains if chain not in chains and not ran.isdisjoint(chain)]
+        new = [chain for chain in chains if chain not in self.chains and not self.ran.isdisjoint(chain)]
+        if not lost and not new:
+            return None
+        before, now = sorted(map(_described, lost)) or ["none there"], sorted(map(_described, new)) or ["none there"]
+        return (
+            f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
+            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers or another dtype "
+            "does that. Call it as at first, momentumize a second model for this kind of call, or name the list of layers with regions=[...]"
+        )
+
+
+def _described(chain: Chain) -> str:
+    return f"{len(chain)} steps from {chain[0] or 'the root'} to {chain[-1] or 'the root'}"
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """The report of several graphs of one call."""
+    found = list(reports)
+    return Report(
+        sum(report.residual_adds for report in found),
+        sum(report.rewritten_adds for report in found),
+        tuple(region for report in found for region in report.regions),
+        tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
+        tuple(part for report in found for part in report.captured),
+    )

@@ -1,0 +1,67 @@
+"""What Dynamo decides once and neither repeats nor guards, as far as the code of a model shows it.
+
+- a `random.Random` of the model's own: each of its draws would be the first one for ever. Refused by name.
+- `os.getenv` in a forward: its answer is kept (`os.environ[...]` is guarded). A warning by name.
+- `torch.compiler.is_compiling()`: it is true. The libraries that ask it mean just that, so nothing is said here; see the README.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from .errors import MnetError, MnetWarning
+
+__all__ = ["check_unseen"]
+
+
+def check_unseen(model: nn.Module) -> None:
+    """Looks through the modules of a model: what they hold, and what their own methods name.
+
+    Raises:
+        MnetError: one holds, or names, a `random.Random` object.
+    """
+    for path, module in model.named_modules():
+        named = dict(vars(module))
+        for function in _own_functions(type(module)):
+            named |= _globals(function)
+        owner = path or type(model).__name__
+        for name, value in named.items():
+            if type(value) is random.Random:
+                raise MnetError(
+                    f"{owner} has {name}, a random.Random of its own, whose first draw Dynamo would keep for every call: draw from torch's "
+                    "generator or from Python's module random, or name the list of layers with regions=[...], which needs no capture"
+                )
+            if value is os.getenv:
+                warnings.warn(
+                    f"{owner} asks os.getenv, and Dynamo keeps the answer of the first call; os.environ[...] is asked at each",
+                    MnetWarning,
+                    stacklevel=4,
+                )
+
+
+def _own_functions(cls: type) -> Iterator[FunctionType]:
+    for base in cls.__mro__:
+        if not base.__module__.startswith("torch."):
+            for name, value in vars(base).items():
+                if isinstance(value, FunctionType) and name != "__init__":
+                    yield inspect.unwrap(value)
+
+
+def _globals(function: FunctionType) -> dict[str, Any]:
+    """The globals that the code of a function names, and `os.getenv` if it may be among the attributes that it names."""
+    names = _names(function.__code__)
+    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    return found | ({"getenv": os.getenv} if "getenv" in names and found.get("os") is os else {})
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
