@@ -20,8 +20,9 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .compile_backend import Inner
 from .doors import close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
 from .network import Graph, Network
+from .previewed import Previewed, previewed
 from .replay import exported, transformed
 from .report import REPORT, Report
 from .settings import Settings
@@ -203,12 +205,16 @@ class CapturedForward:
     def running(self) -> _Call | None:
         return getattr(self.calls, "now", None)
 
-    def closed(self) -> frozenset[str]:
-        return frozenset(self.network.closed)
+    def closed(self) -> Collection[str]:
+        return self.network.closed if self.network.reports else self.previewed.closed
 
-    def preview(self) -> Report:
-        """What a capture will probably make of the model, read without inputs."""
-        return Report(0, 0, (), ())
+    @cached_property
+    def previewed(self) -> Previewed:
+        return previewed(self.owner, self.settings)
+
+    def previewed_report(self) -> Report:
+        """What a capture will probably make of the model."""
+        return self.previewed.report
 
     def _finish(self, call: _Call) -> None:
         """Looks back at a call that went through."""
@@ -268,15 +274,16 @@ class CapturedForward:
     def __code__(self) -> Any:  # torch.export wants a file and a line
         return type(self).__call__.__code__
 
-    def release(self) -> None:
-        """Makes the model what it was before."""
+    def release(self) -> nn.Module | None:
+        """Makes the model what it was before; returns the module for v[0], which it had not."""
         del self.owner.__dict__["forward"]
         if self.own_forward is not None:
             self.owner.__dict__["forward"] = self.own_forward
         close(self.owner)
+        return self.settings.velocity
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state

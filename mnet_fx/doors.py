@@ -7,6 +7,7 @@ only to calls that come from the captured forward.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ class Keeper(Protocol):
     def running(self) -> Any:
         """The call of the model that this thread is in, which counts the graphs that it ran (`len(call.graphs)`); None outside of one."""
 
-    def closed(self) -> frozenset[str]:
+    def closed(self) -> Collection[str]:
         """Paths of the modules that plain Python must not run."""
 
 

@@ -6,23 +6,21 @@ model --copy--> net, whose forward is captured by Dynamo at its calls (`captured
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .captured import CapturedForward
 from .compile_backend import Inner, checked_inner
-from .errors import MnetError, MnetWarning, SettingsError
-from .graph_modules import original, rewritten
-from .named import NamedLayer, NamedRegion, name_region, paths_of
+from .copies import copied
+from .errors import MnetWarning, SettingsError
+from .graph_modules import rewritten
+from .named import NamedRegion, name_region, paths_of
 from .report import REPORT, CapturedPart, Pending, Report, graph_report, report, row
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
 from .stand_ins import real_tensors
@@ -100,7 +98,7 @@ def momentumize(
             "options are given by name, as in gamma=0.9 or regions=['layers']"
         )
     checked_inner(inner)
-    net = _copied(model)
+    net = copied(model)
     if regions is not None:
         _show(net, _named_report([name_region(net, path, settings) for path in paths_of(regions)], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
@@ -131,8 +129,9 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
     for layer in net.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             layer.activation_relu_or_gelu = 0  # it then takes no fast path in eval mode, which has no residual adds
-    forward = net.__dict__["forward"] = CapturedForward(net, settings, inner)
-    _show(net, Pending(forward.preview))
+    forward = CapturedForward(net, settings, inner)
+    net.__dict__["forward"] = forward
+    _show(net, Pending(forward.previewed_report))
 
 
 def _add_velocity(net: nn.Module, velocity: nn.Module) -> None:
@@ -167,48 +166,6 @@ def _capture_now(forward: CapturedForward, example_inputs: Any) -> None:
     finally:
         for module, training in flags.items():
             module.training = training
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules that shares every parameter and buffer."""
-    if not isinstance(model, nn.Module):
-        raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise MnetError("the model is a ScriptModule, whose code torch.fx cannot read: momentumize the module that it was made from")
-    tensors = [*chain(model.parameters(), model.buffers())]
-    if any(map(is_lazy, tensors)):
-        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
-    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
-    shared = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook at each call, as pruning does; deepcopy refuses them
-    try:
-        net = copy.deepcopy(model, shared)
-    except Exception as error:
-        raise MnetError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
-        ) from error
-    for given, twin in zip(model.modules(), net.modules(), strict=True):
-        if isinstance(given, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
-            for name, tensor in chain(given.named_parameters(recurse=False), given.named_buffers(recurse=False)):
-                twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
-    return _restored(net)
-
-
-def _restored(net: nn.Module) -> nn.Module:
-    """A copy of a model without what an earlier momentumize made of it, so that a second one starts over."""
-    velocity = getattr(net, "initial_velocity", None) if REPORT in net.__dict__ else None
-    if net.__dict__.pop(REPORT, None) is net.__dict__.get("report") is not None:
-        del net.__dict__["report"]
-    if isinstance(net, fx.GraphModule):
-        net = original(net)
-    for module in list(net.modules()):
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, NamedLayer):
-            del module.__dict__["forward"]
-        elif isinstance(forward, CapturedForward) and module is net:
-            forward.release()
-    if velocity is not None:
-        del net.initial_velocity
-    return net
 
 
 def _stream_dtype(model: nn.Module) -> torch.dtype:

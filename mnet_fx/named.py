@@ -171,6 +171,11 @@ class NamedLayer:
     def original(self) -> Any:
         return type(self.owner).forward.__get__(self.owner)
 
+    def release(self) -> nn.Module | None:
+        """Makes the layer what it was before; returns the module for v[0], which the model had not."""
+        del self.owner.forward
+        return self.region.velocity[0]
+
 
 def _place(x: Tensor) -> tuple[Any, ...]:
     """Where the values of a tensor are, and how to read them."""
