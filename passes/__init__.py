@@ -15,6 +15,7 @@ from passes.legality import CODES
 from passes.memory import is_hook
 from passes.pieces import pieces
 from passes.plan import may_join, plan
+from passes.preview import Preview, preview
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
 from passes.tracer import Blame
@@ -36,6 +37,7 @@ __all__ = [
     "PassResult",
     "Plan",
     "PlannedRegion",
+    "Preview",
     "Refusal",
     "RegionCode",
     "ResidualAdd",
@@ -51,6 +53,7 @@ __all__ = [
     "may_join",
     "pieces",
     "plan",
+    "preview",
     "rewrite",
     "unlift",
 ]
