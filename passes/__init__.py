@@ -12,6 +12,7 @@ from passes.legality import CODES
 from passes.memory import is_hook
 from passes.pieces import pieces
 from passes.plan import plan
+from passes.preview import Preview, preview
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
 from passes.rewrite import PassResult, rewrite
 from passes.verify import InvariantError
@@ -25,6 +26,7 @@ __all__ = [
     "PassResult",
     "Plan",
     "PlannedRegion",
+    "Preview",
     "Refusal",
     "RegionCode",
     "ResidualAdd",
@@ -36,6 +38,7 @@ __all__ = [
     "owner_stack",
     "pieces",
     "plan",
+    "preview",
     "rewrite",
     "unlift",
 ]
