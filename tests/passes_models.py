@@ -11,7 +11,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
 
-from passes import Granularity, Plan, RegionCode, StepCode, capture, plan, rewrite
+from passes import Granularity, Plan, RegionCode, StepCode, plan, preview, rewrite, unlift
 
 
 class PlainStep(nn.Module):
@@ -64,9 +64,23 @@ def linears(number: int, width: int = 4) -> list[nn.Module]:
 
 def traced(model: nn.Module) -> fx.GraphModule:
     """The graph of a model that can be traced as a whole."""
-    (part,) = capture(model).parts
-    assert part.path == ""
-    return part.graph_module
+    seen = preview(model)
+    assert list(seen.parts) == [""], seen.opaque
+    return seen.parts[""]
+
+
+def by_dynamo(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """The graph that Dynamo makes of a model for some inputs, which records shapes and dtypes, as the passes read it."""
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        found.append(unlift(gm).graph_module)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(*inputs)
+    (gm,) = found
+    return gm
 
 
 def planned(model: nn.Module, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False) -> Plan:

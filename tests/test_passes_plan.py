@@ -12,7 +12,7 @@ import torchvision
 from passes_models import PlainRegion, check_same, codes, lengths, linears, planned, program, rewritten, traced
 from torch import nn
 
-from passes import CODES, InvariantError, Plan, Refusal, capture, plan, rewrite
+from passes import CODES, InvariantError, Plan, Refusal, plan, preview, rewrite
 
 
 def test_escapes_become_outputs():
@@ -328,7 +328,7 @@ def test_two_thousand_steps():
         return nn.Identity()
 
     start = time.process_time()
-    gm = capture(model).parts[0].graph_module
+    gm = preview(model).parts[""]
     found = plan(gm)
     rewrite(gm, found, build)
     assert lengths(found) == [2000]
