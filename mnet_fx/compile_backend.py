@@ -41,9 +41,6 @@ Inner = str | Callable[..., Any]
 """What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
-_BODY_HINT = (
-    "Put the context around the call of the compiled model, or around each branch; leave the checkpoint out, a chain keeps no activations."
-)
 _DDP = (
     "DistributedDataParallel had Dynamo cut the model at its buckets, which would cut its chains too: set "
     "torch._dynamo.config.optimize_ddp = False. Nothing is lost: a chain hands its gradients on step by step, so they are reduced "
@@ -267,7 +264,7 @@ def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusa
     hidden = {name: len(plan.rewritten_adds) for name, plan in plans.items() if plan.regions}
     found = "inside of a block under torch.autocast or torch.no_grad, or of the body of a torch.utils.checkpoint or the like"
     refusals = [
-        Refusal("lost_context", name, plans[name].regions[0].path, f"{number} residual adds are {found}", _BODY_HINT)
+        Refusal("lost_context", name, plans[name].regions[0].path, f"{number} residual adds are {found}", passes.CODES["lost_context"].hint)
         for name, number in hidden.items()
     ]
     return sum(hidden.values()), refusals

@@ -11,7 +11,7 @@ import torchvision
 from passes_models import PlainRegion, codes, lengths, linears, program, rewritten, traced
 from torch import nn
 
-from passes import RegionCode, plan, rewrite
+from passes import RegionCode, plan, preview, rewrite
 
 
 def show(text: str) -> str:
