@@ -222,12 +222,14 @@ def test_changes_of_layout_are_moved_out_of_the_stream():
     net, plan = rewritten(gm, Settings(gamma=0.0))
     assert [len(region.steps) for region in plan.regions] == [4]
     torch.testing.assert_close(net(x), gm(x))
+    assert original(net).code == gm.code
 
 
 def test_where_there_is_no_chain_it_stays_as_it_is():
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     net, plan = rewritten(gm, Settings())
     assert (net is not gm, net.code, plan.regions) == (True, gm.code, ())
+    assert original(net) is net
 
 
 def test_a_module_that_gives_the_velocity_goes_with_the_chains():
