@@ -161,6 +161,8 @@ class ChainRegion(nn.Module):
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *sides: Any) -> Any:
+        if isinstance(x, fx.Proxy):  # torch.fx traces the module that it is part of: a region is one call there
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *sides), {})
         return self.run(x, self.bound(sides), self.backward)
 
     def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str) -> Any:

@@ -52,6 +52,7 @@ def test_it_counts_the_residual_adds_of_a_zoo(family, training):
     found = preview(family.build().train(training))
     assert adds(found) == (family.adds, sum(family.steps))
     assert list(found.parts) == [""]
+    assert found.parts[""].training == training
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -85,6 +86,14 @@ def test_a_layer_without_children_that_cannot_be_read_is_a_call_and_nothing_to_t
     found = preview(model)
     assert adds(found) == (2, 2)
     assert not found.opaque
+
+
+def test_what_failed_within_a_module_that_failed_itself_is_read_anew():
+    inner = program(lambda self, x, positive=True: self.body(x) if positive else x, body=Everyday(width=4))
+    outer = program(lambda self, x: x if self.inner(x, x.sum() > 0).mean() else -x, inner=inner)
+    found = preview(nn.Sequential(outer))
+    assert list(found.opaque) == ["0"]
+    assert list(found.parts) == ["", "0.inner"]
 
 
 def test_where_the_root_cannot_be_read_its_children_are():
