@@ -132,6 +132,7 @@ def test_copies_are_independent_and_whole(make, copied):
     assert "_guards_fn" in net.code or twin.code == net.code
     expected = seeded(forward, net, call).detach()
     assert torch.equal(seeded(forward, copied(twin), call), expected)
+    assert type(twin(**call)) is type(net(**call)) is type(gm(**call))
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.zero_()
