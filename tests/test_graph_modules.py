@@ -132,10 +132,11 @@ def test_copies_are_independent_and_whole(make, copied):
     assert "_guards_fn" in net.code or twin.code == net.code
     expected = seeded(forward, net, call).detach()
     assert torch.equal(seeded(forward, copied(twin), call), expected)
+    assert type(twin(**call)) is type(net(**call)) is type(gm(**call))
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    net.load_state_dict({name: torch.zeros_like(value) for name, value in net.state_dict().items()})
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.zero_()
+    assert torch.equal(seeded(forward, twin, call), expected)
     assert not torch.equal(seeded(forward, net, call), expected)
     fresh = copied(rewritten(original(twin), Settings())[0])
     assert [child.name for child in fresh.children() if isinstance(child, MomentumRegion)] == [region.name for region in plan.regions]
