@@ -205,8 +205,8 @@ class CapturedForward:
     def running(self) -> _Call | None:
         return getattr(self.calls, "now", None)
 
-    def closed(self) -> Collection[str]:
-        return self.network.closed if self.network.reports else self.previewed.closed
+    def closed(self, probably: bool = False) -> Collection[str]:
+        return self.previewed.closed if probably and not self.network.reports else self.network.closed
 
     @cached_property
     def previewed(self) -> Previewed:
@@ -283,11 +283,18 @@ class CapturedForward:
         return self.settings.velocity
 
     def __getstate__(self) -> dict[str, Any]:
+        if callable(self.settings.gamma) and not self.network.reports:
+            for region in self.previewed.report.regions:  # a schedule that cannot be pickled remembers what it gave
+                self.settings.gammas(region.steps)
         return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._prepare()
+
+
+for _function_of_ours in (CapturedForward.running, CapturedForward.closed):  # called between graphs, where Dynamo looks at every frame
+    torch._dynamo.eval_frame.skip_code(_function_of_ours.__code__)
 
 
 def _check_caller(owner: nn.Module) -> None:

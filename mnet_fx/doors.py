@@ -26,8 +26,8 @@ class Keeper(Protocol):
     def running(self) -> Any:
         """The call of the model that this thread is in, which counts the graphs that it ran (`len(call.graphs)`); None outside of one."""
 
-    def closed(self) -> Collection[str]:
-        """Paths of the modules that plain Python must not run."""
+    def closed(self, probably: bool = False) -> Collection[str]:
+        """Paths of the modules that plain Python must not run; before the first capture none, or those of a preview."""
 
 
 class Door:
@@ -44,7 +44,7 @@ class Door:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.keeper.running()
-        if call is None and self.path in self.keeper.closed():
+        if call is None and self.path in self.keeper.closed(probably=True):
             raise MnetError(
                 f"{self.path} is part of a momentum chain and was called from outside of the rewritten model's forward, where it would "
                 "compute the original network: call the rewritten model itself; the model that was given to momentumize shares its "

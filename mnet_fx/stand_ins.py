@@ -68,6 +68,7 @@ def _outside_of_everything() -> Iterator[None]:
     flag = "_is_fx_tracing_flag"  # before torch 2.11
     flags: list[tuple[Any, str, Any]] = [
         (tracing, flag, False) if hasattr(tracing, flag) else (tracing._is_fx_tracing_tls, "flag", False),
+        (torch.autograd.forward_ad, "_current_level", -1),
         (torch.compiler, "_is_exporting_flag", False),
         (torch.compiler, "_is_compiling_flag", False),
         (nn.Module, "__call__", torch.fx._symbolic_trace._orig_module_call),  # what a tracer of fx puts in their place
