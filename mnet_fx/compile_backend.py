@@ -150,7 +150,20 @@ class Found:
 
 
 def _plan(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
-    """What can be rewritten of a graph; a refusal where it cannot be read."""
+    """What can be rewritten of a graph; a refusal where it cannot be read. Checkpoints around and in steps are written out."""
+    names = passes.checkpoints(gm)
+    if not names:
+        return _planned(gm, settings)
+    flat, made = passes.written_out(gm, names)
+    found = _planned(flat, settings)
+    if isinstance(found, Refusal):
+        return _planned(gm, settings)
+    inside = {name for region in found.plan.regions for step in region.steps for name in step.nodes}
+    used = [name for name in names if not made[name].isdisjoint(inside)]
+    return found if len(used) == len(names) else _planned(passes.written_out(gm, used)[0], settings)
+
+
+def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     try:
         unlifted = passes.unlift(gm)
     except LostContextError as error:

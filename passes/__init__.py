@@ -6,6 +6,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 (between the stages: `verify`; around them, for graphs of Dynamo: `unlift`, `lift`, `pieces`)
 """
 
+from passes.checkpoints import checkpoints, written_out
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.facts import owner_stack
 from passes.legality import CODES
@@ -33,6 +34,7 @@ __all__ = [
     "Step",
     "StepCode",
     "Unlifted",
+    "checkpoints",
     "is_hook",
     "lift",
     "owner_stack",
@@ -41,4 +43,5 @@ __all__ = [
     "preview",
     "rewrite",
     "unlift",
+    "written_out",
 ]
