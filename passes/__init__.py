@@ -11,6 +11,7 @@ from passes.calls import Call, Calls, inner_calls
 from passes.capture import Capture, Captured, capture, capture_by_export, forward_children
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.exporting import ExportError, Interface
+from passes.layout import level_layouts
 from passes.legality import CODES
 from passes.memory import is_hook
 from passes.pieces import pieces
@@ -47,6 +48,7 @@ __all__ = [
     "forward_children",
     "inner_calls",
     "is_hook",
+    "level_layouts",
     "lift",
     "may_join",
     "pieces",
