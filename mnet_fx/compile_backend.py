@@ -3,7 +3,7 @@
     torch.compile(model, backend="mnet_fx", options={"gamma": 0.9, "inner": "inductor"})
     torch.compile(model, backend=mnet_fx.backend(gamma=0.9, inner="inductor"))
 
-Dynamo's graph --unlift--> --plan--> --rewrite, with CompiledRegion--> --lift--> pieces and regions
+Dynamo's graph --unlift--> --level_layouts--> --plan--> --rewrite, with CompiledRegion--> --lift--> pieces and regions
                                      each piece compiled by the inner compiler; each distinct step once, see `artifacts`
 """
 
@@ -168,6 +168,7 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
         unlifted = passes.unlift(gm)
     except LostContextError as error:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
+    passes.level_layouts(unlifted.graph_module)
     return Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
 
 

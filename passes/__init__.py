@@ -9,6 +9,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 from passes.checkpoints import checkpoints, written_out
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
 from passes.facts import owner_stack
+from passes.layout import level_layouts
 from passes.legality import CODES
 from passes.memory import is_hook
 from passes.pieces import pieces
@@ -36,6 +37,7 @@ __all__ = [
     "Unlifted",
     "checkpoints",
     "is_hook",
+    "level_layouts",
     "lift",
     "owner_stack",
     "pieces",

@@ -21,7 +21,7 @@ from torch import nn
 from passes.memory import is_unknown, may_alias, moved, written
 from passes.ops import kind
 
-__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "owner_stack", "shape_of"]
+__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "owner_stack", "recorded", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def free_shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _shape(node: fx.Node) -> Any:
-    return getattr(_recorded(node), "shape", None)
+    return getattr(recorded(node), "shape", None)
 
 
 def _hint(size: torch.SymInt) -> int:
@@ -145,11 +145,12 @@ def _hint(size: torch.SymInt) -> int:
 
 def dtype_of(node: fx.Node) -> str | None:
     """Name of the dtype that the capture recorded for a node, such as "float32", or None."""
-    dtype = getattr(_recorded(node), "dtype", None)
+    dtype = getattr(recorded(node), "dtype", None)
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
 
 
-def _recorded(node: fx.Node) -> Any:
+def recorded(node: fx.Node) -> Any:
+    """The value that a node had in the capture, without its elements; None if the capture recorded none."""
     return next((node.meta[key] for key in ("val", "example_value", "tensor_meta") if key in node.meta), None)
 
 

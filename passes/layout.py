@@ -9,53 +9,36 @@
               b' = a + L^-1(g(L(a)))                   the same values as b, in the layout of the chain
               c = b' + h(b')
 
-For graphs of torch.export, which record shapes. An add s + q with s = L(a) is L(a + L^-1(q)) for every invertible L, so moving is right
-whatever q is; where a run of layout operations comes back to the layout it began in is found by running it on numbered elements, for two
-assignments of primes to the free sizes. Memory that anything writes to in place is left alone.
+For graphs that record shapes: of torch.export and of Dynamo. An add s + q with s = L(a) is L(a + L^-1(q)) for every invertible L, so moving
+is right whatever q is. Where a run of layout operations comes back to the layout it began in is found from sizes and strides, or by running
+it on numbered elements, for two assignments of primes to the free sizes. Memory that anything writes to in place is left alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
-from torch.fx.node import map_arg
 
-from passes.facts import Facts
-from passes.ops import is_add
+from passes.facts import Facts, recorded
+from passes.layout_ops import Operation, Path, again, dtype_of, inverse, is_identity, is_layout, sizes_of
+from passes.ops import is_add, operands
 
 __all__ = ["level_layouts"]
 
-_ATEN = torch.ops.aten
-_PERMUTING = {_ATEN.permute.default, _ATEN.transpose.int, _ATEN.roll.default}
-_RESHAPING = {
-    _ATEN.view.default,
-    _ATEN.reshape.default,
-    _ATEN._unsafe_view.default,
-    _ATEN.flatten.using_ints,
-    _ATEN.unflatten.int,
-    _ATEN.squeeze.dim,
-    _ATEN.squeeze.dims,
-    _ATEN.unsqueeze.default,
-}
-_COPYING = {_ATEN.contiguous.default, _ATEN.clone.default}
-_PRIMES = ((5, 11, 17, 23, 31), (7, 13, 19, 29, 37))
-_LARGEST = 2**24  # elements to number
 _FARTHEST = 4000  # nodes to look at between a stream value and the sum that may continue it
-
-Path = tuple[fx.Node, ...]
+_RECORDS = ("val", "example_value")
 
 
 def level_layouts(gm: fx.GraphModule) -> None:
     """Rewrites the graph of `gm` in place.
 
     Args:
-        gm: a graph module of torch.export, which belongs to the caller.
+        gm: a graph module that belongs to the caller; nothing happens where it records no shapes.
     """
     _Leveller(gm).run()
 
@@ -65,17 +48,20 @@ class _Leveller:
         self.gm, self.graph = gm, gm.graph
         facts = Facts.of(gm)
         self.position: dict[fx.Node, int] = facts.index
+        self.writes, self.base = facts.writes, facts.base
         self.written = {memory for memories in facts.writes.values() for memory in memories}
-        self.base = facts.base
         self.origin: dict[fx.Node, tuple[fx.Node, Path]] = {}  # of a value that is another one in another layout
+        self.sizes: dict[Any, fx.Node] = {}  # the inputs that are symbolic sizes
         self.moved = False
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if _is_layout(node) and not self._is_written(node):
+            if node.op == "placeholder" and isinstance(size := recorded(node), torch.SymInt):
+                self.sizes[size.node.expr] = node
+            elif is_layout(node) and not self._is_written(node):
                 self._follow(node)
                 self._simplify(node)
-            elif is_add(node) and node.target is _ATEN.add.Tensor:
+            elif is_add(node):
                 self._move(node)
         if self.moved:
             self._clean()
@@ -89,18 +75,20 @@ class _Leveller:
     def _simplify(self, node: fx.Node) -> None:
         """Uses the root itself where a value is back in the root's layout; only behind a sum that was moved, elsewhere it gains nothing."""
         root, path = self.origin[node]
-        if root.meta.get("levelled") and _sizes(root) == _sizes(node) and _is_identity(root, path):
+        if root.meta.get("levelled") and is_identity(root, path):
             node.replace_all_uses_with(root)
 
     def _move(self, add: fx.Node) -> None:
-        a, b = add.args[:2]
-        if add.kwargs or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or _sizes(a) is None or _sizes(a) != _sizes(b):
+        a, b, *more = operands(add)
+        if more or add.kwargs.keys() - {"input", "other"} or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+            return
+        if sizes_of(a) is None or sizes_of(a) != sizes_of(b):
             return
         for skip, branch in ((a, b), (b, a)):
             root, path = self.origin.get(skip, (skip, ()))
-            if not (path and is_add(root) and _dtype(root) == _dtype(branch) == _dtype(add)):
+            if not (path and is_add(root) and dtype_of(root) == dtype_of(branch) == dtype_of(add)):
                 continue
-            if any(map(self._is_written, (root, *path, branch, add))) or _is_identity(root, path) or not self._descends(branch, root):
+            if any(map(self._is_written, (root, *path, branch, add))) or is_identity(root, path) or not self._descends(branch, root):
                 continue
             self._moved(add, root, path, branch)
             return
@@ -109,22 +97,42 @@ class _Leveller:
         self.moved = True
         with self.graph.inserting_before(add):
             for node in reversed(path):
-                branch = self._node(add, *_inverse(node, branch), like=node.args[0])
-            value = self._node(add, _ATEN.add.Tensor, (root, branch), like=root)
+                branch = self._node(add, inverse(node, branch, self._written_sizes), like=node.args[0])
+            value = self._node(add, ("call_function", operator.add, (root, branch), {}), like=root)
             value.meta["levelled"] = root.meta["levelled"] = True
             for node in path:
-                target: Any = _ATEN.reshape.default if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default) else node.target
-                after = self._node(add, target, (value, *node.args[1:]), like=node)
+                after = self._node(add, again(node, value), like=node)
                 self.origin[after] = (self.origin[value][0], (*self.origin[value][1], after)) if value in self.origin else (value, (after,))
                 value = after
         add.replace_all_uses_with(value)
 
-    def _node(self, add: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        node.meta = {"val": like.meta["val"]} | {key: add.meta[key] for key in ("nn_module_stack", "stack_trace") if key in add.meta}
+    def _node(self, add: fx.Node, operation: Operation, like: Any) -> fx.Node:
+        node = self.graph.create_node(*operation)
+        node.meta = {key: like.meta[key] for key in _RECORDS if key in like.meta}
+        return self._noted(node, add)
+
+    def _noted(self, node: fx.Node, add: fx.Node) -> fx.Node:
+        node.meta |= {key: add.meta[key] for key in ("nn_module_stack", "stack_trace") if key in add.meta}
         self.position[node] = self.position[add]
         self.base[node] = node
         return node
+
+    def _written_sizes(self, node: fx.Node) -> list[Any]:
+        """The sizes of a value as arguments of reshape: numbers, -1 for the one free size, or nodes."""
+        sizes = sizes_of(node) or ()
+        free = [size for size in sizes if not isinstance(size, int)]
+        if len(free) < 2:
+            return [size if isinstance(size, int) else -1 for size in sizes]
+        return [size if isinstance(size, int) else self._size(node, i) for i, size in enumerate(sizes)]
+
+    def _size(self, node: fx.Node, i: int) -> fx.Node:
+        """An input that is this size, or a node that reads it."""
+        size = recorded(node).shape[i]
+        if size.node.expr in self.sizes:
+            return self.sizes[size.node.expr]
+        found = self.graph.call_method("size", (node, i))
+        found.meta = {key: size for key in _RECORDS if key in node.meta}
+        return self._noted(found, node)
 
     def _is_written(self, node: fx.Node) -> bool:
         return self.base[node] in self.written
@@ -145,91 +153,9 @@ class _Leveller:
     def _clean(self) -> None:
         """Views may not be possible any more after a move; what is no longer read goes."""
         for node in reversed(list(self.graph.nodes)):
-            if node.target is _ATEN.view.default and not self._is_written(node):
-                node.target = _ATEN.reshape.default
-            if not node.users and (_is_layout(node) or node.target is _ATEN.add.Tensor):
+            if not node.users and node not in self.writes and (is_layout(node) or is_add(node)):
                 self.graph.erase_node(node)
+            elif is_layout(node) and not self._is_written(node):
+                node.op, node.target, node.args, node.kwargs = again(node, node.args[0])
         self.graph.lint()
         self.gm.recompile()
-
-
-def _is_layout(node: fx.Node) -> bool:
-    known = node.target in _PERMUTING or node.target in _RESHAPING or node.target in _COPYING
-    return known and bool(node.args) and isinstance(node.args[0], fx.Node) and _sizes(node) is not None
-
-
-def _inverse(node: fx.Node, value: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The operation that undoes a layout operation, applied to `value`."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if node.target is _ATEN.permute.default:
-        dims = [int(d) % len(node.args[1]) for d in node.args[1]]  # type: ignore[arg-type, union-attr]
-        return _ATEN.permute.default, (value, [dims.index(i) for i in range(len(dims))])
-    if node.target is _ATEN.transpose.int:
-        return _ATEN.transpose.int, (value, *node.args[1:])
-    if node.target is _ATEN.roll.default:
-        return _ATEN.roll.default, (value, [-int(n) for n in node.args[1]], *node.args[2:])  # type: ignore[arg-type, union-attr]
-    return _ATEN.reshape.default, (value, _written_sizes(source))
-
-
-def _written_sizes(node: fx.Node) -> list[Any]:
-    """The sizes of a value as arguments of reshape: numbers, -1 for the one free size, or nodes that read them."""
-    sizes = list(node.meta["val"].shape)
-    free = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
-    if len(free) < 2:
-        return [size if isinstance(size, int) else -1 for size in sizes]
-    return [size if isinstance(size, int) else node.graph.call_function(_ATEN.sym_size.int, (node, i)) for i, size in enumerate(sizes)]
-
-
-def _sizes(node: fx.Node) -> tuple[Any, ...] | None:
-    """Sizes, symbolic ones as expressions, which compare by form."""
-    shape = getattr(node.meta.get("val"), "shape", None)
-    return None if shape is None else tuple(size if isinstance(size, int) else size.node.expr for size in shape)
-
-
-def _dtype(node: fx.Node) -> Any:
-    return getattr(node.meta.get("val"), "dtype", None)
-
-
-def _is_identity(root: fx.Node, path: Path) -> bool:
-    """True if the operations of `path` bring every element of `root` back to its place."""
-    if _sizes(root) != _sizes(path[-1]):
-        return False
-    return all(_comes_back(root, path, primes) for primes in _PRIMES)
-
-
-def _comes_back(root: fx.Node, path: Path, primes: tuple[int, ...]) -> bool:
-    symbols = sorted(
-        {
-            symbol
-            for node in (root, *path)
-            for size in node.meta["val"].shape
-            if not isinstance(size, int)
-            for symbol in size.node.expr.free_symbols
-        },
-        key=str,
-    )
-    if len(symbols) > len(primes):
-        return False
-    assigned = dict(zip(symbols, primes, strict=False))
-
-    def number(size: Any) -> int:
-        return int(size) if isinstance(size, int) else int(size.node.expr.subs(assigned))
-
-    def argument(node: fx.Node) -> Any:
-        return number(node.meta["val"]) if isinstance(node.meta.get("val"), torch.SymInt) else node
-
-    shape = [number(size) for size in root.meta["val"].shape]
-    if math.prod(shape) > _LARGEST:
-        return False
-    start = value = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)
-    try:
-        for node in path:
-            target = _ATEN.reshape.default if node.target is _ATEN.view.default else node.target
-            arguments = [value, *map_arg(node.args[1:], argument)]
-            result = target(*arguments)  # type: ignore[operator]
-            assert isinstance(result, Tensor)
-            value = result
-    except (RuntimeError, TypeError, KeyError, AttributeError):  # sizes that these operations do not take, or not of this kind
-        return False
-    return torch.equal(value, start) if value.shape == start.shape else False

@@ -99,7 +99,7 @@ _WORDS: dict[str, str] = {
         vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim masked_select setitem detach
         pixel_shuffle pixel_unshuffle channel_shuffle unfold as_strided diagonal real imag view_as_real view_as_complex adjoint
         rot90 tril triu diag broadcast_to meshgrid index_add index_copy scatter split_with_sizes unsafe_split unsafe_chunk _unsafe_view
-        _reshape_alias constant_pad_nd native_channel_shuffle
+        _reshape_alias constant_pad_nd native_channel_shuffle T mT numpy_T H mH matrix_H
     """,
     "reduce": """
         mean sum norm vector_norm amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp
