@@ -18,7 +18,6 @@ no module holds, global variables) is not restored; if that changes a result, th
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,13 +31,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attributes import STANDARD, Attributes
 from .fingerprints import fingerprints
+from .guise import is_ordinary, plain
 from .surroundings import surrounded, surroundings
+from .turns import Turns
 
-__all__ = ["Conditions", "exported", "is_ordinary", "transformed", "undisturbed"]
+__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
 
 
-# Reruns swap buffers and flags of live modules, steps share generators, and threads that go back through one graph share its tape.
-_LOCK = threading.RLock()
+_TURNS = Turns()
 
 
 class Conditions:
@@ -73,7 +73,7 @@ class Conditions:
 
         All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
         """
-        with _LOCK:
+        with _TURNS:
             self.random = [(source, source.get_state()) for source in self._generators()]
             before = self._tensors()
             self.buffers = copies = _copied(before)
@@ -111,7 +111,7 @@ class Conditions:
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
-        with _LOCK, self._restored():
+        with _TURNS, self._restored():
             live = dict(self._members("_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= _copied(self.buffers)
@@ -186,7 +186,7 @@ def undisturbed() -> Iterator[None]:
     for _ in range(levels):
         torch._C._vmapmode_decrement_nesting()
     try:
-        with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():
             yield
     finally:
         for _ in range(levels - 1):
@@ -223,16 +223,12 @@ def _freed(t: Tensor) -> bool:
     return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
-def is_ordinary(t: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers in memory, with strides."""
-    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized and not t.is_nested
-
-
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
     """A number for each tensor that changes with its values; one synchronisation for each device.
 
-    For other than ordinary dense tensors (subclasses, sparse, quantised, nested) it is what autograd knows, the version.
+    For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
     """
+    named = {name: plain(t) for name, t in named.items()}
     ordinary = [name for name, t in named.items() if is_ordinary(t)]
     values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
     return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))

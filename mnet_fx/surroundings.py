@@ -23,6 +23,8 @@ from torch.utils import _device
 __all__ = ["SWITCHES", "Switch", "surrounded", "surroundings"]
 
 
+_C: Any = torch._C  # of which the type stubs know a part
+
 _PAIRS = (
     "_{}_deterministic_fill_uninitialized_memory",
     "_{}_mkldnn_enabled",
@@ -84,16 +86,16 @@ def surrounded(then: tuple[Any, ...]) -> Iterator[None]:
 
 def _turn(values: tuple[Any, ...]) -> None:
     """Sets what differs, in the order of the list: some setters move later switches too, which are then set to their own value."""
-    with torch._C.DisableTorchFunction():  # some setters are functions that modes see
-        for switch, value in zip(SWITCHES, values, strict=True):
-            if switch.get() != value:
-                switch.set(value)
+    _C._set_torch_function_state(_C._TorchFunctionState.ALL_DISABLED)  # some setters are functions that modes see
+    for switch, value in zip(SWITCHES, values, strict=True):
+        if switch.get() != value:
+            switch.set(value)
 
 
 def _pairs() -> Iterator[Switch]:
     """Those with a getter and a setter in torch._C, of the same name."""
     for name in _PAIRS:
-        getter, setter = (getattr(torch._C, name.format(verb), None) for verb in ("get", "set"))
+        getter, setter = (getattr(_C, name.format(verb), None) for verb in ("get", "set"))
         if getter is not None and setter is not None:
             yield Switch(name.format("get").removeprefix("_get_"), _readable(getter), _spread(setter))
 
@@ -123,9 +125,9 @@ def _spread(setter: Callable[..., Any]) -> Callable[[Any], Any]:
 def _attention() -> Iterator[Switch]:
     """Which kernels scaled_dot_product_attention may use."""
     for name in ("flash", "mem_efficient", "math", "cudnn", "overrideable", "fa3"):
-        setter = getattr(torch._C, f"_set_sdp_use_{name}", None)
+        setter = getattr(_C, f"_set_sdp_use_{name}", None)
         if setter is not None:
-            yield Switch(f"sdp_use_{name}", getattr(torch._C, f"_get_{name}_sdp_enabled"), setter)
+            yield Switch(f"sdp_use_{name}", getattr(_C, f"_get_{name}_sdp_enabled"), setter)
     if hasattr(attention, "current_flash_attention_impl"):  # torch 2.11
         yield Switch("flash attention implementation", attention.current_flash_attention_impl, _activate)
 
@@ -139,7 +141,7 @@ def _activate(name: str | None) -> None:
 
 def _precisions() -> Iterator[Switch]:
     """fp32_precision, where an operation that is set to "none" follows its backend, and a backend the whole."""
-    if not hasattr(torch._C, "_get_fp32_precision_getter"):
+    if not hasattr(_C, "_get_fp32_precision_getter"):
         return
     for backend, ops in {"generic": ["all"], "cuda": ["all", "matmul", "conv", "rnn"], "mkldnn": ["all", "matmul", "conv", "rnn"]}.items():
         for op in ops:
@@ -148,12 +150,12 @@ def _precisions() -> Iterator[Switch]:
 
 def _precision(backend: str, op: str) -> Switch:
     def get() -> str:
-        return torch._C._get_fp32_precision_getter(backend, op)
+        return _C._get_fp32_precision_getter(backend, op)
 
     def set_(value: str) -> None:
         for candidate in ("none", value):  # first to follow, if that comes to the same
             if get() != value:
-                torch._C._set_fp32_precision_setter(backend, op, candidate)
+                _C._set_fp32_precision_setter(backend, op, candidate)
 
     return Switch(f"fp32_precision of {backend} {op}", get, set_)
 
@@ -161,7 +163,7 @@ def _precision(backend: str, op: str) -> Switch:
 def _autocast() -> Iterator[Switch]:
     """Of every device."""
     yield Switch("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
-    for device in torch._C._autocast_supported_devices():
+    for device in _C._autocast_supported_devices():
         yield _autocast_of(device)
 
 
@@ -179,16 +181,16 @@ def _autocast_of(device: str) -> Switch:
 def _modes() -> tuple[Any, ...]:
     """The torch function modes around this call, one of which is the default device, and where torch notes that besides."""
     default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    stack = tuple(torch.overrides._get_current_function_mode_stack()) if torch._C._len_torch_function_stack() else ()
+    stack = tuple(torch.overrides._get_current_function_mode_stack()) if _C._len_torch_function_stack() else ()
     return stack, default, _device.CURRENT_DEVICE
 
 
 def _set_modes(value: tuple[Any, ...]) -> None:
     stack, torch._GLOBAL_DEVICE_CONTEXT.device_context, _device.CURRENT_DEVICE = value
-    for _ in range(torch._C._len_torch_function_stack()):
-        torch._C._pop_torch_function_stack()
+    for _ in range(_C._len_torch_function_stack()):
+        _C._pop_torch_function_stack()
     for mode in stack:
-        torch._C._push_on_torch_function_stack(mode)
+        _C._push_on_torch_function_stack(mode)
 
 
 def _einsum() -> Iterator[Switch]:
@@ -204,7 +206,7 @@ def _deterministic() -> tuple[bool, bool]:
 
 SWITCHES: tuple[Switch, ...] = (
     Switch("threads", torch.get_num_threads, torch.set_num_threads),
-    Switch("grad mode", torch.is_grad_enabled, torch._C._set_grad_enabled),
+    Switch("grad mode", torch.is_grad_enabled, _C._set_grad_enabled),
     Switch("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Switch("default device and torch function modes", _modes, _set_modes),
     Switch("deterministic algorithms", _deterministic, lambda v: torch.use_deterministic_algorithms(v[0], warn_only=v[1])),
@@ -213,7 +215,8 @@ SWITCHES: tuple[Switch, ...] = (
     *_precisions(),
     *_autocast(),
     Switch("fast path of nn.MultiheadAttention", mha.get_fastpath_enabled, mha.set_fastpath_enabled),
-    Switch("tunable operations", torch._C._cuda_tunableop_is_enabled, torch._C._cuda_tunableop_enable),
+    Switch("tunable operations", _C._cuda_tunableop_is_enabled, _C._cuda_tunableop_enable),
     *_einsum(),
+    Switch("__torch_function__", _C._get_torch_function_state, _C._set_torch_function_state),  # off in Tensor.backward
 )
 """Every switch; see above. A setter may move switches that come later, never one that comes before."""

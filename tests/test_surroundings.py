@@ -32,6 +32,7 @@ OTHERS = {
     "cublas_allow_bf16_reduced_precision_reduction": (False, False),
     "sdp_priority_order": [2, 1, 0, 3, 4],
     "float32_matmul_precision": "medium",
+    "__torch_function__": torch._C._TorchFunctionState.SUBCLASSES_DISABLED,
     "strategy of opt_einsum": "greedy",
 }
 UNSET = {"onednn_allow_tf32", "blas_preferred_backend", "linalg_preferred_backend", "rocm_fa_preferred_backend", "qengine"}
@@ -59,9 +60,9 @@ FLIPPED = [switch for switch in SWITCHES if switch.name not in UNSET]
 def _as_before():
     before = surroundings()
     yield
-    with torch._C.DisableTorchFunction():
-        for switch, value in zip(SWITCHES, before, strict=True):
-            switch.set(value)
+    torch._C._set_torch_function_state(torch._C._TorchFunctionState.ALL_DISABLED)
+    for switch, value in zip(SWITCHES, before, strict=True):
+        switch.set(value)
     assert surroundings() == before
 
 
