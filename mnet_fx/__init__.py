@@ -1,5 +1,6 @@
 """mnet_fx: residual networks rewritten into exactly reversible momentum networks (Sander et al., ICML 2021)."""
 
+from . import toy_datasets
 from .compile_backend import backend, reports, reset_reports
 from .cost import state_bits, state_bytes, step_bits
 from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
@@ -27,5 +28,6 @@ __all__ = [
     "state_bits",
     "state_bytes",
     "step_bits",
+    "toy_datasets",
     "transform_to_momentumnet",
 ]

@@ -28,6 +28,8 @@ from .region import expanded, sum_dtype
 
 __all__ = ["Artifact", "Artifacts", "Compile", "Compiler", "fake_output"]
 
+_BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
+
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
@@ -43,7 +45,14 @@ class Compiler:
         self.inner, self.fake_mode = inner, fake_mode
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a part, of which Dynamo's own tracing context knows nothing."""
+        """Compiles a part, of which Dynamo's own tracing context knows nothing.
+
+        AOTAutograd must not recompute in it, whatever budget of memory the user gave: it would draw other random numbers for dropout
+        (pytorch #190717, #190758), so the gradient would be wrong. The division into forward and backward is made here, also where the
+        backward is compiled later.
+        """
+        _forget_budgets(gm)
+        all_kept = functorch_config.patch(activation_memory_budget=1.0)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
@@ -51,8 +60,17 @@ class Compiler:
         # which then knows whether retain_graph forbids it to overwrite what the forward saved.
         now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
-        with tracing(TracingContext(self.fake_mode)), at_once, _only_own_floats(inputs, self.fake_mode):
+        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
+
+
+def _forget_budgets(gm: fx.GraphModule) -> None:
+    """Takes budgets of memory off the nodes, by either of the ways to mark them, as these win over the setting."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("memory_budget", None)
+            if _BUDGET in (custom := node.meta.get("custom") or {}):
+                node.meta["custom"] = {key: value for key, value in custom.items() if key != _BUDGET}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from .cost import storage
 from .errors import MnetError, StreamError
 from .fixed_point import State
 from .fused import kernels
+from .guise import check_carried, plain
 from .loops import Kernels
 from .replay import exported, transformed
 from .shear import Factors
@@ -51,15 +52,19 @@ def start_tape(
 
     Raises:
         MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
+        StreamError: x is a tensor that wraps others, or of another layout.
     """
     reversible = torch.is_grad_enabled() and backward == "reversible"
-    if transformed() or exported() or x.numel() == 0:
+    floats = transformed() or exported()
+    if not floats:
+        check_carried(name, x)
+    if floats or x.numel() == 0:
         return _in_floats(name, x, factors, reversible and transformed())
     gammas = [gamma for gamma, _ in factors]
     held = reduce(torch.promote_types, widest, x.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch._C.DisableTorchFunction():
         horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(factors))
-        state = State(x.detach(), None if v0 is None else v0.detach(), horizon, arithmetic or kernels(), held)
+        state = State(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, arithmetic or kernels(), held)
     kind: type[Tape] = PlainTape
     if reversible:
         kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]

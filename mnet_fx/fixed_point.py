@@ -144,7 +144,7 @@ class State:
         record.finite = self.mask is record.mask
         self.dtype = torch.promote_types(self.dtype, y.dtype)
         self._widen(Format.of(self.dtype))
-        self._make_room(record, gamma, weight * y_bound)
+        self._make_room(record, gamma, abs(weight) * y_bound)
         record.ratio, record.scale = self.ratio, weight / (self.ratio * self.unit)
         out = torch.empty_like(self.X, dtype=self.dtype)
         kernels = self.kernels if record.finite else EAGER

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from .named import layers_of, name_region, paths_of
-from .report import REPORT
+from .report import REPORT, note_transform
 from .settings import Settings
 from .steps import Chain
 from .tape import ReversingTape
@@ -31,7 +31,7 @@ class MomentumNet(nn.Module):
 
     Args:
         functions: modules f[t](x, *args) that keep the shape of x: a list, a ModuleList or a Sequential. The same one may occur several
-            times. They become the children "0", "1", ...
+            times, and without any the network returns x. They become the children "0", "1", ...
         gamma: the momentum, in [0, 1).
         init_speed: start from v[0] = init_function(x[0]) instead of 0.
         init_function: module that gives v[0]; becomes the child "init".
@@ -42,7 +42,7 @@ class MomentumNet(nn.Module):
     and gradients are the same bits for both values of `use_backprop`.
 
     Raises:
-        SettingsError: gamma is out of range, or there is no function, or one that is no module.
+        SettingsError: gamma is out of range, or a function is no module.
         StreamError: in a call: x is not real floating point, or a function or init_function does not keep its shape.
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
@@ -59,8 +59,6 @@ class MomentumNet(nn.Module):
     ) -> None:
         super().__init__()
         found = list(functions) if isinstance(functions, Iterable) else [functions]
-        if not found:
-            raise SettingsError("MomentumNet needs at least one function, got an empty list")
         if not isinstance(functions, Iterable) or not all(isinstance(function, nn.Module) for function in found):
             wrong = next((function for function in found if not isinstance(function, nn.Module)), functions)
             raise SettingsError(f"MomentumNet takes a list of modules f[t], or a Sequential; got {_brief(wrong)}")
@@ -90,7 +88,8 @@ class MomentumNet(nn.Module):
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._chain(x, args, kwargs, "stored" if self.use_backprop else "reversible").x
+        backward = "stored" if self.use_backprop else "reversible"
+        return self._chain(_checked(x), args, kwargs, backward).x if self.n_functions else _checked(x)
 
     def final_state(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, FinalVelocity]:
         """(x[T], v[T]) without gradients, from which `inverse` comes back to x, bit for bit.
@@ -101,7 +100,9 @@ class MomentumNet(nn.Module):
         Returns:
             x[T] as a tensor; v[T] as an object that holds the exact integers besides the tensor `v.value`.
         """
-        x = x.detach()
+        if not self.n_functions:
+            raise MnetError("a MomentumNet without functions has no state: it returns x")
+        x = _checked(x).detach()
         with torch.enable_grad():  # so that a reversing tape is made; the inputs need no gradients
             chain = self._chain(x, args, kwargs, "reversible", inverse=True)
         tape = chain.tape
@@ -133,8 +134,6 @@ class MomentumNet(nn.Module):
         return Settings(gamma=self.gamma).factors(self.n_functions)
 
     def _chain(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], backward: str, inverse: bool = False) -> Chain:
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise StreamError(f"MomentumNet: x must be a real floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         v0 = checked_velocity("MomentumNet", self.init_function(x), x) if self.init_speed else None
         widest = {p.dtype for p in self.parameters() if p.is_floating_point()}
         tape = start_tape("MomentumNet", x, v0, self._factors(), backward, "raise", widest)
@@ -228,7 +227,7 @@ def transform_to_momentumnet(
             they are residual functions; code that loops over the container then meets a single network in their place.
 
     Returns:
-        A copy of the model. May be transformed again, with other containers.
+        A copy of the model, with a `report` as after `momentumize`. May be transformed again, with other containers.
 
     Raises:
         SettingsError: there is no such container, or gamma is out of range, or `momentumize` has rewritten the model already.
@@ -239,17 +238,18 @@ def transform_to_momentumnet(
         raise SettingsError(
             "momentumize has rewritten this model already: transform the original, or momentumize it again with other options"
         )
-    net = copy.deepcopy(model)
+    net, containers = copy.deepcopy(model), []
     settings = Settings(gamma=gamma, backward="stored" if use_backprop else "reversible")
     for path in paths_of(sub_layers):
+        containers.append((path, len(layers_of(net, path, int(keep_first_layer)))))  # or says what is wrong with it
         if not is_residual:
             name_region(net, path, settings, skip=int(keep_first_layer))
             continue
-        layers_of(net, path, int(keep_first_layer))  # says what is wrong with it
         layers = [layer for layer in net.get_submodule(path)._modules.values() if layer is not None]  # children() skips repeats
         parent, _, name = path.rpartition(".")
         container = _MomentumContainer(layers, int(keep_first_layer), gamma=gamma, use_backprop=use_backprop, is_residual=True)
         setattr(net.get_submodule(parent), name, container)
+    note_transform(net, containers, settings)
     return net
 
 
@@ -282,6 +282,12 @@ def convert_momentumnet_state_dict(state_dict: dict[str, Any], keep_first_layer:
         return re.sub(r"^network\.(\d+|init)\.", r"\1.", key)
 
     return {converted(key): value for key, value in state_dict.items()}
+
+
+def _checked(x: Any) -> Tensor:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        raise StreamError(f"MomentumNet: x must be a real floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x
 
 
 def _brief(thing: Any) -> str:

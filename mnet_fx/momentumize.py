@@ -20,8 +20,8 @@ from .compile_backend import Inner, checked_inner
 from .copies import copied
 from .errors import MnetWarning, SettingsError
 from .graph_modules import rewritten
-from .named import NamedRegion, name_region, paths_of
-from .report import REPORT, CapturedPart, Pending, Report, graph_report, report, row
+from .named import name_region, paths_of
+from .report import REPORT, Pending, Report, graph_report, named_report, report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
 from .stand_ins import real_tensors
 from .unseen import check_unseen
@@ -100,7 +100,8 @@ def momentumize(
     checked_inner(inner)
     net = copied(model)
     if regions is not None:
-        _show(net, _named_report([name_region(net, path, settings) for path in paths_of(regions)], settings, _stream_dtype(model)))
+        named = [name_region(net, path, settings) for path in paths_of(regions)]
+        _show(net, named_report([(region.path, len(region.layers)) for region in named], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))
@@ -170,9 +171,3 @@ def _capture_now(forward: CapturedForward, example_inputs: Any) -> None:
 
 def _stream_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-def _named_report(named: list[NamedRegion], settings: Settings, dtype: torch.dtype) -> Report:
-    rows = [row(f"named_region_{i}", r.path, len(r.layers), len(r.layers), "named", None, settings, dtype) for i, r in enumerate(named)]
-    layers = sum(found.steps for found in rows)
-    return Report(layers, layers, tuple(rows), (), tuple(CapturedPart(r.path, "named", len(r.layers), len(r.layers)) for r in named))

@@ -2,24 +2,24 @@
 
 `Conditions` records it around the first run and restores it around every later one:
 
-- random numbers: the generators' states, kept only for a step that draws;
-- autocast state, number of threads, and the `training` flag of every submodule;
+- torch's switches: see `surroundings`;
+- random numbers: the states of the default generators, and of those that are attributes, kept only if the step draws from them;
 - parameters: the very tensors the first run used, also if the module has others by now (`torch.func.functional_call` with the backward
   after the call); a fingerprint shows whether their values changed since, whatever changed them;
 - side inputs: likewise; lists and dictionaries of them hold what they held before the step;
-- buffers that the step changed, in place or by assignment: the values before the step. A later run works on copies of them and leaves
-  no trace, so batch statistics move once. The other buffers must still have their values, as parameters must.
+- which of these tensors require gradients;
+- the Python attributes of the step's modules: see `attributes`;
+- buffers, and tensors that are attributes, that the step changed, in place or by assignment: the values before the step. A later run works
+  on copies of them and leaves no trace, so batch statistics move once. The others must still have their values, as parameters must.
 
-Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, Python attributes that the step sets are set again, and other
-hidden state (Python's `random`, a generator object of the step's own) is not restored; if that changes a result, the proof says so.
+Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, and other hidden state (Python's `random`, what an object that is
+no module holds, global variables) is not restored; if that changes a result, the proof says so.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +29,16 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .attributes import STANDARD, Attributes
 from .fingerprints import fingerprints
+from .guise import is_ordinary, plain
+from .surroundings import surrounded, surroundings
+from .turns import Turns
 
-__all__ = ["Conditions", "exported", "is_ordinary", "transformed", "undisturbed"]
+__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
 
 
-# Reruns swap buffers and flags of live modules, steps share generators, and threads that go back through one graph share its tape.
-_LOCK = threading.RLock()
+_TURNS = Turns()
 
 
 class Conditions:
@@ -53,40 +56,50 @@ class Conditions:
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
         self.sides = _rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
-        self.training = [m.training for m in module.modules()]
-        self.threads = torch.get_num_threads()
-        self.autocast = _autocast_states(device)
-        self.parameters: dict[str, Tensor] = dict(_members(module, "_parameters"))
-        self.buffers: dict[str, Tensor] = {}  # those that the step changed, as they were before
+        self.tree = list(_modules(module, "", set()))
+        self.attributes = Attributes([m for _, m in self.tree])
+        self.surroundings = surroundings()
+        self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
+        self.buffers: dict[str, Tensor] = {}  # and other attributes: those that the step changed, as they were before
         self.random: list[tuple[Any, Tensor]] = []
-        self.proven = self._proven() if proof else None  # what must not change, and its fingerprints
+        named = self._named()
+        flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self._tensors().items() if t.is_leaf}
+        self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
+        self.proven = named if proof else None  # what must not change, and its fingerprints
         self.prints = _fingerprints(self.proven or {})
 
     def first_run(self, x: Tensor) -> Any:
-        """Runs the step on the live module, and notes what it drew and which buffers it changed."""
-        with _LOCK:
-            generators = [(module, module.get_rng_state()) for module in _generators(self.device)]
-            before = dict(_members(self.module, "_buffers"))
+        """Runs the step on the live module, and notes what it drew and which buffers it changed.
+
+        All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
+        """
+        with _TURNS:
+            self.random = [(source, source.get_state()) for source in self._generators()]
+            before = self._tensors()
+            self.buffers = copies = _copied(before)
             sides, self.live = self.live, ()
-            result = self._noting_buffers(before, x, sides) if before else self.module(x, *sides)
-            self.random = [(module, state) for module, state in generators if not torch.equal(state, module.get_rng_state())]
+            result = self.module(x, *sides)
+            self.random = [(source, state) for source, state in self.random if not torch.equal(state, source.get_state())]
+            self.attributes.let_go()
+            if before:
+                self._note_buffers(before, copies)
             return result
 
-    def _noting_buffers(self, before: dict[str, Tensor], x: Tensor, sides: Sequence[Any]) -> Any:
-        copies = _copied(before)
-        result = self.module(x, *sides)
-        after = dict(_members(self.module, "_buffers"))
-        was, now = _fingerprints(copies), _fingerprints(before)  # batch_norm moves its statistics without a new _version
+    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
+        self.buffers = {}
+        after, was, now = self._tensors(), _fingerprints(copies), _fingerprints(before)  # batch_norm's statistics get no new _version
         for name, copy in copies.items():
             if after.get(name) is not before[name] or was[name] != now[name]:
                 self.buffers[name] = copy
             elif self.proven is not None:
                 key = f"buffer '{self.path_of(name)}'"
-                self.proven[key], self.prints[key] = before[name], was[name]
-        return result
+                self.proven[key], self.prints[key] = _without_history(before[name]), was[name]
 
     def changed(self) -> str | None:
-        """Which parameter, buffer or side input no longer has the value that the first run saw; None if none."""
+        """Which parameter, buffer or side input no longer is what the first run saw, and cannot be made so; None if none."""
+        for name, (t, needed) in self.requires_grad.items():
+            if t.requires_grad != needed and not t.is_leaf:
+                return f"whether {name} requires a gradient"
         proven = self.proven or {}
         if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
             return (
@@ -98,8 +111,8 @@ class Conditions:
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
-        with _LOCK, self._restored():
-            live = dict(_members(self.module, "_parameters"))
+        with _TURNS, self._restored():
+            live = dict(self._members("_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
             swapped |= _copied(self.buffers)
             sides = _rebuilt(self.sides)
@@ -107,23 +120,51 @@ class Conditions:
                 return self.module(x, *sides)
             return functional_call(self.module, swapped, (x, *sides), tie_weights=False)  # each of several names is in `swapped`
 
-    def _proven(self) -> dict[str, Tensor]:
+    def _members(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors in the dictionaries `kind` of the step's modules, each once: what is swapped twice would not be put back."""
+        for prefix, owner in self.tree:
+            for name, tensor in getattr(owner, kind).items():
+                if tensor is not None:
+                    yield prefix + name, tensor
+
+    def _own(self, kind: Any) -> Iterator[tuple[str, Any]]:
+        """Names and values of the attributes of that type."""
+        for prefix, module in self.tree:
+            for name in module.__dict__.keys() - STANDARD:
+                if isinstance(value := module.__dict__[name], kind):
+                    yield prefix + name, value
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The buffers, and the tensors that are attributes."""
+        return dict(self._members("_buffers")) | dict(self._own(Tensor))
+
+    def _generators(self) -> list[Any]:
+        """The generators that the step may draw from: the default ones of its devices, and its own."""
+        devices = [] if self.device.type == "cpu" else [torch.get_device_module(self.device)]
+        return [*map(_Default, [torch.random, *devices]), *(generator for _, generator in self._own(torch.Generator))]
+
+    def _named(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
         return named | {f"side input {i}": s for i, s in enumerate(tree_leaves(self.sides)) if isinstance(s, Tensor)}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for context in self.autocast if self.autocast != _autocast_states(self.device) else ():
-                stack.enter_context(torch.autocast(**context))
-            _swap_in(stack, torch.set_num_threads, self.threads, torch.get_num_threads())
-            for module, training in zip(self.module.modules(), self.training, strict=True):
-                _swap_in(stack, partial(setattr, module, "training"), training, module.training)
-            for generator, state in self.random:
-                stack.callback(generator.set_rng_state, generator.get_rng_state())
-                generator.set_rng_state(state)
-            stack.enter_context(torch.enable_grad())
+        with surrounded(self.surroundings), self.attributes.put_back(), ExitStack() as stack:
+            for source, state in self.random:
+                stack.callback(source.set_state, source.get_state())
+                source.set_state(state)
+            for t, needed in self.requires_grad.values():
+                if t.requires_grad != needed and t.is_leaf:
+                    stack.callback(t.requires_grad_, not needed)
+                    t.requires_grad_(needed)
             yield
+
+
+class _Default:
+    """The default generator of a device, given by its module."""
+
+    def __init__(self, module: Any) -> None:
+        self.get_state, self.set_state = module.get_rng_state, module.set_rng_state
 
 
 def transformed() -> bool:
@@ -145,7 +186,7 @@ def undisturbed() -> Iterator[None]:
     for _ in range(levels):
         torch._C._vmapmode_decrement_nesting()
     try:
-        with _LOCK, torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():
             yield
     finally:
         for _ in range(levels - 1):
@@ -154,8 +195,13 @@ def undisturbed() -> Iterator[None]:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of some tensors; those that are one tensor by several names stay so."""
-    copies = {id(t): t.detach().clone() for t in tensors.values()}
+    copies = {id(t): t.detach().requires_grad_(t.requires_grad).clone() for t in tensors.values()}
     return {name: copies[id(t)] for name, t in tensors.items()}
+
+
+def _without_history(t: Tensor) -> Tensor:
+    """The tensor, or one that shares its memory and does not keep its graph alive."""
+    return t if t.grad_fn is None else t.detach()
 
 
 def _rebuilt(sides: Sequence[Any]) -> Sequence[Any]:
@@ -163,16 +209,8 @@ def _rebuilt(sides: Sequence[Any]) -> Sequence[Any]:
     return sides if all(isinstance(side, Tensor) for side in sides) else tree_map(lambda leaf: leaf, sides)
 
 
-def _members(module: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors in the dictionaries `kind` of module and those inside, each once: what is swapped twice would not be put back."""
-    for prefix, owner in _modules(module, "", set()):
-        for name, tensor in getattr(owner, kind).items():
-            if tensor is not None:
-                yield prefix + name, tensor
-
-
 def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, but quick."""
+    """`named_modules` with a dot after each name, but quick."""
     seen.add(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -180,45 +218,17 @@ def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[t
             yield from _modules(child, f"{prefix}{name}.", seen)
 
 
-def _swap_in(stack: ExitStack, setter: Callable[[Any], Any], then: Any, now: Any) -> None:
-    if then != now:
-        stack.callback(setter, now)
-        setter(then)
-
-
-def _generators(device: torch.device) -> list[Any]:
-    """The modules whose default generators a step on `device` may draw from."""
-    return [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
-
-
-def _autocast_states(device: torch.device) -> list[dict[str, Any]]:
-    """Keyword arguments of `torch.autocast` that set up the present state again."""
-    return [
-        {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-        for kind in dict.fromkeys(["cpu", device.type])
-    ]
-
-
 def _freed(t: Tensor) -> bool:
     """Whether the memory of a tensor is gone, though it has elements."""
     return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
-def is_ordinary(t: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers in memory, with strides."""
-    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_quantized and not t.is_nested
-
-
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
     """A number for each tensor that changes with its values; one synchronisation for each device.
 
-    For other than ordinary dense tensors (subclasses, sparse, quantised, nested) it is what autograd knows, the version.
+    For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
     """
+    named = {name: plain(t) for name, t in named.items()}
     ordinary = [name for name, t in named.items() if is_ordinary(t)]
     values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
     return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +16,22 @@ from .cost import storage
 from .errors import MnetError
 from .settings import Settings
 
-REPORT = "_mnet_fx_report"  # where a rewritten model keeps its report
+REPORT = "_mnet_fx_report"  # where a model that momentumize rewrote keeps its report
+TRANSFORMED = "_mnet_fx_transform_report"  # where one that transform_to_momentumnet changed does
 
-__all__ = ["REPORT", "CapturedPart", "Pending", "RegionReport", "Report", "graph_report", "region_report", "report", "row"]
+__all__ = [
+    "REPORT",
+    "CapturedPart",
+    "Pending",
+    "RegionReport",
+    "Report",
+    "graph_report",
+    "named_report",
+    "note_transform",
+    "region_report",
+    "report",
+    "row",
+]
 
 
 @dataclass(frozen=True)
@@ -185,13 +198,41 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
+    """The report on named containers.
+
+    Args:
+        containers: for each its path, and the number of its layers that are steps.
+        settings: the recurrence.
+        dtype: of the stream.
+        before: the report on others, which are counted too.
+    """
+    start = 0 if before is None else len(before.regions)
+    rows = [row(f"named_region_{i}", path, n, n, "named", None, settings, dtype) for i, (path, n) in enumerate(containers, start)]
+    captured = [CapturedPart(path, "named", n, n) for path, n in containers]
+    if before is not None:
+        rows, captured = [*before.regions, *rows], [*before.captured, *captured]
+    layers = sum(found.steps for found in rows)
+    return Report(layers, layers, tuple(rows), (), tuple(captured))
+
+
+def note_transform(net: nn.Module, containers: Sequence[tuple[str, int]], settings: Settings) -> None:
+    """Gives a model that was transformed the report on that, and on the transforms before."""
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    before = net.__dict__.get(TRANSFORMED)
+    found = named_report(containers, settings, dtype, before)
+    if not hasattr(net, "report") or (before is not None and net.__dict__.get("report") is before):
+        net.__dict__["report"] = found
+    net.__dict__[TRANSFORMED] = found
+
+
 def report(net: nn.Module) -> Report:
-    """The report of a model that `momentumize` returned; the same object as `net.report`.
+    """The report of a model that `momentumize` or `transform_to_momentumnet` returned; the same object as `net.report`.
 
     Raises:
         MnetError: `net` is not such a model.
     """
-    found = net.__dict__.get(REPORT) if isinstance(net, nn.Module) else None
+    found = net.__dict__.get(REPORT, net.__dict__.get(TRANSFORMED)) if isinstance(net, nn.Module) else None
     if found is None:
         raise MnetError(f"{type(net).__name__} has no report: it is not the result of mnet_fx.momentumize")
     return found

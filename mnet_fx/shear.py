@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .errors import UNCOMPILED
+from .guise import Guise, dressed, plain
 
 __all__ = ["Enter", "Factors", "Shear"]
 
@@ -22,7 +23,9 @@ class Enter(Function):
     def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Any) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.gamma = tape.factors[0][0]
-        return tape.enter(), None if v0 is None else _token(x0)
+        with torch._C.DisableTorchFunction():  # subclasses and modes are about the model's operations
+            start, token = tape.enter(), None if v0 is None else _token(plain(x0))
+        return dressed(start, Guise.of(x0)), token
 
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)
@@ -45,8 +48,11 @@ class Shear(Function):
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Any, t: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
-        after = tape.push(t, y)
-        return after, _token(after)
+        guise = Guise.of_sum(x, y, tape.region)
+        with torch._C.DisableTorchFunction():
+            after = tape.push(t, plain(y))
+            token = _token(after)
+        return dressed(after, guise), token
 
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)

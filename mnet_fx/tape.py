@@ -12,9 +12,11 @@ Rule 1. The stream tensor x[t] is no argument of the checkpointed function: the 
 Rule 2. The tape is at a time t, with (X[t], U[t]); or half-way, with (X[t], U[t+1]), while f[t] is rerun. It seeks to any time in either
         direction by rerunning steps, so a partial `autograd.grad`, `retain_graph` and double backward get the right x[t].
 Rule 3. Every rerun, for whatever reason, goes through `Conditions.run` and sees what the first run saw.
-Rule 4. A step ends in `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a
-        rerun once the last saved tensor is back, hence never before the move is complete. Its backward is the first of the step, so
-        errors of the recomputation come up there and are given our words.
+Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a
+        rerun once the last saved tensor is back, hence never before the move is complete. Where the gradient comes in by y, as it
+        mostly does, its backward is the first of the step, so errors of the recomputation come up there and are given our words. Extra
+        outputs leave as they are: the graph is the model's, where y may depend on them.
+        A step that differentiates within itself is rerun before its first run ends: on x[t] as it is, and the tape does not move.
 Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
         the extra outputs that a rerun gives gradients to.
 Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
@@ -37,6 +39,7 @@ from torch import Tensor
 from .errors import InversionError, MnetError, MnetWarning
 from .fingerprints import fingerprint
 from .fixed_point import Record, State
+from .guise import Guise, dressed, plain
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
@@ -48,11 +51,11 @@ Print = tuple[int, ...]
 class Rerun:
     """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
 
-    def __init__(self, conditions: Conditions, requires_grad: bool) -> None:
-        self.conditions, self.requires_grad = conditions, requires_grad
+    def __init__(self, conditions: Conditions, x: Tensor) -> None:
+        self.conditions, self.requires_grad, self.guise = conditions, x.requires_grad, Guise.of(x)
 
     def __call__(self, x: Tensor) -> tuple[Any, ...]:
-        return self.conditions.run(x.detach().requires_grad_(self.requires_grad))
+        return self.conditions.run(dressed(x.detach(), self.guise).requires_grad_(self.requires_grad))
 
 
 class Tape:
@@ -85,8 +88,12 @@ class Tape:
         """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]."""
         raise NotImplementedError
 
+    def present(self, t: int) -> Tensor:
+        """x[t], while the first run of step t goes on."""
+        raise NotImplementedError
+
     def hand_out(self, t: int) -> Tensor:
-        """x[t] for a rerun of step t."""
+        """x[t] for a rerun of step t, which `close` will end."""
         raise NotImplementedError
 
     def close(self, t: int, y: Tensor) -> None:
@@ -129,9 +136,13 @@ class ReversingTape(Tape):
         self.prints = [self.fingerprint(state.fingerprint)]
 
     def push(self, t: int, y: Tensor) -> Tensor:
+        self._seek(t)  # where a backward pass through earlier steps has come in between
         x = self._forward(y)
         self.prints.append(self.fingerprint(self.state.fingerprint))
         return x
+
+    def present(self, t: int) -> Tensor:
+        return self.state_at(t)
 
     def hand_out(self, t: int) -> Tensor:
         if self.half and self.time == t:
@@ -179,7 +190,7 @@ class ReversingTape(Tape):
     def _value(self, x: Tensor) -> Tensor:
         """y of a rerun at the present time that keeps no graph."""
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):  # hides the packing from the checkpoint that asked
-            return self.rerun(self.time, x)[0].detach()
+            return plain(self.rerun(self.time, x)[0].detach())
 
 
 class StoringTape(Tape):
@@ -200,6 +211,9 @@ class StoringTape(Tape):
             return self._kept(x)
         del self.state
         return x
+
+    def present(self, t: int) -> Tensor:
+        return self.inputs[t][0]
 
     def hand_out(self, t: int) -> Tensor:
         x, print_ = self.inputs[t]

@@ -101,7 +101,6 @@ def test_other_arguments_reach_every_function():
     [
         ({"gamma": 1.0}, r"in \[0, 1\)"),
         ({"gamma": -0.1}, r"in \[0, 1\)"),
-        ({"functions": []}, "at least one function"),
         ({"functions": nn.Linear(6, 6)}, "a list of modules .*; got a Linear"),
         ({"functions": [nn.Linear(6, 6), None]}, "a list of modules .*; got None"),
         ({"functions": [torch.tanh]}, "a list of modules .*; got a builtin"),
@@ -263,3 +262,35 @@ def test_repeated_functions_of_a_container_are_all_run():
 def test_the_converter_leaves_other_keys_alone():
     keys = {"network.stem.weight": 1, "network.3.weight": 2, "network.init.bias": 3}
     assert mnet_fx.convert_momentumnet_state_dict(keys) == {"network.stem.weight": 1, "3.weight": 2, "init.bias": 3}
+
+
+@pytest.mark.parametrize("use_backprop", [True, False])
+def test_a_network_without_functions_returns_x_as_momentumnet_does(use_backprop):
+    x = points()
+    options = {"gamma": 0.99, "init_speed": 0, "use_backprop": use_backprop}
+    assert torch.equal(momentumnet.MomentumNet([], **options)(x), MomentumNet([], **options)(x))
+    x.requires_grad_()
+    MomentumNet([], **options)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    with pytest.raises(mnet_fx.MnetError, match="without functions"):
+        MomentumNet([]).final_state(x)
+    with pytest.raises(mnet_fx.StreamError, match="real floating tensor"):
+        MomentumNet([])(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("is_residual", [False, True])
+def test_a_transformed_model_has_a_report(is_residual):
+    model = nn.Sequential(*(nn.Sequential(*(nn.Linear(6, 6) for _ in range(n))) for n in (4, 3)))
+    once = transform_to_momentumnet(model, ["0"], keep_first_layer=True, gamma=0.5, is_residual=is_residual)
+    assert [(r.path, r.steps, r.gamma) for r in once.report.regions] == [("0", 3, 0.5)]
+    twice = transform_to_momentumnet(once, ["1"], keep_first_layer=False, gamma=0.9, is_residual=is_residual)
+    assert [(r.name, r.path, r.steps, r.gamma) for r in twice.report.regions] == [
+        ("named_region_0", "0", 3, 0.5),
+        ("named_region_1", "1", 3, 0.9),
+    ]
+    assert mnet_fx.report(twice) is twice.report
+    assert twice.report.rewritten_adds == 6
+    assert "6 of 6 residual adds rewritten, in 2 region(s)" in str(twice.report)
+    assert len(once.report.regions) == 1
+    with pytest.raises(mnet_fx.MnetError, match="no report"):
+        mnet_fx.report(model)

@@ -1,5 +1,6 @@
 """Reruns of steps whose modules, parameters or outputs are shared in odd ways."""
 
+import itertools
 import threading
 
 import pytest
@@ -78,13 +79,13 @@ class WithExtra(nn.Module):
 
     def __init__(self, differs):
         super().__init__()
-        self.f, self.weight, self.differs, self.runs = nn.Linear(D, D), nn.Parameter(torch.ones(D)), differs, 0
+        self.f, self.weight, self.differs, self.runs = nn.Linear(D, D), nn.Parameter(torch.ones(D)), differs, itertools.count()
 
     def forward(self, x):
-        self.runs += 1
-        noise = x.detach() + self.runs
+        run = next(self.runs)
+        noise = x.detach() + run
         graded = (x * self.weight * (noise if self.differs == "graded" else 2)).square()
-        return torch.tanh(self.f(x)), graded, noise, self.runs, None
+        return torch.tanh(self.f(x)), graded, noise, run, None
 
 
 @pytest.mark.parametrize("kind", TAPES)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from mnet_fx import momentumize
+from mnet_fx import turns as turns_module
+from mnet_fx.turns import Turns
 
 ROUNDS = 10
 
@@ -47,3 +49,32 @@ def test_two_threads_on_one_model(options):
     for ours, alone in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for g, e in zip(ours, alone, strict=True) for a, b in zip(g, e, strict=True))
     assert [block.norm.num_batches_tracked.item() for block in net] == [4 * ROUNDS] * 8
+
+
+def test_a_thread_that_works_for_another_takes_its_turn_within_and_strangers_wait():
+    turns, order, inside = Turns(), [], threading.Event()
+
+    def helper(turn):
+        torch._C._stash_obj_in_tls(turns_module._KEY, turn)  # as autograd does for its threads
+        with turns:
+            order.append("helper")
+
+    def stranger():
+        inside.wait()
+        with turns:
+            order.append("stranger")
+
+    other = threading.Thread(target=stranger)
+    other.start()
+    with turns:
+        inside.set()
+        for _ in range(2):
+            with turns:
+                thread = threading.Thread(target=helper, args=(turns.turns[-1],))
+                thread.start()
+                thread.join(timeout=20)
+                assert not thread.is_alive()
+        order.append("owner")
+    other.join(timeout=20)
+    assert order == ["helper", "helper", "owner", "stranger"]
+    assert not turns.turns

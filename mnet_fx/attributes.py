@@ -1,0 +1,120 @@
+"""The Python attributes of modules: noted before the first run of a step, put back for every rerun, and afterwards as they were again.
+
+What is noted of a module is its `__dict__`: which value each name has, and, where that is a list, dictionary, set or deque, what it
+holds, to any depth of those. That includes flags such as `training`, hooks, and the table of children. Parameters and buffers have rules of
+their own (see `replay`), as have tensors that are attributes. What other objects hold is not noted.
+
+A note must not keep a graph alive, which may hold the notes of an earlier pass, and so on. So of a tensor with a history only the values
+are kept, a container of such tensors is left alone, and so is an object that the step itself replaces.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from types import FunctionType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["STANDARD", "Attributes"]
+
+STANDARD = frozenset(nn.Module().__dict__)
+"""What every module has: hooks, tables of parameters, buffers and children, `training`."""
+
+_CONTAINERS = frozenset([dict, OrderedDict, defaultdict, list, set, deque])
+_SIMPLE = _CONTAINERS | {int, float, complex, bool, str, bytes, NoneType, tuple, FunctionType, torch.dtype, torch.device, torch.Size}
+_APART = frozenset(["_parameters", "_buffers"])
+_LEFT = object()  # in place of a value that stays as it is
+
+
+class Attributes:
+    """The attributes of some modules at the time of the call.
+
+    Attributes:
+        dicts: pairs of the `__dict__` of a module and a copy of it.
+        noted: pairs of a container that holds something and a copy of it.
+        empty: containers that hold nothing.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.dicts = [(module.__dict__, module.__dict__.copy()) for module in modules]
+        self.noted: list[tuple[Any, Any]] = []
+        self.empty: list[Any] = []
+        for _, then in self.dicts:
+            self._note([value for name, value in then.items() if type(value) in _CONTAINERS and name not in _APART])
+
+    def _note(self, containers: list[Any]) -> None:
+        self.empty += [container for container in containers if not container]
+        for container in filter(None, containers):
+            self.noted.append((container, container.copy()))
+            if inside := [value for value in _values(container) if type(value) in _CONTAINERS]:
+                self._note(inside)
+
+    def let_go(self) -> None:
+        """After the first run: gives up what would keep a graph alive."""
+        self.noted = [pair for pair in self.noted if not any(map(_historic, pair))]
+        for now, then in self.dicts:
+            for name in then.keys() - STANDARD:
+                value = then[name]
+                if isinstance(value, Tensor):
+                    then[name] = value if value.grad_fn is None else value.detach().requires_grad_()
+                elif _historic(value) or (type(value) not in _SIMPLE and now.get(name) is not value):
+                    then[name] = _LEFT
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Sets the attributes to what they were, and at the end to what they are now, whatever the rerun did to them."""
+        now = Attributes(self.modules)
+        now._note([container for container, _ in self.noted] + self.empty)
+        self._restore()
+        try:
+            yield
+        finally:
+            now._restore()
+
+    def _restore(self) -> None:
+        for live, then in self.dicts:
+            if not _same(live, then):
+                _set(live, then)
+        for container, copy in self.noted:
+            if not _same(container, copy):
+                _refill(container, copy)
+        for container in filter(None, self.empty):
+            container.clear()
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _historic(value: Any) -> bool:
+    """Whether this is a tensor with a history, or holds one."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    return isinstance(value, (dict, list, set, tuple, deque)) and any(map(_historic, _values(value)))
+
+
+def _same(container: Any, copy: Any) -> bool:
+    if len(container) != len(copy):
+        return False
+    if isinstance(container, set):
+        return container == copy
+    return all(map(is_, container, copy)) and (not isinstance(container, dict) or all(map(is_, container.values(), copy.values())))
+
+
+def _set(live: dict[str, Any], then: dict[str, Any]) -> None:
+    """Makes the attributes of a module those of another time; never without those that stay, as other threads may read them."""
+    for name in live.keys() - then.keys():
+        del live[name]
+    live.update((name, value) for name, value in then.items() if value is not _LEFT)
+
+
+def _refill(container: Any, copy: Any) -> None:
+    """Makes a container hold what the copy holds."""
+    container.clear()
+    container.extend(copy) if isinstance(container, (list, deque)) else container.update(copy)
