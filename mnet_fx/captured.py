@@ -249,8 +249,8 @@ class CapturedForward:
             code = self.capture(args, kwargs, plain=True)
         if code is None:
             raise MnetError(
-                f"{type(self.owner).__name__}: Dynamo breaks its graph of the model (TORCH_LOGS=graph_breaks says where), so there is no one "
-                "program to export, trace or transform; give momentumize what is inside of the break, or name its list of layers with "
+                f"{type(self.owner).__name__}: Dynamo breaks its graph of the model (TORCH_LOGS=graph_breaks says where), so there is no "
+                "one program to export, trace or transform; give momentumize what is inside of the break, or name its list of layers with "
                 "regions=[...]"
             )
         return types.FunctionType(code, self.plain[0].__globals__)
@@ -262,8 +262,8 @@ class CapturedForward:
             if not any(name.startswith("__resume_at") for name in entry.code.co_names):
                 return entry.code
         raise MnetError(
-            f"{type(self.owner).__name__}: in this call {_reason()}, so the original network ran and not the momentum network: undo that, or "
-            "name its list of layers with regions=[...], which needs no capture"
+            f"{type(self.owner).__name__}: in this call {_reason()}, so the original network ran and not the momentum network: undo that, "
+            "or name its list of layers with regions=[...], which needs no capture"
         )
 
     @property

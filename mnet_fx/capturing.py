@@ -100,7 +100,8 @@ class Capture(Backend):
         regions = f"momentumize(model, regions=[{listed!r}]), which needs no capture; or " if listed else ""
         return (
             f"{type(self.forward.owner).__name__}: Dynamo breaks its graph inside of a chain, {where} "
-            f"({' '.join(str(reason.reason).split())[:160]}), so what follows is no part of that chain. Use {regions}take that operation out of the blocks"
+            f"({' '.join(str(reason.reason).split())[:160]}), so what follows is no part of that chain. "
+            f"Use {regions}take that operation out of the blocks"
         )
 
     def _list_of(self, path: str) -> str | None:

@@ -1,8 +1,8 @@
 """Other ways into a rewritten model than its forward: `net.features(x)`, `net.encoder(x)`, a loop over `net.layers` in a user's code.
 
-Run by plain Python, these would compute the original network. So each module inside the model has a door: what runs when Python, and not
-Dynamo, calls it (torch's own slot for a compiled call, of which Dynamo takes no notice). A module that owns a step of a chain opens its door
-only to calls that come from the captured forward.
+Run by plain Python, these would compute the original network. So each module inside the model has a door: what runs when Python, and
+not Dynamo, calls it (torch's own slot for a compiled call, of which Dynamo takes no notice). A module that owns a step of a chain opens
+its door only to calls that come from the captured forward.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def real_tensors(model: nn.Module, tree: Any) -> Any:
 
 @contextmanager
 def stand_ins(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Outside of every mode and transform, the arguments of a call with tensors of its own; the model's are replaced where these are special.
+    """Outside of every mode and transform, a call with tensors of its own; the model's tensors are replaced where these are special.
 
     Args:
         model: the model, whose parameters and buffers may be fake, or those of a transform.
@@ -80,14 +80,14 @@ def _outside_of_everything() -> Iterator[None]:
     try:
         for owner, name, value in flags:
             setattr(owner, name, value)
-        torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         hooks._saved_tensors_hooks_enable()
         # torch.jit.trace checks itself without gradients, where another capture would be another source in its eyes
         grad = torch.is_grad_enabled() or state is not None
         with torch._guards.tracing(None), _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.set_grad_enabled(grad):
             yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
         if disabled is not None:
             hooks._saved_tensors_hooks_disable(disabled)
         for (owner, name, _), value in zip(flags, before, strict=True):

@@ -84,7 +84,7 @@ CODES: dict[str, Code] = {
     ),
     "graph_break": Code(
         "Dynamo ended the graph right behind the chain, so what follows is compiled by itself.",
-        "Find the break with TORCH_LOGS=graph_breaks; or name the list of layers, momentumize(model, regions=[...]), which needs no capture.",
+        "Find the break with TORCH_LOGS=graph_breaks; or name the list of layers, momentumize(model, regions=[...]): no capture is needed.",
     ),
 }
 
