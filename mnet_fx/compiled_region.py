@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,15 +23,27 @@ __all__ = ["CompiledRegion"]
 
 
 class _Step(nn.Module):
-    """One step of one call: its artifact and the parameters and buffers that it reads."""
+    """One step: its artifact and the parameters and buffers that it reads, which each call gives to a copy of its own.
 
-    def __init__(self, artifact: Artifact, paths: list[str], tensors: list[Any], names: Mapping[str, str], sizes: tuple[int, ...]) -> None:
+    Args:
+        artifact: of the step.
+        names: paths in the model of the parameters and buffers.
+    """
+
+    def __init__(self, artifact: Artifact, names: list[str]) -> None:
         super().__init__()
-        self._artifact, self._sizes = artifact, sizes
-        self._places = [(f"a{i}", isinstance(tensor, nn.Parameter)) for i, tensor in enumerate(tensors)]
-        self._names = [names[path] for path in paths]
-        for (name, parameter), tensor in zip(self._places, tensors, strict=True):
-            (self._parameters if parameter else self._buffers)[name] = tensor
+        self._artifact, self._names = artifact, names
+        self._sizes: tuple[int, ...] = ()
+        self._places: list[tuple[str, bool]] = []
+
+    def bound(self, tensors: Sequence[Any], sizes: tuple[int, ...]) -> _Step:
+        """A copy that holds the tensors and sizes of one call, without the detours of Module.__init__, which would take longer than it."""
+        step = _Step.__new__(_Step)
+        places = [(f"a{i}", isinstance(tensor, nn.Parameter)) for i, tensor in enumerate(tensors)]
+        parameters = {name: tensor for (name, parameter), tensor in zip(places, tensors, strict=True) if parameter}
+        buffers = {name: tensor for (name, parameter), tensor in zip(places, tensors, strict=True) if not parameter}
+        step.__dict__ = self.__dict__ | {"_parameters": parameters, "_buffers": buffers, "_sizes": sizes, "_places": places}
+        return step
 
     def path_of(self, name: str) -> str:
         """Path in the model of a parameter or buffer of this step."""
@@ -92,8 +105,15 @@ class CompiledRegion(ChainRegion):
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
         inputs, sizes = self._split(sides)
         steps: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        for code, paths, step in self._steps:
+            steps.append((step.bound([inputs[path] for path in paths], sizes), tuple(sides[i] for i in code.sides)))
+        return steps
+
+    @cached_property
+    def _steps(self) -> list[tuple[StepCode, list[str], _Step]]:
+        """For each step its code, the names of the attributes that it reads, and the step without these."""
+        found = []
         for code, artifact in zip(self.code, self.artifacts, strict=True):
             paths = self._own(code)
-            step = _Step(artifact, paths, [inputs[path] for path in paths], self.attributes, sizes)
-            steps.append((step, tuple(sides[i] for i in code.sides)))
-        return steps
+            found.append((code, paths, _Step(artifact, [self.attributes[path] for path in paths])))
+        return found

@@ -148,8 +148,8 @@ class Network:
         before, now = sorted(map(_described, lost)) or ["none there"], sorted(map(_described, new)) or ["none there"]
         return (
             f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
-            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers or another dtype does "
-            "that. Call it as at first, momentumize a second model for this kind of call, or name the list of layers with regions=[...]"
+            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers or another dtype "
+            "does that. Call it as at first, momentumize a second model for this kind of call, or name its layers with regions=[...]"
         )
 
 

@@ -53,8 +53,8 @@ class _Schedule:
         if (t, steps) not in self.known:
             if self.function is None:
                 raise SettingsError(
-                    f"gamma is a schedule that could not be pickled (a lambda), and a chain of {steps} steps is new to it: give momentumize "
-                    "a function of a module"
+                    f"gamma is a schedule that could not be pickled (a lambda), and a chain of {steps} steps is new to it: give "
+                    "momentumize a function of a module"
                 )
             self.known[t, steps] = self.function(t, steps)
         return self.known[t, steps]
