@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -108,6 +108,9 @@ class CompiledRegion(ChainRegion):
         for code, paths, step in self._steps:
             steps.append((step.bound([inputs[path] for path in paths], sizes), tuple(sides[i] for i in code.sides)))
         return steps
+
+    def dtypes(self, step: nn.Module) -> Iterable[torch.dtype]:
+        return (parameter.dtype for parameter in step._parameters.values() if parameter is not None)  # has no modules inside
 
     @cached_property
     def _steps(self) -> list[tuple[StepCode, list[str], _Step]]:

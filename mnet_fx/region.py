@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -159,6 +160,10 @@ class ChainRegion(nn.Module):
         """Each step as a module `(x, *sides) -> (y, *extras)` that owns the tensors of this moment, and its side inputs."""
         raise NotImplementedError
 
+    def dtypes(self, step: nn.Module) -> Iterable[torch.dtype]:
+        """Those of the parameters of a step."""
+        return (parameter.dtype for parameter in step.parameters())
+
     @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *sides: Any) -> Any:
         if isinstance(x, fx.Proxy):  # torch.fx traces the module that it is part of: a region is one call there
@@ -170,7 +175,7 @@ class ChainRegion(nn.Module):
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         v0 = None if self.velocity is None else checked_velocity(self.name, self.velocity(x), x)
-        widest = {p.dtype for step, _ in steps for p in step.parameters() if p.is_floating_point()}
+        widest = {dtype for step, _ in steps for dtype in self.dtypes(step) if dtype.is_floating_point}
         widest |= set() if self.held is None else {self.held}
         tape = start_tape(self.name, x, v0, self.factors, backward, self.on_drift, widest, self.arithmetic)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
