@@ -12,6 +12,7 @@ program on stand-ins of the same kind, without running it, and plain Python then
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import logging
@@ -282,10 +283,18 @@ class CapturedForward:
         close(self.owner)
         return self.settings.velocity
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedForward:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
         if callable(self.settings.gamma) and not self.network.reports:
             for region in self.previewed.report.regions:  # a schedule that cannot be pickled remembers what it gave
                 self.settings.gammas(region.steps)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

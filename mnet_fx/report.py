@@ -133,7 +133,8 @@ class Pending(Report):
         """A field that is not there yet."""
         if name not in Report.__dataclass_fields__ or "_work" not in self.__dict__:
             raise AttributeError(name)
-        self.__dict__.update(vars(self.__dict__.pop("_work")()))
+        self.__dict__.update(vars(self.__dict__["_work"]()))  # that may fail, and then fails at the next look too
+        self.__dict__.pop("_work", None)
         return self.__dict__[name]
 
 
