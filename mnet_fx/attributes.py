@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from operator import is_
 from types import FunctionType, NoneType
 from typing import Any
@@ -55,6 +56,10 @@ class Attributes:
             if inside := [value for value in _values(container) if type(value) in _CONTAINERS]:
                 self._note(inside)
 
+    def generators(self) -> list[torch.Generator]:
+        """Those among the attributes."""
+        return [value for _, then in self.dicts for value in then.values() if type(value) is torch.Generator]
+
     def let_go(self) -> None:
         """After the first run: gives up what would keep a graph alive."""
         self.noted = [pair for pair in self.noted if not any(map(_historic, pair))]
@@ -69,13 +74,22 @@ class Attributes:
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Sets the attributes to what they were, and at the end to what they are now, whatever the rerun did to them."""
-        now = Attributes(self.modules)
-        now._note([container for container, _ in self.noted] + self.empty)
+        now = self if self._holds() else self._now()
         self._restore()
         try:
             yield
         finally:
             now._restore()
+
+    def _holds(self) -> bool:
+        """Whether all is as it was."""
+        return not any(self.empty) and all(starmap(_same, self.dicts)) and all(starmap(_same, self.noted))
+
+    def _now(self) -> Attributes:
+        """A note of all that a rerun may find and change: what there is now, and what there was."""
+        now = Attributes(self.modules)
+        now._note([container for container, _ in self.noted] + self.empty)
+        return now
 
     def _restore(self) -> None:
         for live, then in self.dicts:
@@ -102,9 +116,9 @@ def _historic(value: Any) -> bool:
 def _same(container: Any, copy: Any) -> bool:
     if len(container) != len(copy):
         return False
-    if isinstance(container, set):
-        return container == copy
-    return all(map(is_, container, copy)) and (not isinstance(container, dict) or all(map(is_, container.values(), copy.values())))
+    if isinstance(container, dict):
+        return all(map(is_, container.values(), copy.values())) and all(map(is_, container, copy))
+    return container == copy if isinstance(container, set) else all(map(is_, container, copy))
 
 
 def _set(live: dict[str, Any], then: dict[str, Any]) -> None:

@@ -39,9 +39,9 @@ class InversionError(MnetError, RuntimeError):
             f"{region}, step {step}: {what} differs{size} between the forward pass and its recomputation in the backward pass. "
             "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
-            "(optimizer.step(), .data, load_state_dict); train() or eval() called in between; a random generator or Python state of "
-            "the step's own; a cache that the step appends to (use_cache=False); another matmul precision or number of threads. Make the "
-            "step repeatable, or use backward='stored'."
+            "(optimizer.step(), .data, load_state_dict); state that is no attribute of the step's modules (Python's random, a global "
+            "variable, what an object holds, a cache that the step appends to: use_cache=False). Make the step repeatable, or use "
+            "backward='stored'."
         )
 
     def __reduce__(self) -> tuple:

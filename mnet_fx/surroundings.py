@@ -54,6 +54,9 @@ _PAIRS = (
 """Getters in torch._C, with "get" left out; the setters have the same names. The last two move values of `_precisions`."""
 
 
+_DEVICES: list[str] = _C._autocast_supported_devices()
+
+
 @dataclass(frozen=True)
 class Switch:
     """One setting of torch's: its value now, and how to set it."""
@@ -160,22 +163,19 @@ def _precision(backend: str, op: str) -> Switch:
     return Switch(f"fp32_precision of {backend} {op}", get, set_)
 
 
-def _autocast() -> Iterator[Switch]:
-    """Of every device."""
-    yield Switch("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
-    for device in _C._autocast_supported_devices():
-        yield _autocast_of(device)
+def _autocast() -> list[Any]:
+    """Of every device, whether it is on, and its dtype; and whether casts are kept."""
+    states: list[Any] = [torch.is_autocast_cache_enabled()]
+    for device in _DEVICES:
+        states += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return states
 
 
-def _autocast_of(device: str) -> Switch:
-    def get() -> tuple[bool, torch.dtype]:
-        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-    def set_(value: tuple[bool, torch.dtype]) -> None:
-        torch.set_autocast_enabled(device, value[0])
-        torch.set_autocast_dtype(device, value[1])
-
-    return Switch(f"autocast on {device}", get, set_)
+def _set_autocast(states: list[Any]) -> None:
+    torch.set_autocast_cache_enabled(states[0])
+    for device, enabled, dtype in zip(_DEVICES, states[1::2], states[2::2], strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
 
 
 def _modes() -> tuple[Any, ...]:
@@ -213,7 +213,7 @@ SWITCHES: tuple[Switch, ...] = (
     *_pairs(),
     *_attention(),
     *_precisions(),
-    *_autocast(),
+    Switch("autocast", _autocast, _set_autocast),
     Switch("fast path of nn.MultiheadAttention", mha.get_fastpath_enabled, mha.set_fastpath_enabled),
     Switch("tunable operations", _C._cuda_tunableop_is_enabled, _C._cuda_tunableop_enable),
     *_einsum(),

@@ -737,7 +737,7 @@ class Noisy(nn.Module):
 
 
 NOISES = ["python", "generator", "counter"]
-CAUSES = ["nondeterministic", "optimizer.step()", "train() or eval()", "random generator", "backward='stored'", "momentum_region_0"]
+CAUSES = ["nondeterministic", "optimizer.step()", "global variable", "use_cache=False", "backward='stored'", "momentum_region_0"]
 
 
 def noisy(kind, gamma=0.9, **options):

@@ -10,7 +10,7 @@ from torch.utils._device import DeviceContext
 
 from mnet_fx.fixed_point import State
 from mnet_fx.steps import Chain
-from mnet_fx.surroundings import SWITCHES, surrounded, surroundings
+from mnet_fx.surroundings import _DEVICES, SWITCHES, surrounded, surroundings
 
 
 class Doubling(TorchFunctionMode):
@@ -32,6 +32,7 @@ OTHERS = {
     "cublas_allow_bf16_reduced_precision_reduction": (False, False),
     "sdp_priority_order": [2, 1, 0, 3, 4],
     "float32_matmul_precision": "medium",
+    "autocast": [False, *[True, torch.float16, False, torch.bfloat16] * (len(_DEVICES) // 2)],
     "__torch_function__": torch._C._TorchFunctionState.SUBCLASSES_DISABLED,
     "strategy of opt_einsum": "greedy",
 }
@@ -48,8 +49,6 @@ def other(switch):
     now = switch.get()
     if switch.name.startswith("fp32_precision"):
         return "ieee"
-    if switch.name.startswith("autocast on"):
-        return (not now[0], torch.bfloat16 if now[1] == torch.float16 else torch.float16)
     return (not now) if isinstance(now, bool) and switch.name not in OTHERS else OTHERS[switch.name]
 
 
@@ -98,7 +97,6 @@ def test_the_list_is_complete():
     about_kernels -= {"deterministic_algorithms", "cublas_allow_tf32"}  # under another name; the same as float32_matmul_precision
     about_kernels -= {name for name in about_kernels if "tunableop" in name}  # what is tuned and how; not whether
     assert not about_kernels - {switch.name for switch in SWITCHES}
-    assert {f"autocast on {device}" for device in torch._C._autocast_supported_devices()} < {switch.name for switch in SWITCHES}
     backends = {name for name in dir(torch._C) if name.startswith("_set_sdp_use_")}
     assert {name.removeprefix("_set_") for name in backends} < {switch.name for switch in SWITCHES}
 
