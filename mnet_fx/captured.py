@@ -37,6 +37,7 @@ from .doors import close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
 from .network import Graph, Network
 from .previewed import Previewed, previewed
+from .region import ChainRegion
 from .replay import exported, transformed
 from .report import REPORT, Report
 from .settings import Settings
@@ -144,6 +145,7 @@ class CapturedForward:
 
     def _prepare(self) -> None:
         self.calls = threading.local()
+        self.regions: list[ChainRegion] = []  # of all graphs
         self.compiled = self._compiled(self.inner)
         self.plain = self.compiled if self.inner == "eager" else self._compiled("eager")
         install(self.inside, self)
@@ -295,7 +297,7 @@ class CapturedForward:
         return self._state()
 
     def _state(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed", "regions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state

@@ -13,6 +13,7 @@ from passes import Refusal, owner_stack
 
 from .compile_backend import Backend, Found, Inner
 from .network import Graph, graph_of
+from .region import ChainRegion
 from .report import Report
 from .settings import Settings
 
@@ -24,6 +25,7 @@ class Caller(Protocol):
 
     owner: nn.Module
     settings: Settings
+    regions: list[ChainRegion]
 
     def running(self) -> Any:
         """The call of the model that this thread is in, or None."""
@@ -48,6 +50,7 @@ class Capture(Backend):
             found = self._named(found, sum(len(graph.chains) for graph in call.new) if call is not None else 0)
         graph = self._noted(gm, found, self.report(gm, found), example_inputs)
         run = self.compiled(gm, found, example_inputs)
+        self.forward.regions += getattr(run, "regions", [])
         if call is not None:
             call.new.append(graph)
 

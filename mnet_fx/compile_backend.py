@@ -195,6 +195,7 @@ def _compiled(
     def run(*inputs: Any) -> Any:
         return joined(*inputs)
 
+    run.regions = list(regions.values())  # type: ignore[attr-defined]
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
         setattr(run, name, getattr(gm, name))
     return run
