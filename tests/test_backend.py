@@ -378,18 +378,45 @@ def under_autocast(self, x):
         return self.chain(x)
 
 
-def checkpointed(self, x):
-    return torch.utils.checkpoint.checkpoint(self.chain, x, use_reentrant=False)
-
-
-@pytest.mark.parametrize("forward", [under_autocast, checkpointed])
-def test_chains_hidden_in_a_context_are_reported(forward):
-    function, model = compiled(Odd(forward), inner="eager")
+def test_chains_hidden_in_a_context_are_reported():
+    function, model = compiled(Odd(under_autocast), inner="eager")
     step(function, model, torch.ones(5, 6))
     (report,) = mnet_fx.reports()
     assert (report.rewritten_adds, report.residual_adds) == (0, 3)
     (refusal,) = report.refusals
     assert (refusal.code, refusal.explanation[:15]) == ("lost_context", "3 residual adds")
+
+
+def around(self, x):
+    return torch.utils.checkpoint.checkpoint(self.chain, x, use_reentrant=False)
+
+
+def each(self, x):
+    for layer in self.layers:
+        x = torch.utils.checkpoint.checkpoint(lambda x, layer=layer: x + torch.tanh(layer(x)), x, use_reentrant=False)
+    return x
+
+
+def branches(self, x):
+    for layer in self.layers:
+        x = x + torch.utils.checkpoint.checkpoint(lambda x, layer=layer: torch.tanh(layer(x)), x, use_reentrant=False)
+    return x
+
+
+def elsewhere(self, x):
+    return torch.utils.checkpoint.checkpoint(torch.sin, self.chain(x).relu(), use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [around, each, branches, elsewhere])
+def test_checkpoints_around_and_in_steps_are_written_out(forward):
+    odd_is_right(forward)
+
+
+def test_a_checkpoint_that_holds_no_step_stays():
+    found = []
+    function, model = compiled(Odd(elsewhere), inner=lambda gm, inputs: found.append(gm.code) or gm.forward)
+    step(function, model, torch.ones(5, 6))
+    assert sum("tag_activation_checkpoint" in code for code in found) == 1
 
 
 def test_a_compiler_is_told_what_sizes_are_made_of():
@@ -669,7 +696,7 @@ def test_under_the_minifier():
     assert mnet_fx.reports()[0].rewritten_adds == 6
 
 
-@pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["traced", "named"])
+@pytest.mark.parametrize("regions", [None, ["blocks"]], ids=["captured", "named"])
 def test_a_rewritten_model_compiles(regions):
     results = []
     for kind in ("reversible", "stored"):
@@ -679,6 +706,10 @@ def test_a_rewritten_model_compiles(regions):
     zoo.assert_identical(*results)
     torch._dynamo.reset()
     again = zoo.rewritten(Net(), regions=regions)
+    if regions is None:  # the graph is this package's own, and has no break
+        expected = again(images())
+        assert torch.equal(torch.compile(again, backend="aot_eager", fullgraph=True)(images()), expected)
+        return
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compile\(model, backend='mnet_fx'\)"):
         torch.compile(again, backend="aot_eager", fullgraph=True)(images())
 
