@@ -3,7 +3,7 @@
 before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
 after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
 
-A tensor that is given a hook is returned by the piece that makes it, and the hook is put on it outside of all pieces: a compiler only sees
+Of a list, as `chunk` makes, a piece returns the tensors. A tensor that is given a hook is returned by the piece that makes it, and the hook is put on it outside of all pieces: a compiler only sees
 the part of its gradient that comes from the same piece.
 """
 
@@ -36,14 +36,19 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
     hooked = {node.args[0] for node in own if is_hook(node)}
     groups: list[list[fx.Node]] = [[]]
     units: list[fx.Node | list[fx.Node]] = []
+    listed: dict[Any, list[fx.Node]] = {}  # values that are lists of tensors, and the group that makes each
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         if node in own:
             units += [groups[-1], node]
             groups.append([])
+        elif node.target is operator.getitem and node.args[0] in listed:
+            listed[node.args[0]].append(node)  # with what made the list, as a compiled part returns tensors
         else:
             groups[-1].append(node)
+            if isinstance(node.meta.get("example_value"), (list, tuple)):
+                listed[node] = groups[-1]
         if node in hooked:
             units.append(groups[-1])
             groups.append([])

@@ -7,6 +7,7 @@ x[t] = source --> every node on a path to the target --> x[t+1] = target
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +15,7 @@ from typing import Literal
 
 import torch.fx as fx
 
-from passes.facts import Facts, owner_keys, owner_path, shape_of
+from passes.facts import Facts, owner_keys, owner_path, recorded, shape_of
 from passes.match import Chain, ResidualSum, is_link
 from passes.ops import OUT_OF_PLACE, operands
 from passes.regions import Form, Granularity, Step
@@ -170,7 +171,8 @@ def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, Re
 
 
 def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> set[fx.Node]:
-    """Side computations whose results only the cone reads; one that writes in place comes in only together with the memory it writes to."""
+    """Side computations whose results only the cone reads. One that writes in place comes in only together with the memory it writes to,
+    and one that takes a tensor from a list with what makes the list, so that the inputs of a step are tensors."""
     blocked: set[fx.Node] = set()
     while True:
         serving: set[fx.Node] = set()
@@ -179,9 +181,14 @@ def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: di
             if private and not (node in cone or node in sums or node in blocked or facts.kinds[node] == "input"):
                 serving.add(node)
         outside = {node for node in serving if any(memory not in serving for memory in facts.writes.get(node, ()))}
+        outside |= {node for node in serving if _takes_from_list(node) and node.args[0] not in serving and node.args[0] not in cone}
         if not outside:
             return serving
         blocked |= outside
+
+
+def _takes_from_list(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(recorded(node.args[0]), (list, tuple))  # type: ignore[arg-type]
 
 
 def dead_ends_of(facts: Facts) -> set[fx.Node]:

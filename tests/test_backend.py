@@ -387,6 +387,23 @@ def test_chains_hidden_in_a_context_are_reported():
     assert (refusal.code, refusal.explanation[:15]) == ("lost_context", "3 residual adds")
 
 
+@pytest.mark.parametrize("cut", ["chunk", "split", "unbind"])
+def test_lists_of_tensors_that_steps_read_are_taken_apart_before(cut):
+    """A compiled part returns tensors, not lists of them."""
+
+    def forward(self, x):
+        wide = torch.cat([torch.sin(x), torch.cos(x), x], -1)
+        if cut == "unbind":
+            parts = wide.unflatten(-1, (3, 6)).unbind(-2)
+        else:
+            parts = wide.chunk(3, -1) if cut == "chunk" else wide.split(6, -1)
+        for layer, part in zip(self.layers, parts, strict=True):
+            x = x + torch.tanh(layer(x) + part)
+        return x
+
+    odd_is_right(forward)
+
+
 def around(self, x):
     return torch.utils.checkpoint.checkpoint(self.chain, x, use_reentrant=False)
 
