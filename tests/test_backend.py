@@ -391,8 +391,8 @@ def test_chains_hidden_in_a_context_are_reported():
 def test_lists_of_tensors_that_steps_read_are_taken_apart_before(cut):
     """A compiled part returns tensors, not lists of them."""
 
-    def forward(self, x):
-        wide = torch.cat([torch.sin(x), torch.cos(x), x], -1)
+    def forward(self, x, y):
+        wide = torch.cat([torch.sin(y), torch.cos(y), y], -1)
         if cut == "unbind":
             parts = wide.unflatten(-1, (3, 6)).unbind(-2)
         else:
@@ -401,7 +401,7 @@ def test_lists_of_tensors_that_steps_read_are_taken_apart_before(cut):
             x = x + torch.tanh(layer(x) + part)
         return x
 
-    odd_is_right(forward)
+    odd_is_right(forward, torch.randn(5, 6))
 
 
 def around(self, x):
