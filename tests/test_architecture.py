@@ -66,10 +66,10 @@ def test_the_lower_layers_do_not_know_the_upper_ones(module, forbidden):
     assert not GRAPH[module] & forbidden
 
 
-def test_only_momentumize_and_the_backend_rewrite():
+def test_only_the_backend_and_graph_modules_rewrite():
     """The files that call both halves: they alone give `passes.rewrite` the module of a region."""
     calls = {path for path in ROOT.glob("mnet_fx/*.py") if "passes.rewrite(" in path.read_text()}
-    assert {path.stem for path in calls} == {"momentumize", "compile_backend", "graph_modules"}
+    assert {path.stem for path in calls} == {"compile_backend", "graph_modules"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
