@@ -177,6 +177,25 @@ def test_what_steps_keep_of_one_pass_does_not_outlive_the_next(kind, how):
     out.sum().backward()
 
 
+@pytest.mark.parametrize("kind", TAPES)
+def test_what_steps_read_of_one_pass_does_not_outlive_the_next(kind):
+    class Reading(Scaled):
+        def forward(self, x):
+            return torch.tanh(self.linear(x)) * self.scale.detach()
+
+    fs, inputs = nn.ModuleList(Reading() for _ in range(3)), []
+    for _ in range(4):
+        x0 = torch.randn(5, D, requires_grad=True)
+        out, _ = chain(kind, fs, factors([0.9] * 3), x0)
+        for f in fs:
+            f.scale = out.mean()  # for the next pass, which does not change it
+        inputs.append(weakref.ref(x0))
+        del x0, out
+    gc.collect()
+    assert [ref() is not None for ref in inputs[:2]] == [False, False]
+    assert inputs[-1]() is not None
+
+
 class Recurrent(nn.Module):
     """Its state, an attribute with a history, goes on from call to call."""
 

@@ -103,6 +103,25 @@ def test_extra_outputs_with_gradients_must_repeat(kind, differs, on_drift):
         assert fs[1].weight.grad.any()
 
 
+class OnlyExtra(nn.Module):
+    """Its value has no gradient, its extra output does, and differs from run to run."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.weight, self.runs = nn.Linear(D, D), nn.Parameter(torch.ones(D)), itertools.count()
+
+    def forward(self, x):
+        return torch.tanh(self.f(x)).detach(), (x * self.weight * (x.detach() + next(self.runs))).square()
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_extra_outputs_must_repeat_also_where_the_value_has_no_gradient(kind):
+    x0, fs = torch.randn(5, D, requires_grad=True), [OnlyExtra() for _ in range(3)]
+    _, _, extras = run_chain(kind("region", State(x0.detach()), factors([0.9] * 3)), x0, None, [(f, ()) for f in fs])
+    with pytest.raises(InversionError, match="what step 1 gives besides the stream"):
+        extras[1].sum().backward()
+
+
 @pytest.mark.parametrize("kind", TAPES)
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(D)], ids=["", "buffers"])
 def test_lists_and_dictionaries_among_the_side_inputs_hold_what_they_held(kind, norm):
