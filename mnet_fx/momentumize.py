@@ -119,7 +119,7 @@ def momentumize(
 def _show(net: nn.Module, found: Report) -> None:
     """Makes a report that of a model."""
     net.__dict__[REPORT] = found
-    if not hasattr(net, "report"):
+    if not hasattr(net, "report") or isinstance(net.__dict__.get("report"), Report):
         net.__dict__["report"] = found
 
 

@@ -393,10 +393,12 @@ def test_lists_of_tensors_that_steps_read_are_taken_apart_before(cut):
 
     def forward(self, x, y):
         wide = torch.cat([torch.sin(y), torch.cos(y), y], -1)
-        if cut == "unbind":
-            parts = wide.unflatten(-1, (3, 6)).unbind(-2)
-        else:
-            parts = wide.chunk(3, -1) if cut == "chunk" else wide.split(6, -1)
+        cuts = {
+            "unbind": lambda: wide.unflatten(-1, (3, 6)).unbind(-2),
+            "chunk": lambda: wide.chunk(3, -1),
+            "split": lambda: wide.split(6, -1),
+        }
+        parts = cuts[cut]()
         for layer, part in zip(self.layers, parts, strict=True):
             x = x + torch.tanh(layer(x) + part)
         return x
