@@ -3,8 +3,8 @@
 before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
 after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
 
-Of a list of tensors, as `chunk` makes, a piece returns the tensors. A tensor that is given a hook is returned by the piece that makes it, and
-the hook is put on it outside of all pieces: a compiler only sees the part of its gradient that comes from the same piece.
+Of a list of tensors, as `chunk` makes, a piece returns the tensors. A tensor that is given a hook is returned by the piece that makes
+it, and the hook is put on it outside of all pieces: a compiler only sees the part of its gradient that comes from the same piece.
 """
 
 from __future__ import annotations
