@@ -2,104 +2,28 @@
 
 A compiler that sees the forward and the recomputation of a step together fuses them differently, and the bits differ. So the residual
 function of a step is compiled by itself, as `x -> f(x)` with nothing else in sight, and the tape calls that same artifact in both passes.
-Steps that differ in their parameters alone share it, so the time to compile does not grow with depth.
+Steps that differ in their parameters alone share it, so the time to compile does not grow with depth. A step with regions in it is made of
+these, which let autograd store what it needs, and of pieces between them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+import passes
 from passes import StepCode
 
-from .region import expanded, sum_dtype
+from .compiler import Compiler
+from .filling import FakeRun, Filler
+from .region import ChainRegion, expanded, sum_dtype
 
-__all__ = ["Artifact", "Artifacts", "Compile", "Compiler", "fake_output"]
-
-_BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
-
-Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
-
-
-class Compiler:
-    """An inner compiler, called on parts of one Dynamo graph.
-
-    Args:
-        inner: `inner(graph_module, example_inputs) -> callable` that returns a tuple, as `torch.compile` takes it.
-        fake_mode: the fake tensor mode of the graph, None where it has no tensors.
-    """
-
-    def __init__(self, inner: Compile, fake_mode: FakeTensorMode | None) -> None:
-        self.inner, self.fake_mode = inner, fake_mode
-
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a part, of which Dynamo's own tracing context knows nothing.
-
-        AOTAutograd must not recompute in it, whatever budget of memory the user gave: it would draw other random numbers for dropout
-        (pytorch #190717, #190758), so the gradient would be wrong. The division into forward and backward is made here, also where the
-        backward is compiled later.
-        """
-        _forget_budgets(gm)
-        all_kept = functorch_config.patch(activation_memory_budget=1.0)
-        for node in gm.graph.nodes:
-            if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
-                node._dynamo_source = None
-        # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
-        # which then knows whether retain_graph forbids it to overwrite what the forward saved.
-        now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
-        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
-        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _only_own_floats(inputs, self.fake_mode):
-            return self.inner(gm, list(inputs))
-
-
-def _forget_budgets(gm: fx.GraphModule) -> None:
-    """Takes budgets of memory off the nodes, by either of the ways to mark them, as these win over the setting."""
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            node.meta.pop("memory_budget", None)
-            if _BUDGET in (custom := node.meta.get("custom") or {}):
-                node.meta["custom"] = {key: value for key, value in custom.items() if key != _BUDGET}
-
-
-@contextlib.contextmanager
-def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> Iterator[None]:
-    """Keeps AOTAutograd's hands off the floats that are no inputs of a part.
-
-    Of a float that may vary, which Dynamo hands over as a 0-d tensor, it makes a constant where the graph at hand has no use for it, and
-    so every other value of it would be compiled for anew. Names in this set it takes to be done with.
-    """
-    memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
-    own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
-    shape_env = None if fake_mode is None else fake_mode.shape_env
-    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"  # since torch 2.11; before
-    known = getattr(shape_env, name, ())  # () without sizes that vary
-    others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
-    others -= TensorifyState.force_specializations
-    TensorifyState.force_specializations |= others
-    try:
-        yield
-    finally:
-        TensorifyState.force_specializations -= others
-
-
-def fake_output(gm: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> Any:
-    """What a part returns for fake inputs, as fake tensors with the strides and the need for gradients that it will have."""
-    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
-    hidden = saved_tensors_hooks(lambda t: t, lambda t: t)  # from a checkpoint around the call that is being compiled, which counts
-    with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
-        return gm(*inputs)
+__all__ = ["Artifact", "Artifacts"]
 
 
 class Artifact:
@@ -108,10 +32,11 @@ class Artifact:
     Attributes:
         run: `run(x, *sides, *attributes, *sizes) -> (y, *extras)` with y = f(x) in the shape of x.
         needs_grad: for each input whether it was compiled to give a gradient.
+        has_regions: whether there are regions within the step.
     """
 
-    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...]) -> None:
-        self.run, self.needs_grad = run, needs_grad
+    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool) -> None:
+        self.run, self.needs_grad, self.has_regions = run, needs_grad, has_regions
 
 
 class Artifacts:
@@ -119,7 +44,7 @@ class Artifacts:
 
     Args:
         compiler: compiles them.
-        statics: what bodies read that is no input of the graph: constants, and the bodies of higher-order operations.
+        statics: what bodies read that is no input of the graph: constants, the bodies of higher-order operations, regions within steps.
     """
 
     def __init__(self, compiler: Compiler, statics: Callable[[str], Any]) -> None:
@@ -131,27 +56,60 @@ class Artifacts:
 
         The attributes of the step that are no inputs of the graph are left out; sizes are those of the whole graph.
         """
-        fixed = {f"a{i}": self.statics(path) for i, path in enumerate(code.attributes) if self.statics(path) is not None}
-        modules = {f"m{i}": self.statics(path) for i, path in enumerate(code.modules)}
-        key = (id(code.body), code.form, code.written, tuple(map(_form, inputs)), _contents(fixed | modules))
+        key = (self._structure(code), tuple(map(_form, inputs)))
         if key not in self.known:
-            self.known[key] = self._made(code, inputs, fixed | modules)
+            self.known[key] = self._made(code, inputs, self._fixed(code))
         artifact, body, outputs = self.known[key]
-        if len(outputs) > 1 and self.compiler.fake_mode is not None:
+        if len(outputs) > 1:
             # Were the extras of two steps one fake tensor, what reads them would be compiled as if they were one tensor.
-            outputs = tuple(fake_output(body, inputs, self.compiler.fake_mode))
+            outputs = tuple(FakeRun(body, self.compiler, self.fill).run(*inputs))
         return artifact, outputs
+
+    def fill(self, region: Any, args: tuple[Any, ...]) -> Any:
+        """Compiles the steps of a region for fake arguments, returns fake outputs."""
+        return region.compile(self, args[0], args[1:], self.compiler.fake_mode)
+
+    def _fixed(self, code: StepCode) -> dict[str, Any]:
+        """What a body reads that is no input of the graph, by its name in the body."""
+        attributes = {f"a{i}": self.statics(path) for i, path in enumerate(code.attributes) if self.statics(path) is not None}
+        return attributes | {f"m{i}": self.statics(path) for i, path in enumerate(code.modules)}
+
+    def _structure(self, code: StepCode) -> Hashable:
+        """Equal for steps that differ in their inputs alone."""
+        fixed = tuple((name, self._content(value)) for name, value in sorted(self._fixed(code).items()))
+        return id(code.body), code.form, code.written, fixed
+
+    def _content(self, value: Any) -> Hashable:
+        """Equal for graph modules of equal code over equal attributes, for regions of equal steps, and for the same object."""
+        if isinstance(value, ChainRegion):
+            region: Any = value
+            places = {path: i for i, path in enumerate(region.reads)}
+            steps = ((self._structure(step), step.sides, tuple(places.get(path) for path in step.attributes)) for step in region.bodies)
+            return region.factors, region.escapes, *steps
+        if not isinstance(value, fx.GraphModule):
+            return id(value)
+        names = dict.fromkeys(str(node.target) for node in value.graph.nodes if node.op in ("get_attr", "call_module"))
+        return value.code, tuple(self._content(getattr(value, name)) for name in names)
 
     def _made(self, code: StepCode, inputs: Sequence[Any], fixed: dict[str, Any]) -> tuple[Artifact, fx.GraphModule, tuple[Any, ...]]:
         fake_mode = self.compiler.fake_mode
         assert fake_mode is not None
         body = fx.GraphModule(fixed, _with_inputs(code, fixed, len(inputs)))
-        y, *_ = fake_output(body, inputs, fake_mode)
+        y, *_ = FakeRun(body, self.compiler, self.fill).run(*inputs)
         with fake_mode, enable_python_dispatcher():
             _finish(body, code, inputs[0], y)
-        outputs = fake_output(body, inputs, fake_mode)
+        outputs = FakeRun(body, self.compiler, self.fill).run(*inputs)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-        return Artifact(self.compiler(_copied(body), inputs), needs_grad), body, tuple(outputs)
+        regions = [name for name, module in fixed.items() if isinstance(module, ChainRegion)]
+        run = self._around(regions, body, inputs) if regions else self.compiler(_copied(body), inputs)
+        return Artifact(run, needs_grad, bool(regions)), body, tuple(outputs)
+
+    def _around(self, regions: list[str], body: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The body compiled around its regions."""
+        sizes = [node.name for node in body.graph.nodes if node.op == "placeholder" and node.name.startswith("size")]
+        joined = passes.pieces(body, regions, sizes)
+        Filler(joined, self.compiler, self.fill).run(*inputs)
+        return joined
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -162,7 +120,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _with_inputs(code: StepCode, fixed: dict[str, Any], number: int) -> fx.Graph:
-    """The body as a graph of that number of inputs: (x, *sides, *attributes, and more that it does not read)."""
+    """The body as a graph of that number of inputs: (x, *sides, *attributes, *sizes), the last of which only regions within it read."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in code.body.nodes:
@@ -171,11 +129,12 @@ def _with_inputs(code: StepCode, fixed: dict[str, Any], number: int) -> fx.Graph
     for node in code.body.nodes:
         if node.op == "get_attr" and node.target not in fixed:
             values[node] = graph.placeholder(str(node.target))
-    for i in range(number - len(values)):
-        graph.placeholder(f"size{i}")
+    sizes = [graph.placeholder(f"size{i}") for i in range(number - len(values))]
     for node in code.body.nodes:
         if node not in values:
             values[node] = graph.node_copy(node, values.__getitem__)
+        if node.op == "call_module" and isinstance(fixed[str(node.target)], ChainRegion):
+            values[node].args = (*values[node].args, *sizes)
     return graph
 
 
@@ -205,15 +164,3 @@ def _form(value: Any) -> Hashable:
     parameter = isinstance(value, nn.Parameter)
     strided = (str(tuple(value.stride())), str(value.storage_offset())) if value.layout is torch.strided else ()
     return str(tuple(value.shape)), strided, value.dtype, value.device, value.requires_grad, parameter, type(value)
-
-
-def _contents(fixed: dict[str, Any]) -> Hashable:
-    """Equal for graph modules of equal code over equal attributes, and for the same object."""
-    return tuple((name, _content(value)) for name, value in sorted(fixed.items()))
-
-
-def _content(value: Any) -> Hashable:
-    if not isinstance(value, fx.GraphModule):
-        return id(value)
-    names = dict.fromkeys(str(node.target) for node in value.graph.nodes if node.op in ("get_attr", "call_module"))
-    return value.code, tuple(_content(getattr(value, name)) for name in names)

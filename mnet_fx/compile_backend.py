@@ -23,11 +23,13 @@ from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
 from torch._guards import CompileContext
 
 import passes
-from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, is_hook
+from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
 
-from .artifacts import Artifacts, Compile, Compiler, fake_output
-from .compiled_region import CompiledRegion
+from .artifacts import Artifacts
+from .compiled_region import CompiledRegion, Reading
+from .compiler import Compile, Compiler
 from .errors import MnetError, MnetWarning, SettingsError
+from .filling import Filler
 from .fused import FUSED, fusing
 from .loops import Kernels
 from .report import CapturedPart, Report, graph_report
@@ -169,28 +171,36 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     except LostContextError as error:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
     passes.level_layouts(unlifted.graph_module)
-    return Found(unlifted, passes.plan(unlifted.graph_module, granularity=settings.granularity, min_steps=settings.min_steps))
+    return Found(unlifted, passes.plan(unlifted.graph_module, **_how(settings)))
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    return {"granularity": settings.granularity, "min_steps": settings.min_steps, "nested": True}
 
 
 def _compiled(
     gm: fx.GraphModule, found: Found, example_inputs: list[Any], settings: Settings, inner: Compile, arithmetic: Kernels | None
 ) -> Callable[..., Any]:
     """The graph with regions, and everything else compiled."""
+    unlifted = found.unlifted
     regions: dict[str, CompiledRegion] = {}
+    reading = Reading(regions)
 
     def build_region(code: RegionCode) -> nn.Module:
-        regions[code.region.name] = CompiledRegion(code, settings, arithmetic, found.unlifted.attributes)
+        regions[code.region.name] = CompiledRegion(reading.of(code), settings, arithmetic, unlifted.attributes)
         return regions[code.region.name]
 
-    rewritten = passes.rewrite(found.unlifted.graph_module, found.plan, build_region).graph_module
-    lifted = passes.lift(rewritten, found.unlifted, {name: region.reads for name, region in regions.items()})
-    joined = passes.pieces(lifted, regions, found.unlifted.sizes)
+    def static(path: str) -> Any:
+        return regions[path] if path in regions else None if path in unlifted.attributes else getattr(unlifted.graph_module, path)
+
+    rewritten = passes.rewrite(unlifted.graph_module, found.plan, build_region).graph_module
+    lifted = passes.lift(rewritten, unlifted, {name: region.reads for name, region in regions.items()})
+    joined = passes.pieces(lifted, regions, unlifted.sizes)
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None  # Dynamo's
     inputs = [to_fake_tensor(value, fake_mode) if isinstance(value, Tensor) else value for value in example_inputs]
     compiler = Compiler(inner, fake_mode)
-    artifacts = Artifacts(compiler, lambda path: None if path in found.unlifted.attributes else getattr(found.unlifted.graph_module, path))
-    _Filler(joined, compiler, artifacts).run(*inputs)
+    Filler(joined, compiler, Artifacts(compiler, static).fill).run(*inputs)
 
     def run(*inputs: Any) -> Any:
         return joined(*inputs)
@@ -199,38 +209,6 @@ def _compiled(
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
         setattr(run, name, getattr(gm, name))
     return run
-
-
-class _Filler(fx.Interpreter):
-    """Goes through the graph of pieces on fake tensors, and puts the compiled form in place of each."""
-
-    def __init__(self, joined: fx.GraphModule, compiler: Compiler, artifacts: Artifacts) -> None:
-        super().__init__(joined)
-        self.compiler, self.artifacts = compiler, artifacts
-
-    def run_node(self, n: fx.Node) -> Any:
-        return self.fetch_args_kwargs_from_env(n)[0][0] if is_hook(n) else super().run_node(n)  # no hooks on fake tensors
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = getattr(self.module, target)
-        assert self.compiler.fake_mode is not None
-        if isinstance(module, CompiledRegion):
-            return module.compile(self.artifacts, args[0], args[1:], self.compiler.fake_mode)
-        result = fake_output(module, args, self.compiler.fake_mode)
-        if any(isinstance(value, Tensor) for value in (*args, *result)):
-            setattr(self.module, target, _Piece(self.compiler(module, args)))
-        return result
-
-
-class _Piece(nn.Module):
-    """A compiled function as a module."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self._run = run
-
-    def forward(self, *args: Any) -> Any:
-        return self._run(*args)
 
 
 def _is_bucket(gm: fx.GraphModule) -> bool:
@@ -275,7 +253,7 @@ def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> R
 def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusal]]:
     """How many adds could be rewritten that are inside of blocks under a context, or of bodies of higher-order operations; and refusals."""
     bodies = {name: body for name, body in gm.named_modules() if name and isinstance(body, fx.GraphModule)}
-    plans = {name: passes.plan(body, granularity=settings.granularity, min_steps=settings.min_steps) for name, body in bodies.items()}
+    plans = {name: passes.plan(body, **_how(settings)) for name, body in bodies.items()}
     hidden = {name: len(plan.rewritten_adds) for name, plan in plans.items() if plan.regions}
     found = "inside of a block under torch.autocast or torch.no_grad, or of the body of a torch.utils.checkpoint or the like"
     refusals = [

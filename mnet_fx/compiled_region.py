@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +21,55 @@ from .loops import Kernels
 from .region import ChainRegion
 from .settings import Settings
 
-__all__ = ["CompiledRegion"]
+__all__ = ["CompiledRegion", "Reading"]
+
+
+class Reading:
+    """Has steps read what the regions within them read.
+
+        body(x):  y = self.a0 * x;  return (self.m0(y),)               m0 is a region, whose steps read self.fc.weight
+        becomes:  y = self.a0 * x;  return (self.m0(y, self.a1),)      with a1 = fc.weight an attribute of the step
+
+    So these are inputs of the step, which a rerun pins and proves as any other. Steps that shared a body still do.
+
+    Args:
+        regions: those made so far, by name.
+    """
+
+    def __init__(self, regions: Mapping[str, CompiledRegion]) -> None:
+        self.regions = regions
+        self.bodies: dict[Hashable, tuple[fx.Graph, fx.Graph]] = {}  # the old one with the new one, as an id is only its own while it lives
+
+    def of(self, code: RegionCode) -> RegionCode:
+        return dataclasses.replace(code, steps=tuple(map(self._step, code.steps)))
+
+    def _step(self, code: StepCode) -> StepCode:
+        inner = {f"m{i}": self.regions[path].reads for i, path in enumerate(code.modules) if path in self.regions}
+        if not inner:
+            return code
+        attributes = tuple(dict.fromkeys((*code.attributes, *(path for reads in inner.values() for path in reads))))
+        places = {name: tuple(map(attributes.index, reads)) for name, reads in inner.items()}
+        key = (id(code.body), tuple(places.items()))
+        if key not in self.bodies:
+            self.bodies[key] = code.body, _given(code.body, places)
+        return dataclasses.replace(code, body=self.bodies[key][1], attributes=attributes)
+
+
+def _given(body: fx.Graph, places: Mapping[str, tuple[int, ...]]) -> fx.Graph:
+    """A body in which the calls of some modules are given attributes, by their numbers, as further arguments."""
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    reads: dict[str, fx.Node] = {}
+    for node in body.nodes:
+        if node.op == "call_module" and node.target in places:
+            names = [f"a{i}" for i in places[str(node.target)]]
+            reads |= {name: graph.create_node("get_attr", name) for name in dict.fromkeys(names) if name not in reads}
+            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].args += tuple(reads[name] for name in names)
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+        if node.op == "get_attr":
+            reads[str(node.target)] = values[node]
+    return graph
 
 
 class _Step(nn.Module):
@@ -28,10 +78,12 @@ class _Step(nn.Module):
     Args:
         artifact: of the step.
         names: paths in the model of the parameters and buffers.
+        velocity: the module that regions within the step begin with, or None.
     """
 
-    def __init__(self, artifact: Artifact, names: list[str]) -> None:
+    def __init__(self, artifact: Artifact, names: list[str], velocity: nn.Module | None) -> None:
         super().__init__()
+        self.velocity = velocity
         self._artifact, self._names = artifact, names
         self._sizes: tuple[int, ...] = ()
         self._places: list[tuple[str, bool]] = []
@@ -47,7 +99,8 @@ class _Step(nn.Module):
 
     def path_of(self, name: str) -> str:
         """Path in the model of a parameter or buffer of this step."""
-        return self._names[int(name[1:])]
+        kind, _, rest = name.partition(".")
+        return f"initial_velocity.{rest}" if rest else self._names[int(kind[1:])]
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         own = [(self._parameters if parameter else self._buffers)[name] for name, parameter in self._places]
@@ -68,6 +121,8 @@ class CompiledRegion(ChainRegion):
 
     def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None, attributes: Mapping[str, str]) -> None:
         super().__init__(code, settings, arithmetic)
+        if code.region.within:
+            self.backward = "stored"  # the step around it is run again as a whole
         self.attributes = attributes
         self.bodies = code.steps
         self.sides = len(code.region.sides)
@@ -85,6 +140,7 @@ class CompiledRegion(ChainRegion):
     def compile(self, artifacts: Artifacts, x: Tensor, sides: tuple[Any, ...], fake_mode: FakeTensorMode) -> Any:
         """Compiles the steps for fake inputs, once; returns fake outputs."""
         inputs, sizes = self._split(sides)
+        self.artifacts = []
         with fake_mode, enable_python_dispatcher():
             moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
             needs_grad = torch.is_grad_enabled() and (x.requires_grad or moving)
@@ -110,7 +166,7 @@ class CompiledRegion(ChainRegion):
         return steps
 
     def dtypes(self, step: nn.Module) -> Iterable[torch.dtype]:
-        return (parameter.dtype for parameter in step._parameters.values() if parameter is not None)  # has no modules inside
+        return (parameter.dtype for parameter in step._parameters.values() if parameter is not None)  # but for v[0], it has none inside
 
     @cached_property
     def _steps(self) -> list[tuple[StepCode, list[str], _Step]]:
@@ -118,5 +174,6 @@ class CompiledRegion(ChainRegion):
         found = []
         for code, artifact in zip(self.code, self.artifacts, strict=True):
             paths = self._own(code)
-            found.append((code, paths, _Step(artifact, [self.attributes[path] for path in paths])))
+            velocity = self.velocity if artifact.has_regions else None
+            found.append((code, paths, _Step(artifact, [self.attributes[path] for path in paths], velocity)))
         return found

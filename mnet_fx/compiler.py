@@ -1,0 +1,93 @@
+"""An inner compiler of `torch.compile`, called on parts of one graph of Dynamo."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+__all__ = ["Compile", "Compiler", "faking"]
+
+_BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
+
+Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+class Compiler:
+    """An inner compiler, called on parts of one Dynamo graph.
+
+    Args:
+        inner: `inner(graph_module, example_inputs) -> callable` that returns a tuple, as `torch.compile` takes it.
+        fake_mode: the fake tensor mode of the graph, None where it has no tensors.
+    """
+
+    def __init__(self, inner: Compile, fake_mode: FakeTensorMode | None) -> None:
+        self.inner, self.fake_mode = inner, fake_mode
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compiles a part, of which Dynamo's own tracing context knows nothing.
+
+        AOTAutograd must not recompute in it, whatever budget of memory the user gave: it would draw other random numbers for dropout
+        (pytorch #190717, #190758), so the gradient would be wrong. The division into forward and backward is made here, also where the
+        backward is compiled later.
+        """
+        _forget_budgets(gm)
+        all_kept = functorch_config.patch(activation_memory_budget=1.0)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+                node._dynamo_source = None
+        # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
+        # which then knows whether retain_graph forbids it to overwrite what the forward saved.
+        now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
+        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
+        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _only_own_floats(inputs, self.fake_mode):
+            return self.inner(gm, list(inputs))
+
+
+def _forget_budgets(gm: fx.GraphModule) -> None:
+    """Takes budgets of memory off the nodes, by either of the ways to mark them, as these win over the setting."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("memory_budget", None)
+            if _BUDGET in (custom := node.meta.get("custom") or {}):
+                node.meta["custom"] = {key: value for key, value in custom.items() if key != _BUDGET}
+
+
+@contextlib.contextmanager
+def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    """Keeps AOTAutograd's hands off the floats that are no inputs of a part.
+
+    Of a float that may vary, which Dynamo hands over as a 0-d tensor, it makes a constant where the graph at hand has no use for it, and
+    so every other value of it would be compiled for anew. Names in this set it takes to be done with.
+    """
+    memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
+    own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"  # since torch 2.11; before
+    known = getattr(shape_env, name, ())  # () without sizes that vary
+    others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
+    others -= TensorifyState.force_specializations
+    TensorifyState.force_specializations |= others
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations -= others
+
+
+@contextlib.contextmanager
+def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Where operations on fake tensors give fake tensors with the strides and the need for gradients that the true ones will have."""
+    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
+    hidden = saved_tensors_hooks(lambda t: t, lambda t: t)  # from a checkpoint around the call that is being compiled, which counts
+    with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
+        yield
