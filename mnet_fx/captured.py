@@ -13,6 +13,7 @@ program on stand-ins of the same kind, without running it, and plain Python then
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import itertools
 import logging
@@ -56,6 +57,7 @@ _CONFIG: dict[str, Any] = {
     "suppress_errors": False,  # likewise
     "skip_nnmodule_hook_guards": False,  # a hook that comes later has its effect
     "allow_rnn": True,
+    "allow_empty_graphs": True,  # a call that computes nothing is captured, so that it is known from one that was left to Python
     "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
     "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
     "side_effect_replay_policy": "silent",  # likewise
@@ -223,6 +225,8 @@ class CapturedForward:
         """Looks back at a call that went through."""
         if not call.graphs:
             self._without_graphs(self.compiled[0])
+            if not self.network.reports and not self.previewed.report.regions:
+                self._warn_of_nothing()
         if call.new:
             self._take_in(call)
 
@@ -230,7 +234,8 @@ class CapturedForward:
         if call.new or not self.network.reports:
             shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
             self.network.add(call.graphs, self.owner.training, complete)
-            self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
+            if self.network.reports:
+                self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
         seconds = time.perf_counter() - call.began
         if seconds > _SLOW and call.new and not self.logged:
             self.logged = True
@@ -238,12 +243,16 @@ class CapturedForward:
         for graph in call.new:
             if graph.broken is not None:
                 warnings.warn(graph.broken, MnetWarning, stacklevel=4)
-        if complete and not self.warned and not any(graph.chains for graph in call.graphs):
+        if complete and not any(graph.chains for graph in call.graphs):
+            self._warn_of_nothing()
+
+    def _warn_of_nothing(self) -> None:
+        if not self.warned:
             self.warned = True
             warnings.warn(
                 f"{type(self.owner).__name__}: no residual chain was rewritten, it computes what it did; print(net.report) says why",
                 MnetWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -258,12 +267,24 @@ class CapturedForward:
             )
         return types.FunctionType(code, self.plain[0].__globals__)
 
-    def _without_graphs(self, function: types.FunctionType) -> types.CodeType:
-        """A call ran no graph: fine where the model computes nothing on tensors, else an error."""
-        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
-        for entry in entries:
-            if not any(name.startswith("__resume_at") for name in entry.code.co_names):
-                return entry.code
+    def _without_graphs(self, function: types.FunctionType) -> types.CodeType | None:
+        """A call ran no graph: fine where the model computes nothing on tensors, or is read without any residual add; else an error.
+
+        Dynamo's code for a call, that which ran last being the first in its list, calls the model's forward only where it left that to
+        Python.
+
+        Returns:
+            That code; None if the call was left to Python.
+        """
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]
+        off = torch._dynamo.config.disable or torch._dynamo.eval_frame._stance.stance != "default"
+        for code in (entry.code for entry in entries if not off):
+            named = [str(instruction.argval) for instruction in dis.get_instructions(code)]  # code.co_names has more than is used
+            if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
+                return code
+        seen = previewed(self.owner, self.settings).report
+        if not seen.residual_adds and not seen.refusals:
+            return None
         raise MnetError(
             f"{type(self.owner).__name__}: in this call {_reason()}, so the original network ran and not the momentum network: undo that, "
             "or name its list of layers with regions=[...], which needs no capture"

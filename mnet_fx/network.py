@@ -58,7 +58,8 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str) -> Gra
         prefix: path of the module that the graph's paths start from.
     """
     named = {node.name: node for node in gm.graph.nodes}
-    ran = {prefix} | {_joined(prefix, path) for node in named.values() for path in owner_stack(node)}
+    computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
+    ran = {_joined(prefix, path) for node in computed for path in ("", *owner_stack(node))}
     chains = [tuple(_joined(prefix, step.path) for step in region.steps) for region in plan.regions]
     owned = [path for chain in chains for path in chain]
     closed = set(owned)
@@ -88,7 +89,7 @@ class Network:
         chains: those of all captures so far.
         ran: paths of the modules that ran in a capture.
         closed: as in `Graph`, of all captures.
-        reports: by the training flag of the model, the report of the first call of that kind.
+        reports: by the training flag of the model, the report of the first call of that kind, if possible of one that ran a chain.
     """
 
     chains: set[Chain] = field(default_factory=set)
@@ -122,7 +123,7 @@ class Network:
         Args:
             graphs: those that the call ran, in order.
             training: the training flag of the model.
-            complete: False if the call was stopped after its first graph and that ended in a graph break.
+            complete: False if the call was stopped after its first graph and that ended in a graph break, so that nothing is known yet.
 
         Raises:
             MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
@@ -134,11 +135,14 @@ class Network:
                 for graph in graphs:
                     graph.refused = reason
                 raise MnetError(reason)
-            if complete:
-                self.chains |= chains
-                self.ran |= ran
-                self.closed |= {path for graph in graphs for path in graph.closed}
-            self.reports.setdefault(training, merged([graph.report for graph in graphs]))
+            if not complete:
+                return
+            self.chains |= chains
+            self.ran |= ran
+            self.closed |= {path for graph in graphs for path in graph.closed}
+            known, found = self.reports.get(training), merged([graph.report for graph in graphs])
+            if known is None or (found.regions and not known.regions):
+                self.reports[training] = found
 
     def _contradiction(self, chains: set[Chain], ran: set[str]) -> str | None:
         lost = [chain for chain in self.chains if chain not in chains and not ran.isdisjoint(chain)]
