@@ -24,6 +24,7 @@ import mnet_fx
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 NO_CHAIN = "no residual chain was rewritten"
+LEFT_TO_PYTHON = r"left the whole forward to Python.*so the original network ran.*name its list of layers with regions="
 
 
 def residual(self, x):
@@ -44,7 +45,8 @@ class Row:
         model: makes the model.
         call: its arguments.
         steps: lengths of the chains that are rewritten; [] with a warning that there are none.
-        refused: what the error says, of momentumize or of the call.
+        refused: what the error or the warning says, of momentumize or of the call.
+        why: codes of the refusals in the report of a model without chains.
         example: whether momentumize gets the call as example_inputs too.
         tolerance: of the comparison with the original.
     """
@@ -53,6 +55,7 @@ class Row:
     call: tuple[Any, ...] = (X,)
     steps: tuple[int, ...] = ()
     refused: str | None = None
+    why: tuple[str, ...] = ()
     example: bool = False
     tolerance: float = 1e-5
 
@@ -65,6 +68,14 @@ def loops_on_values(self, x):
     while x.abs().max() > 0.1:
         x = self.f(x) * 0.01
     return x
+
+
+class Loops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    forward = loops_on_values
 
 
 class Doubled(torch.autograd.Function):
@@ -163,6 +174,11 @@ def returns_a_tuple(self, x):
 
 def returns_nothing(self, x):
     self.seen = residual(self, x)
+
+
+def counts(self, x):
+    self.calls = self.calls + 1
+    return {"x": x, "calls": self.calls}
 
 
 def takes_nothing(self):
@@ -271,49 +287,55 @@ class Everything(nn.Module):
 
 ROWS = {
     "branches on values": Row(lambda: program(branches_on_values, inner=chain()), steps=(3,)),
-    "branches on values, exported": Row(lambda: program(branches_on_values, inner=chain()), steps=(3,), example=True),
+    "branches on values, captured at once": Row(lambda: program(branches_on_values, inner=chain()), steps=(3,), example=True),
     "loops on values in a block": Row(
-        lambda: program(residual, f=[program(loops_on_values, f=nn.Linear(4, 4)) for _ in range(3)]), steps=(3,)
+        lambda: program(residual, f=[Loops() for _ in range(3)]),
+        refused=r"Dynamo breaks its graph inside of a chain, at .*test_weird_models.py:\d+ in .*loops_on_values.*regions=\['f'\]",
     ),
     "loops on values": Row(lambda: program(loops_on_values, f=nn.Linear(4, 4)), refused=NO_CHAIN),
-    "script": Row(lambda: scripted(lambda: torch.jit.trace(chain(), X)), refused="is a ScriptModule, whose code torch.fx cannot read"),
-    "script in a block": Row(lambda: program(residual, f=[scripted(lambda: torch.jit.trace(nn.Linear(4, 4), X)), *linears(2)]), steps=(3,)),
-    "dynamically quantised": Row(quantised, steps=(3,)),
+    "script": Row(lambda: scripted(lambda: torch.jit.trace(chain(), X)), refused="is a ScriptModule, whose code is not Python"),
+    "script in a block": Row(
+        lambda: program(residual, f=[scripted(lambda: torch.jit.trace(nn.Linear(4, 4), X)), *linears(2)]), refused=LEFT_TO_PYTHON
+    ),
+    "dynamically quantised": Row(quantised, refused=LEFT_TO_PYTHON),
     "statically quantised": Row(statically_quantised, refused=NO_CHAIN),
     "custom gradient": Row(lambda: program(residual, f=[program(custom_gradient, f=layer) for layer in linears(3)]), steps=(3,)),
-    "custom gradient in the root": Row(lambda: program(custom_gradient_in_the_root, f=linears(3)), refused=NO_CHAIN),
-    "custom gradient in the root, exported": Row(
-        lambda: program(custom_gradient_in_the_root, f=linears(3)), refused=NO_CHAIN, example=True
+    "custom gradient in the root": Row(lambda: program(custom_gradient_in_the_root, f=linears(3)), steps=(3,)),
+    "custom gradient in the root, captured at once": Row(
+        lambda: program(custom_gradient_in_the_root, f=linears(3)), steps=(3,), example=True
     ),
     "complex branch": Row(lambda: program(complex_branch, f=linears(3)), steps=(3,)),
-    "complex stream": Row(complex_numbers, call=(X.to(torch.complex64),), refused="must be real floating point"),
-    "complex stream, exported": Row(
-        lambda: program(asks_the_type, f=complex_numbers().f), call=(X.to(torch.complex64),), refused=NO_CHAIN, example=True
+    "complex stream": Row(complex_numbers, call=(X.to(torch.complex64),), refused=NO_CHAIN, why=("not_real",)),
+    "complex stream, captured at once": Row(
+        lambda: program(asks_the_type, f=complex_numbers().f),
+        call=(X.to(torch.complex64),),
+        refused=NO_CHAIN,
+        why=("not_real",),
+        example=True,
     ),
-    "integer stream": Row(lambda: program(integers), call=(torch.eye(3).long(),), refused="int64"),
+    "integer stream": Row(lambda: program(integers), call=(torch.eye(3).long(),), refused=NO_CHAIN, why=("not_real",)),
     "no parameters": Row(lambda: program(no_parameters), steps=(3,)),
     "nothing at all": Row(nn.Sequential, refused=NO_CHAIN),
     "thirty arguments": Row(lambda: with_arguments(30), call=(X,) * 30, steps=(3,)),
-    "thirty arguments, exported": Row(lambda: with_arguments(30), call=(X,) * 30, steps=(3,), example=True),
+    "thirty arguments, captured at once": Row(lambda: with_arguments(30), call=(X,) * 30, steps=(3,), example=True),
     "keyword arguments only": Row(lambda: program(keywords_only, f=linears(3)), steps=(3,)),
     "a dict of inputs": Row(lambda: program(takes_a_dict, f=linears(3)), call=({"x": X, "label": "cat"},), steps=(3,)),
     "a named tuple": Row(lambda: program(returns_a_tuple, f=linears(3)), steps=(3,)),
-    "returns nothing": Row(lambda: program(returns_nothing, f=linears(3)), refused=NO_CHAIN),
+    "returns nothing": Row(lambda: program(returns_nothing, f=linears(3)), steps=(3,)),
     "takes nothing": Row(lambda: program(takes_nothing, f=linears(3), start=nn.Parameter(X.clone())), call=(), refused=NO_CHAIN),
-    "asks for the type": Row(lambda: program(asks_the_type, f=linears(3)), refused=NO_CHAIN),
-    "asks for the type, exported": Row(lambda: program(asks_the_type, f=linears(3)), steps=(3,), example=True),
-    "without gradients": Row(lambda: program(without_gradients, f=linears(3)), refused=NO_CHAIN),
+    "counts its calls": Row(lambda: program(counts, calls=0), refused=NO_CHAIN),
+    "asks for the type": Row(lambda: program(asks_the_type, f=linears(3)), steps=(3,)),
+    "asks for the type, captured at once": Row(lambda: program(asks_the_type, f=linears(3)), steps=(3,), example=True),
+    "without gradients": Row(lambda: program(without_gradients, f=linears(3)), refused=NO_CHAIN, why=("lost_context",)),
     "LSTMs": Row(lambda: program(recurrent, f=[nn.LSTM(4, 4) for _ in range(3)]), steps=(3,)),
     "calls one module again": Row(lambda: program(calls_itself, block=nn.Linear(4, 4)), steps=(3,)),
-    "numbers as arguments": Row(
-        lambda: program(python_numbers, f=linears(3)), call=(X, 2), refused="was captured for other calls than this one|steps"
-    ),
+    "numbers as arguments": Row(lambda: program(python_numbers, f=linears(3)), call=(X, 2), steps=(2,)),
     "half precision": Row(half, call=(X.bfloat16(),), steps=(3,), tolerance=0.05),
     "lazy": Row(lazy, refused="parameters of a lazy module"),
     "parametrised": Row(parametrised, steps=(3,)),
     "cannot be copied": Row(locked, refused="cannot be copied"),
     "rewritten before": Row(already, steps=(3,)),
-    "rewritten inside": Row(lambda: program(residual, f=[already(), *linears(2)]), steps=(3,)),
+    "rewritten inside": Row(lambda: program(residual, f=[already(), *linears(2)]), refused=LEFT_TO_PYTHON),
     "decorated forward": Row(Decorated, steps=(3,)),
     "answers for any attribute": Row(Everything, steps=(3,)),
     "empty batch": Row(chain, call=(X[:0],), steps=(3,)),
@@ -325,7 +347,7 @@ ROWS = {
     "a sparse input": Row(
         lambda: program(lambda self, x: residual(self, torch.sparse.mm(x, self.w)), f=linears(3), w=nn.Parameter(X.T @ X)),
         call=(X.to_sparse(),),
-        steps=(3,),
+        refused=LEFT_TO_PYTHON,
     ),
 }
 
@@ -352,10 +374,11 @@ def test_weird_model(name):
             mnet_fx.momentumize(model, example)(*row.call)
         return
     net = mnet_fx.momentumize(model, example, gamma=0)
-    assert tuple(region.steps for region in mnet_fx.report(net).regions) == row.steps
     assert [p is q for p, q in zip(model.parameters(), net.parameters(), strict=True)] == [True] * len(list(model.parameters()))
     for expected, found in zip(outcome(model, row.call), outcome(net, row.call), strict=True):
         torch.testing.assert_close(found, expected, rtol=row.tolerance, atol=row.tolerance)
+    assert tuple(region.steps for region in mnet_fx.report(net).regions) == row.steps
+    assert {part.front_end for part in mnet_fx.report(net).captured} == {"Dynamo"}
 
 
 @pytest.mark.filterwarnings("ignore::mnet_fx.MnetWarning")
@@ -365,8 +388,76 @@ def test_a_model_without_chains_works_as_before_and_says_why(name):
     torch.manual_seed(1)
     model = row.model()
     net = mnet_fx.momentumize(model, row.call if row.example else None)
-    report = mnet_fx.report(net)
-    assert report.refusals or (not report.residual_adds and name in ("nothing at all", "statically quantised"))
-    assert all(refusal.explanation and refusal.hint for refusal in report.refusals)
     for expected, found in zip(outcome(model, row.call), outcome(net, row.call), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    report = mnet_fx.report(net)
+    assert {refusal.code for refusal in report.refusals} == set(row.why)
+    assert bool(report.residual_adds) == bool(row.why)
+    assert all(refusal.explanation and refusal.hint for refusal in report.refusals)
+
+
+def early(self, x):
+    return residual(self, x) if self.full else x
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_call_that_computes_nothing_is_no_error_and_decides_nothing(first):
+    """Dynamo makes no graph of it; that no graph ran is otherwise a sign that the original network did."""
+    model = chain()
+    model = program(early, f=model.f, full=True)
+    net, expected = mnet_fx.momentumize(model, gamma=0), model(X)
+    net.full = first
+    for _ in range(3):
+        if net.full:
+            torch.testing.assert_close(net(X), expected)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", mnet_fx.MnetWarning)
+                assert torch.equal(net(X), X)
+        net.full = not net.full
+    assert [region.steps for region in net.report.regions] == [3]
+    assert net.report.captured[0].front_end == "Dynamo"
+
+
+class Disabled(nn.Module):
+    """A forward that Dynamo is told to keep out of, in a way that leaves it nothing at all to capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.ModuleList(linears(3))
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return residual(self, x)
+
+
+@pytest.mark.parametrize("make", [Disabled, lambda: program(residual, f=[Disabled(), *linears(2)])], ids=["root", "block"])
+def test_a_forward_that_is_left_to_python_is_an_error(make):
+    net = mnet_fx.momentumize(make())
+    for _ in range(2):
+        with pytest.raises(mnet_fx.MnetError, match="so the original network ran and not the momentum network"):
+            net(X)
+
+
+@torch.compiler.disable
+def outside(x):
+    return torch.tanh(x)
+
+
+def leaves_it_to_python_at_times(self, x):
+    if self.full:
+        for f in self.f:
+            x = x + outside(f(x))
+    return x
+
+
+@pytest.mark.filterwarnings("ignore::mnet_fx.MnetWarning")
+def test_a_call_that_is_left_to_python_is_an_error_after_one_that_computed_nothing():
+    model = program(leaves_it_to_python_at_times, f=[Disabled() for _ in range(3)], full=False)
+    net = mnet_fx.momentumize(model)
+    for _ in range(2):
+        net.full = False
+        assert torch.equal(net(X), X)
+        net.full = True
+        with pytest.raises(mnet_fx.MnetError, match=LEFT_TO_PYTHON):
+            net(X)
