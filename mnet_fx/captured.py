@@ -22,6 +22,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -115,17 +117,18 @@ def _through_class(self, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 
 def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return own_forward(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+    return self.__dict__["forward"].own_forward(*args, **kwargs)
 
 
-def _function(owner: nn.Module, own_forward: Callable[..., Any] | None) -> types.FunctionType:
+def _function(owner: nn.Module, has_own: bool) -> types.FunctionType:
     """A function (model, *args) -> result of its forward, with code of its own, to which Dynamo attaches what it makes.
 
-    So nothing of one model counts against, or outlives in, another one of its class.
+    So nothing of one model counts against, or outlives in, another one of its class. Nothing here refers to the model: what hangs on code,
+    the garbage collector does not see.
     """
-    template = _through_class if own_forward is None else _through_instance
+    template = _through_instance if has_own else _through_class
     code = template.__code__.replace(co_name=f"{_PREFIX}{type(owner).__name__}_{next(_number)}")
-    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__, "own_forward": own_forward})
+    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__})
 
 
 class CapturedForward:
@@ -150,10 +153,12 @@ class CapturedForward:
         self.regions: list[ChainRegion] = []  # of all graphs
         self.compiled = self._compiled(self.inner)
         self.plain = self.compiled if self.inner == "eager" else self._compiled("eager")
+        for function, _ in {id(pair): pair for pair in (self.compiled, self.plain)}.values():
+            weakref.finalize(self, reset_code, function.__code__).atexit = False  # Dynamo never lets go of code, nor of what hangs on it
         install(self.inside, self)
 
     def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
-        function = _function(self.owner, self.own_forward)
+        function = _function(self.owner, self.own_forward is not None)
         return function, torch.compile(function, backend=Capture(self, inner))
 
     @torch.compiler.disable(reason=UNCOMPILED)

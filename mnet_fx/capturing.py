@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -41,7 +42,14 @@ class Capture(Backend):
 
     def __init__(self, forward: Caller, inner: Inner) -> None:
         super().__init__(forward.settings, inner)
-        self.forward = forward
+        self._forward = weakref.ref(forward)  # Dynamo holds this backend where the garbage collector does not see it
+
+    @property
+    def forward(self) -> Caller:
+        """The forward, which is there as long as it is called."""
+        forward = self._forward()
+        assert forward is not None
+        return forward
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         call = self.forward.running()

@@ -1,12 +1,20 @@
-"""Blocks that view the stream differently, and links that are more than one operation, in graphs of torch.export."""
+"""Blocks that view the stream differently, and links that are more than one operation, in graphs that record shapes."""
 
 import pytest
 import torch
-from test_export import assert_exact, assert_same_model, steps
+from captures import assert_exact, assert_same_model, steps
+from passes_models import by_dynamo
 from torch import nn
 
 import mnet_fx
 import passes
+
+
+def levelled(model, *inputs):
+    """The graph of a model with its changes of layout moved."""
+    gm = by_dynamo(model, *inputs)
+    passes.level_layouts(gm)
+    return gm
 
 
 class Windows(nn.Module):
@@ -78,10 +86,9 @@ def test_memory_that_is_written_to_is_left_alone(written):
             return x
 
     model, x = Writes(), torch.randn(2, 3, 5, 8)
-    captured = passes.capture_by_export(model, (x,), {}, "held")
-    assert [len(region.steps) for region in passes.plan(captured.graph_module).regions] == ([] if written else [4])
-    for gm in (captured.graph_module,):
-        torch.testing.assert_close(gm(x.clone())[0], model(x.clone()))
+    assert [len(region.steps) for region in passes.plan(levelled(model, x)).regions] == ([] if written else [4])
+    if not written:
+        assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
 
 
 class Norm(nn.Module):
@@ -133,7 +140,7 @@ def test_links_that_branch(link, chains):
             return x
 
     model, x = Post(), torch.randn(2, 5, 8)
-    plan = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module)
+    plan = passes.plan(levelled(model, x))
     assert [len(region.steps) for region in plan.regions] == chains
     if chains:
         assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
@@ -154,16 +161,13 @@ class TwoAdds(nn.Module):
 
 
 @pytest.mark.parametrize(("between", "chains"), [(nn.Identity(), [2]), (nn.Linear(8, 8), [])], ids=["layout", "mixing"])
-def test_single_adds_are_exported_only_where_that_may_join_them(between, chains, monkeypatch):
-    model, x, exports = TwoAdds(between), torch.randn(2, 5, 8), []
-    export = passes.capture_by_export
-    monkeypatch.setattr(passes, "capture_by_export", lambda *args: exports.append(args) or export(*args))
+def test_single_adds_are_joined_by_a_change_of_layout_and_by_nothing_that_mixes(between, chains):
+    model, x = TwoAdds(between), torch.randn(2, 5, 8)
     if chains:
         assert steps(mnet_fx.momentumize(model, (x,))) == chains
     else:
         with pytest.warns(mnet_fx.MnetWarning, match="no residual chain was rewritten"):
             mnet_fx.momentumize(model, (x,))
-    assert bool(exports) == bool(chains)
 
 
 def test_a_value_of_two_streams_starts_a_chain():
@@ -178,8 +182,8 @@ def test_a_value_of_two_streams_starts_a_chain():
             z = z + torch.tanh(self.f[2](z))
             return z + torch.tanh(self.f[3](z))
 
-    captured = passes.capture_by_export(Joined(), (torch.randn(2, 8), torch.randn(2, 8)), {}, "held")
-    assert [len(region.steps) for region in passes.plan(captured.graph_module).regions] == [2]
+    plan = passes.plan(levelled(Joined(), torch.randn(2, 8), torch.randn(2, 8)))
+    assert [len(region.steps) for region in plan.regions] == [2]
 
 
 def test_a_value_of_another_shape_starts_a_chain():
@@ -197,7 +201,7 @@ def test_a_value_of_another_shape_starts_a_chain():
                 x = x + torch.tanh(g(x))
             return x
 
-    plan = passes.plan(passes.capture_by_export(Halved(), (torch.randn(2, 8),), {}, "held").graph_module)
+    plan = passes.plan(levelled(Halved(), torch.randn(2, 8)))
     assert ([len(region.steps) for region in plan.regions], plan.refusals) == ([2, 2], ())
 
 
@@ -213,7 +217,7 @@ def test_a_branch_that_is_broadcast_is_known_as_a_whole():
             return x
 
     model, x = Broadcasts(), torch.randn(2, 8)
-    (region,) = passes.plan(passes.capture_by_export(model, (x,), {}, "held").graph_module).regions
+    (region,) = passes.plan(levelled(model, x)).regions
     assert [step.form for step in region.steps] == ["block"] * 3
 
 
@@ -233,6 +237,5 @@ def test_a_permutation_that_is_not_its_own_inverse(shift):
             return x + torch.tanh(self.h(x))
 
     model, x = Turns(), torch.randn(3, 2, 8)
-    gm = passes.capture_by_export(model, (x,), {}, "held").graph_module
-    assert [len(region.steps) for region in passes.plan(gm).regions] == [3]
-    torch.testing.assert_close(gm(x)[0], model(x))
+    assert [len(region.steps) for region in passes.plan(levelled(model, x)).regions] == [3]
+    assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)

@@ -1,0 +1,40 @@
+"""What tests of captured models compare: outputs and gradients of a model, of its rewritten form, and of that with stored activations."""
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+import mnet_fx
+
+
+def run(net, *args, **kwargs):
+    """Outputs, and gradients of a random projection of them, with the same random numbers each time."""
+    torch.manual_seed(0)
+    net.zero_grad(set_to_none=True)
+    out = net(*args, **kwargs)
+    tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+    weights = torch.Generator().manual_seed(1)
+    sum((t.float() * torch.randn(t.shape, generator=weights)).sum() for t in tensors if t.requires_grad).backward()
+    return out, tensors, [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+
+def assert_same_model(model, net, *args, **kwargs):
+    """The oracle of gamma = 0: outputs, their types, and gradients."""
+    (out, tensors, grads), (out_, tensors_, grads_) = run(model, *args, **kwargs), run(net, *args, **kwargs)
+    assert type(out) is type(out_)
+    for a, b in zip(tensors, tensors_, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+    largest = max(g.abs().max().item() for g in grads if g is not None)
+    for a, b in zip(grads, grads_, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * largest)
+
+
+def assert_exact(model, example, *args, **kwargs):
+    results = [run(mnet_fx.momentumize(model, example, gamma=0.9, backward=b).train(), *args, **kwargs) for b in ("reversible", "stored")]
+    for a, b in zip(*(tensors + [g for g in grads if g is not None] for _, tensors, grads in results), strict=True):
+        assert torch.equal(a, b)
+
+
+def steps(net):
+    return [region.steps for region in mnet_fx.report(net).regions]
