@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import MnetError, SettingsError
+from .masks import read_masks
 from .report import REPORT
 
 __all__ = ["copied"]
@@ -57,3 +58,4 @@ def _release(net: nn.Module) -> None:
         release = getattr(module.__dict__.get("forward"), "release", None)
         if release is not None and release() is velocity is not None:
             net._modules.pop("initial_velocity", None)
+    read_masks(net)

@@ -20,6 +20,7 @@ from .compile_backend import Inner, checked_inner
 from .copies import copied
 from .errors import MnetWarning, SettingsError
 from .graph_modules import rewritten
+from .masks import unread_masks
 from .named import name_region, paths_of
 from .report import REPORT, Pending, Report, graph_report, named_report, report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
@@ -130,6 +131,7 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
     for layer in net.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             layer.activation_relu_or_gelu = 0  # it then takes no fast path in eval mode, which has no residual adds
+    unread_masks(net)
     forward = CapturedForward(net, settings, inner)
     net.__dict__["forward"] = forward
     _show(net, Pending(forward.previewed_report))
