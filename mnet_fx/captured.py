@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo.eval_frame import cached_backends, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .capturing import Capture
+from .capturing import Capture, cut, said
 from .compile_backend import Inner
 from .doors import close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
@@ -82,13 +83,20 @@ class _Call:
     Attributes:
         graphs: those that ran so far.
         new: those captured in it.
+        left: whether Python, and not Dynamo, called a module inside.
         dry: whether to stop before the first one runs.
     """
 
     def __init__(self, dry: bool = False) -> None:
         self.graphs: list[Graph] = []
         self.new: list[Graph] = []
-        self.dry, self.began = dry, time.perf_counter()
+        self.left = False
+        self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
+
+    @property
+    def breaks(self) -> list[Any]:
+        """Why Dynamo broke graphs in it, in order."""
+        return graph_break_reasons[self.breaks_before :]
 
     def ran(self, graph: Graph) -> None:
         """A graph is about to run."""
@@ -153,13 +161,18 @@ class CapturedForward:
         self.regions: list[ChainRegion] = []  # of all graphs
         self.compiled = self._compiled(self.inner)
         self.plain = self.compiled if self.inner == "eager" else self._compiled("eager")
-        for function, _ in {id(pair): pair for pair in (self.compiled, self.plain)}.values():
-            weakref.finalize(self, reset_code, function.__code__).atexit = False  # Dynamo never lets go of code, nor of what hangs on it
         install(self.inside, self)
 
     def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
         function = _function(self.owner, self.own_forward is not None)
-        return function, torch.compile(function, backend=Capture(self, inner))
+        backend = Capture(self, inner)
+        compiled = torch.compile(function, backend=backend)
+        for key, known in list(cached_backends.items()):  # where Dynamo would keep it, and so the model, for ever
+            if getattr(known, "compiler_fn", None) is backend:
+                cached_backends.pop(key, None)
+        # The garbage collector does not see what Dynamo attaches to code, nor that it leads back to the code.
+        weakref.finalize(self, remove_from_cache, function.__code__).atexit = False
+        return function, compiled
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +202,7 @@ class CapturedForward:
             whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             return stopped.code if whole else None
-        return self._without_graphs(function)
+        return self._without_graphs(function, call)
 
     @contextmanager
     def call(self, dry: bool = False) -> Iterator[_Call]:
@@ -229,7 +242,7 @@ class CapturedForward:
     def _finish(self, call: _Call) -> None:
         """Looks back at a call that went through."""
         if not call.graphs:
-            self._without_graphs(self.compiled[0])
+            self._without_graphs(self.compiled[0], call)
             if not self.network.reports and not self.previewed.report.regions:
                 self._warn_of_nothing()
         if call.new:
@@ -245,9 +258,11 @@ class CapturedForward:
         if seconds > _SLOW and call.new and not self.logged:
             self.logged = True
             log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
-        for graph in call.new:
-            if graph.broken is not None:
-                warnings.warn(graph.broken, MnetWarning, stacklevel=4)
+        broken = [graph.broken for graph in call.new if graph.broken is not None]
+        if complete and call.new and not broken and (between := cut(self.owner, call.graphs, call.breaks)) is not None:
+            broken = [between]
+        for text in broken:
+            warnings.warn(text, MnetWarning, stacklevel=4)
         if complete and not any(graph.chains for graph in call.graphs):
             self._warn_of_nothing()
 
@@ -272,7 +287,7 @@ class CapturedForward:
             )
         return types.FunctionType(code, self.plain[0].__globals__)
 
-    def _without_graphs(self, function: types.FunctionType) -> types.CodeType | None:
+    def _without_graphs(self, function: types.FunctionType, call: _Call) -> types.CodeType | None:
         """A call ran no graph: fine where the model computes nothing on tensors, or is read without any residual add; else an error.
 
         Dynamo's code for a call, that which ran last being the first in its list, calls the model's forward only where it left that to
@@ -281,17 +296,18 @@ class CapturedForward:
         Returns:
             That code; None if the call was left to Python.
         """
-        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]
-        off = torch._dynamo.config.disable or torch._dynamo.eval_frame._stance.stance != "default"
-        for code in (entry.code for entry in entries if not off):
-            named = [str(instruction.argval) for instruction in dis.get_instructions(code)]  # code.co_names has more than is used
-            if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
-                return code
+        reason = _reason()
+        if reason is None and not call.left:
+            for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]:
+                named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
+                if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
+                    return entry.code
         seen = previewed(self.owner, self.settings).report
         if not seen.residual_adds and not seen.refusals:
             return None
+        reason = reason or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
         raise MnetError(
-            f"{type(self.owner).__name__}: in this call {_reason()}, so the original network ran and not the momentum network: undo that, "
+            f"{type(self.owner).__name__}: in this call {reason}, so the original network ran and not the momentum network: undo that, "
             "or name its list of layers with regions=[...], which needs no capture"
         )
 
@@ -348,9 +364,10 @@ def _check_caller(owner: nn.Module) -> None:
 _MODULES = nn.Module._call_impl.__code__.co_filename
 
 
-def _reason() -> str:
+def _reason() -> str | None:
+    """Why Dynamo captures nothing at all; None if it does."""
     if torch._dynamo.config.disable:
         return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
     if torch._dynamo.eval_frame._stance.stance != "default":
         return f"Dynamo was told not to capture (torch.compiler.set_stance({torch._dynamo.eval_frame._stance.stance!r}))"
-    return "Dynamo left the whole forward to Python (torch.compiler.disable, or what TORCH_LOGS=graph_breaks says)"
+    return None

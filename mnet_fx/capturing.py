@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch.fx as fx
@@ -18,7 +18,7 @@ from .region import ChainRegion
 from .report import Report
 from .settings import Settings
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "cut", "said"]
 
 
 class Caller(Protocol):
@@ -104,38 +104,58 @@ class Capture(Backend):
         """The warning about a graph break inside of a chain; None where it is elsewhere."""
         last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
         inside = [f"{prefix}.{path}".strip(".") for path in (last[-1] if last else [])] or [prefix]
-        listed = next((parent for path in inside if (parent := self._list_of(path))), None)
+        listed = next((parent for path in inside if (parent := _list_of(self.forward.owner, path)) is not None), None)
         if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
             return None
-        where = _line(reason)
-        regions = f"momentumize(model, regions=[{listed!r}]), which needs no capture; or " if listed else ""
-        return (
-            f"{type(self.forward.owner).__name__}: Dynamo breaks its graph inside of a chain, {where} "
-            f"({' '.join(str(reason.reason).split())[:160]}), so what follows is no part of that chain. "
-            f"Use {regions}take that operation out of the blocks"
-        )
+        return _warning(self.forward.owner, "inside of a chain", said([reason]), listed)
 
-    def _list_of(self, path: str) -> str | None:
-        """Path of the ModuleList or Sequential of several layers of one class that a module is an element of, or lies in one."""
-        parts = path.split(".")
-        for i in range(len(parts) - 1, 0, -1):
-            try:
-                parent = self.forward.owner.get_submodule(".".join(parts[:i]))
-            except AttributeError:
-                continue
-            if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
-                return ".".join(parts[:i])
-        return None
+
+def cut(owner: nn.Module, graphs: Sequence[Graph], breaks: Sequence[Any]) -> str | None:
+    """The warning that graph breaks left each layer of a list to a graph of its own; None if that is not so."""
+    found: dict[str, int] = {}
+    for graph in graphs:
+        listed = {_list_of(owner, refusal.path) for refusal in graph.report.refusals if refusal.code == "too_short"}
+        for path in (path for path in listed if path is not None):
+            found[path] = found.get(path, 0) + 1
+            if found[path] > 1:
+                return _warning(owner, "between the layers of a list", said(breaks), path)
+    return None
+
+
+def said(breaks: Sequence[Any]) -> str:
+    """Where and why Dynamo broke its graph first, as ", at ... (...)"; nothing if it does not tell."""
+    for reason in breaks:
+        stack = [frame for frame in getattr(reason, "user_stack", None) or [] if "mnet_fx_forward_of_" not in frame.name]
+        if stack:
+            why = " ".join(str(reason.reason).split())[:160]
+            return f", at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name} ({why})"
+    return ""
+
+
+def _warning(owner: nn.Module, where: str, told: str, listed: str | None) -> str:
+    regions = "" if listed is None else f"momentumize(model, regions=[{listed!r}]), which needs no capture; or "
+    return (
+        f"{type(owner).__name__}: Dynamo breaks its graph {where}{told}, so what follows is no part of the chain before. "
+        f"Use {regions}take that operation out of the blocks"
+    )
+
+
+def _list_of(owner: nn.Module, path: str) -> str | None:
+    """Path of the ModuleList or Sequential of several layers of one class that a module is an element of, or lies in one."""
+    parts = path.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        try:
+            parent = owner.get_submodule(".".join(parts[:i]))
+        except AttributeError:
+            continue
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
+            return ".".join(parts[:i])
+    return None
 
 
 def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from owner.named_parameters(remove_duplicate=False)
     yield from owner.named_buffers(remove_duplicate=False)
-
-
-def _line(reason: Any) -> str:
-    stack = [frame for frame in getattr(reason, "user_stack", None) or [] if "mnet_fx_forward_of_" not in frame.name]
-    return f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else "at a place that it does not name"
 
 
 def _from(prefix: str, report: Report) -> Report:

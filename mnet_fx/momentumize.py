@@ -18,7 +18,7 @@ from torch import nn
 from .captured import CapturedForward
 from .compile_backend import Inner, checked_inner
 from .copies import copied
-from .errors import MnetWarning, SettingsError
+from .errors import MnetError, MnetWarning, SettingsError
 from .graph_modules import rewritten
 from .masks import unread_masks
 from .named import name_region, paths_of
@@ -127,6 +127,11 @@ def _show(net: nn.Module, found: Report) -> None:
 def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
     if settings.velocity is not None and isinstance(net, nn.Sequential) and "forward" not in net.__dict__:
         raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
+    if "forward" not in net.__dict__ and type(net).forward is nn.Module.forward:
+        raise MnetError(
+            f"{type(net).__name__} has no forward, so what calls its layers would compute the original network: momentumize the model that "
+            "calls them, or make a Sequential of it"
+        )
     check_unseen(net)
     for layer in net.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):

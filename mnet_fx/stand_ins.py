@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -71,6 +72,7 @@ def _outside_of_everything() -> Iterator[None]:
         (torch.autograd.forward_ad, "_current_level", -1),
         (torch.compiler, "_is_exporting_flag", False),
         (torch.compiler, "_is_compiling_flag", False),
+        (nn.modules.module, "_global_buffer_registration_hooks", OrderedDict()),  # AOTAutograd notes with it which buffers are assigned
         (nn.Module, "__call__", torch.fx._symbolic_trace._orig_module_call),  # what a tracer of fx puts in their place
         (nn.Module, "__getattr__", torch.fx._symbolic_trace._orig_module_getattr),
     ]
