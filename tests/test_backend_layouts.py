@@ -192,7 +192,11 @@ def swin():
 
 @pytest.mark.parametrize(
     ("build", "x", "chains"),
-    [(maxvit, torch.randn(2, 3, 32, 32), [9, 9]), (opt, torch.randint(2, 60, (2, 12)), [6]), (swin, torch.randn(2, 3, 32, 32), [4, 4])],
+    [
+        pytest.param(maxvit, torch.randn(2, 3, 32, 32), [9, 9], marks=pytest.mark.slow),
+        (opt, torch.randint(2, 60, (2, 12)), [6]),
+        (swin, torch.randn(2, 3, 32, 32), [4, 4]),
+    ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_models(build, x, chains):

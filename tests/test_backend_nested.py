@@ -37,7 +37,7 @@ def rows():
     ]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_it_is_the_network_that_momentumize_makes(inner):
     net = mnet_fx.momentumize(nested().eval(), gamma=0.5)
     function = compiled(nested().eval(), gamma=0.5, inner=inner)
@@ -47,14 +47,14 @@ def test_it_is_the_network_that_momentumize_makes(inner):
     assert [(r.path, r.steps, r.storage) for r in report.regions] == [(r.path, r.steps, r.storage) for r in net.report.regions]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_gamma_zero_is_the_original(training, inner):
     model = nested().double().train(training)
     zoo.assert_near(zoo.seeded(step, compiled(model, gamma=0, inner=inner)), zoo.seeded(step, copy.deepcopy(model)), 1e-8)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gamma", [0.9, 0.05])
 @pytest.mark.parametrize("velocity", ["zero", "first", "module"])
 def test_gradients_are_those_of_stored_activations(gamma, velocity, inner):
@@ -153,7 +153,9 @@ def odd_step(net, batch):
     return {"out": out.detach(), "grad of x": x.grad, "grad of scale": scale.grad} | zoo.leftovers(net)
 
 
-@pytest.mark.parametrize(("shared", "inner"), [(False, "eager"), (True, "eager"), (True, "aot_eager"), (False, "inductor")])
+@pytest.mark.parametrize(
+    ("shared", "inner"), [(False, "eager"), (True, "eager"), (True, "aot_eager"), pytest.param(False, "inductor", marks=pytest.mark.slow)]
+)
 def test_sizes_that_vary_and_side_inputs(shared, inner):
     nets = [compiled(Odd(shared), dynamic=True, backward=kind, inner=inner) for kind in ("reversible", "stored")]
     exact = compiled(Odd(shared).double(), gamma=0, dynamic=True, inner=inner)

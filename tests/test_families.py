@@ -13,7 +13,11 @@ import mnet_fx
 from mnet_fx.region import MomentumRegion
 
 
-@pytest.fixture(scope="module", params=zoo.FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(
+    scope="module",
+    params=[f if f.name in zoo.QUICK else pytest.param(f, marks=pytest.mark.slow) for f in zoo.FAMILIES],
+    ids=lambda f: f.name,
+)
 def family(request):
     return request.param
 

@@ -4,7 +4,7 @@ import pytest
 import strategies
 import torch
 import zoo
-from hypothesis import assume, currently_in_test_context, given, note
+from hypothesis import assume, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
 from oracles import recurrence
 from strategies import ADDITIVE, ILLEGAL, KINDS, Block, Options, Program, is_chain, options, programs
@@ -12,6 +12,7 @@ from zoo import one_thread  # noqa: F401  (a fixture)
 
 from mnet_fx.settings import Settings
 
+few = settings(max_examples=max(8, settings().max_examples // 5))  # each is captured twice or more
 convs = st.sampled_from([False, False, True])
 modes = st.booleans()
 
@@ -67,12 +68,14 @@ def assert_exact(spec, conv, training, choice):
     zoo.assert_identical(zoo.seeded(run, reversible, conv), zoo.seeded(run, stored, conv))
 
 
+@few
 @given(programs(), convs, modes, options())
 def test_gamma_zero_is_the_original(spec, conv, training, choice):
     velocity = "zero" if choice.initial_velocity == "module" else choice.initial_velocity
     assert_oracle(spec, conv, training, initial_velocity=velocity, granularity=choice.granularity, weights=choice.weights)
 
 
+@few
 @given(programs(max_size=5), st.sampled_from([1, 1, 3]), convs, modes, options())
 def test_reversible_is_stored(spec, repeated, conv, training, choice):
     """Three times over is long enough to spill bits, which short chains never do."""
@@ -80,6 +83,7 @@ def test_reversible_is_stored(spec, repeated, conv, training, choice):
     assert_exact(spec * repeated, conv, training, choice)
 
 
+@few
 @given(programs(ADDITIVE).filter(is_chain), convs, modes, options())
 def test_a_chain_follows_the_recurrence(spec, conv, training, choice):
     """Values, gradients and batch statistics against the recurrence in plain float64, every block a step."""
@@ -119,6 +123,7 @@ def run_recurrence(original, spec, choice, conv):
     return results | {"grad of x": x.grad, "grad of side": side.grad} | zoo.leftovers(original)
 
 
+@few
 @given(programs(max_size=2), st.sampled_from(sorted(ILLEGAL)), programs(max_size=2), convs, modes, options())
 def test_a_forbidden_block_is_refused_or_right(before, kind, after, conv, training, choice):
     spec = (*before, Block(kind), *after)
@@ -147,7 +152,7 @@ def test_every_kind_of_block(kind, conv):
 
 
 def test_programs_shrink_to_one_block():
-    from hypothesis import find, settings
+    from hypothesis import find
 
     with_defaults = settings(max_examples=200, database=None)
     assert find(programs(), lambda spec: True, settings=with_defaults) == (Block("linear"),)

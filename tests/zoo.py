@@ -68,6 +68,7 @@ FAMILIES = [
     Family("mobilenet_v2", 64, (2, 3, 2, 2), short=1),
     Family("mobilenet_v3_small", 64, (2, 2), short=2),
 ]
+QUICK = frozenset({"resnet18", "swin_t", "efficientnet_b0"})  # one for each way to write a block; the others take minutes together
 
 
 class Recurrent(nn.Module):
