@@ -43,6 +43,8 @@ class Door:
         self.module, self.path, self.keeper = module, path, keeper
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # it does look in here where the module has hooks
+            return self.module._call_impl(*args, **kwargs)
         call = self.keeper.running()
         if call is None and self.path in self.keeper.closed(probably=True):
             raise MnetError(
