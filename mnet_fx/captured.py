@@ -159,9 +159,17 @@ class CapturedForward:
     def _prepare(self) -> None:
         self.calls = threading.local()
         self.regions: list[ChainRegion] = []  # of all graphs
-        self.compiled = self._compiled(self.inner)
-        self.plain = self.compiled if self.inner == "eager" else self._compiled("eager")
         install(self.inside, self)
+
+    @cached_property
+    def compiled(self) -> tuple[types.FunctionType, Callable[..., Any]]:
+        """The model's function, and what Dynamo makes of it."""
+        return self._compiled(self.inner)  # at the first call, as torch.compile does nothing where torch.export copies the model
+
+    @cached_property
+    def plain(self) -> tuple[types.FunctionType, Callable[..., Any]]:
+        """Likewise, for the programs that plain Python runs."""
+        return self.compiled if self.inner == "eager" else self._compiled("eager")
 
     def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
         function = _function(self.owner, self.own_forward is not None)
@@ -207,6 +215,8 @@ class CapturedForward:
     @contextmanager
     def call(self, dry: bool = False) -> Iterator[_Call]:
         """A call of the model in this thread."""
+        if (reason := _switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
+            raise MnetError(self._left(reason))
         call, outer = _Call(dry), self.running()
         self.calls.now = call
         try:
@@ -296,8 +306,7 @@ class CapturedForward:
         Returns:
             That code; None if the call was left to Python.
         """
-        reason = _reason()
-        if reason is None and not call.left:
+        if not call.left and torch._dynamo.eval_frame._stance.stance == "default":
             for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]:
                 named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
                 if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
@@ -305,10 +314,13 @@ class CapturedForward:
         seen = previewed(self.owner, self.settings).report
         if not seen.residual_adds and not seen.refusals:
             return None
-        reason = reason or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
-        raise MnetError(
-            f"{type(self.owner).__name__}: in this call {reason}, so the original network ran and not the momentum network: undo that, "
-            "or name its list of layers with regions=[...], which needs no capture"
+        reason = _stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
+        raise MnetError(self._left(reason))
+
+    def _left(self, reason: str) -> str:
+        return (
+            f"{type(self.owner).__name__}: in this call {reason}, so the original network would run and not the momentum network: undo "
+            "that, or name its list of layers with regions=[...], which needs no capture"
         )
 
     @property
@@ -364,10 +376,13 @@ def _check_caller(owner: nn.Module) -> None:
 _MODULES = nn.Module._call_impl.__code__.co_filename
 
 
-def _reason() -> str | None:
-    """Why Dynamo captures nothing at all; None if it does."""
+def _switched_off() -> str | None:
+    """Why Dynamo does nothing at all; None if it does."""
     if torch._dynamo.config.disable:
         return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
-    if torch._dynamo.eval_frame._stance.stance != "default":
-        return f"Dynamo was told not to capture (torch.compiler.set_stance({torch._dynamo.eval_frame._stance.stance!r}))"
-    return None
+    return _stance() if torch._dynamo.eval_frame._stance.stance == "force_eager" else None
+
+
+def _stance() -> str | None:
+    stance = torch._dynamo.eval_frame._stance.stance
+    return None if stance == "default" else f"Dynamo was told not to capture (torch.compiler.set_stance({stance!r}))"

@@ -2,6 +2,7 @@
 
 - a `random.Random` of the model's own: each of its draws would be the first one for ever. Refused by name.
 - `os.getenv` in a forward: its answer is kept (`os.environ[...]` is guarded). A warning by name.
+- whether an argument is a leaf of autograd or a view (`is_leaf`, `grad_fn`, `_base`): likewise.
 - `torch.compiler.is_compiling()`: it is true. The libraries that ask it mean just that, so nothing is said here; see the README.
 """
 
@@ -40,11 +41,19 @@ def check_unseen(model: nn.Module) -> None:
                     "generator or from Python's module random, or name the list of layers with regions=[...], which needs no capture"
                 )
             if value is os.getenv:
-                warnings.warn(
-                    f"{owner} asks os.getenv, and Dynamo keeps the answer of the first call; os.environ[...] is asked at each",
-                    MnetWarning,
-                    stacklevel=4,
-                )
+                _warn(f"{owner} asks os.getenv, and Dynamo keeps the answer of the first call; os.environ[...] is asked at each")
+        for name in sorted(_OF_TENSORS & _all_names(type(module))):
+            _warn(
+                f"{owner} asks a tensor's {name}, and where that is an argument of the model, Dynamo keeps the answer of the first call; "
+                "requires_grad is asked at each"
+            )
+
+
+_OF_TENSORS = {"is_leaf", "grad_fn", "_base", "_is_view"}
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, MnetWarning, stacklevel=5)
 
 
 def _own_functions(cls: type) -> Iterator[FunctionType]:
@@ -53,6 +62,10 @@ def _own_functions(cls: type) -> Iterator[FunctionType]:
             for name, value in vars(base).items():
                 if isinstance(value, FunctionType) and name != "__init__":
                     yield inspect.unwrap(value)
+
+
+def _all_names(cls: type) -> set[str]:
+    return set().union(*(_names(function.__code__) for function in _own_functions(cls)))
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:

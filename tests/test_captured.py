@@ -1,0 +1,1006 @@
+"""What capturing through Dynamo promises: a call computes the momentum network or says why not, and capturing leaves no traces.
+
+Two oracles: with gamma=0 the result is the original, outputs, gradients and buffers; and "reversible" is "stored" bit for bit.
+"""
+
+import copy
+import dataclasses
+import functools
+import gc
+import io
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections import Counter, UserDict, deque
+from contextvars import ContextVar
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.parallel import DataParallel
+from torch.nn.utils import parametrizations, prune
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
+
+from mnet_fx import MnetError, MnetWarning, momentumize
+
+WIDTH = 6
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, steps=3):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(steps))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Scaled(Stack):
+    """Its residuals are multiplied by what `factor` reads."""
+
+    def factor(self):
+        return 1.0
+
+    def forward(self, x):
+        factor = self.factor()
+        for block in self.blocks:
+            x = x + factor * torch.tanh(block.linear(x))
+        return x
+
+
+class Statistics(Stack):
+    """Batch statistics, a counter that is assigned, one that is moved in place, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in self.blocks)
+        self.register_buffer("assigned", torch.zeros(()))
+        self.register_buffer("moved", torch.zeros(()))
+
+    def forward(self, x):
+        self.assigned = self.assigned + 1
+        self.moved += 1
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            x = x + nn.functional.dropout(torch.tanh(norm(block.linear(x))), 0.3, self.training)
+        return x
+
+
+def points(rows=4):
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows))
+
+
+def tensors(result):
+    result = vars(result) if dataclasses.is_dataclass(result) else result
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def trained(net, call):
+    """Outputs, gradients and buffers of a call."""
+    torch.manual_seed(1)
+    random.seed(1)
+    net.zero_grad()
+    results = tensors(call(net))
+    sum(t.square().sum() for t in results if t.requires_grad).backward()
+    return [t.detach().clone() for t in results], [p.grad for p in net.parameters()], [b.clone() for b in net.buffers()]
+
+
+def assert_right(model, call, **options):
+    """Both oracles, for the first call and one after it."""
+    original, zero = copy.deepcopy(model), momentumize(copy.deepcopy(model), gamma=0, **options)
+    stored = momentumize(copy.deepcopy(model), backward="stored", **options)
+    ours = momentumize(copy.deepcopy(model), **options)
+    for _ in range(2):
+        torch.testing.assert_close(trained(zero, call), trained(original, call))
+        torch.testing.assert_close(trained(ours, call), trained(stored, call), rtol=0, atol=0)
+    return ours
+
+
+def is_momentum(result, model, x=None):
+    """Whether a result is not that of the original network."""
+    return not torch.allclose(result, model(points() if x is None else x), atol=1e-3)
+
+
+# ---- what Python reads is asked at each call
+
+SETTING, STACK, LEVELS = {"value": 1.0}, [1.0], ContextVar("levels", default=1.0)
+
+
+class Elsewhere:
+    value = 1.0
+
+
+class Closure:
+    def __init__(self):
+        value = 1.0
+
+        def read():
+            return value
+
+        def write(new):
+            nonlocal value
+            value = new
+
+        self.read, self.write = read, write
+
+
+class Reads(Scaled):
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(value=1.0, inner=types.SimpleNamespace(value=1.0), array=np.ones(2), known=set())
+        self.config.inner.back = self.config
+        self.table, self.queue, self.hidden, self.closure = {"a": {"b": 1.0}}, deque([1.0]), 1.0, Closure()
+        self.scale = functools.partial(float, 1.0)
+
+    @property
+    def shown(self):
+        return self.hidden
+
+
+READS = {
+    "alias": (lambda m: (lambda config: config.value)(m.config), lambda m: setattr(m.config, "value", 2.0)),
+    "cycle": (lambda m: m.config.inner.back.value, lambda m: setattr(m.config, "value", 2.0)),
+    "inner object": (lambda m: m.config.inner.value, lambda m: setattr(m.config.inner, "value", 2.0)),
+    "numpy": (lambda m: float(m.config.array[1]), lambda m: m.config.array.__setitem__(1, 2.0)),
+    "set": (lambda m: 2.0 if 3 in m.config.known else 1.0, lambda m: m.config.known.add(3)),
+    "dict": (lambda m: m.table["a"]["b"], lambda m: m.table["a"].update(b=2.0)),
+    "size of a dict": (lambda m: float(len(m.table)), lambda m: m.table.update(c=2.0)),
+    "deque": (lambda m: m.queue[-1], lambda m: m.queue.append(2.0)),
+    "property": (lambda m: m.shown, lambda m: setattr(m, "hidden", 2.0)),
+    "closure": (lambda m: m.closure.read(), lambda m: m.closure.write(2.0)),
+    "partial": (lambda m: m.scale(), lambda m: setattr(m, "scale", functools.partial(float, 2.0))),
+    "default of getattr": (lambda m: getattr(m, "later", 1.0), lambda m: setattr(m, "later", 2.0)),
+    "hasattr": (lambda m: 2.0 if hasattr(m, "later") else 1.0, lambda m: setattr(m, "later", 2.0)),
+    "class": (lambda m: Elsewhere.value, lambda m: setattr(Elsewhere, "value", 2.0)),
+    "global": (lambda m: SETTING["value"], lambda m: SETTING.update(value=2.0)),
+    "global list": (lambda m: STACK[-1], lambda m: STACK.append(2.0)),
+    "context variable": (lambda m: LEVELS.get(), lambda m: LEVELS.set(2.0)),
+    "mode of a child": (lambda m: 1.0 if m.blocks[0].training else 2.0, lambda m: m.blocks[0].eval()),
+    "attribute of a parameter": (
+        lambda m: getattr(m.blocks[0].linear.weight, "tag", 1.0),
+        lambda m: setattr(m.blocks[0].linear.weight, "tag", 2.0),
+    ),
+    "requires_grad": (
+        lambda m: 1.0 if m.blocks[0].linear.weight.requires_grad else 2.0,
+        lambda m: m.blocks[0].linear.weight.requires_grad_(False),
+    ),
+    "hooks": (lambda m: 1.0 + len(m.blocks[0]._forward_hooks), lambda m: m.blocks[0].register_forward_hook(lambda *a: None)),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_a_forward_reads_is_asked_at_each_call(name, monkeypatch):
+    read, change = READS[name]
+    monkeypatch.setitem(SETTING, "value", 1.0)
+    monkeypatch.setattr(Elsewhere, "value", 1.0)
+    STACK[:] = [1.0]
+    token = LEVELS.set(1.0)
+    try:
+        net, x = momentumize(type("Model", (Reads,), {"factor": read})(), gamma=0), points()
+        before = net(x)
+        change(net)
+        expected = x
+        for block in net.blocks:
+            expected = expected + 2.0 * torch.tanh(nn.functional.linear(expected, block.linear.weight, block.linear.bias))
+        torch.testing.assert_close(net(x), expected)
+        assert not torch.allclose(before, expected)
+    finally:
+        LEVELS.reset(token)
+
+
+def test_questions_about_arguments_are_asked_at_each_call():
+    class Asks(Stack):
+        def forward(self, x, y):
+            factor = 1.0 + 2.0 * (x is y) + 3.0 * (x.shape[0] == 1) + 5.0 * x.is_contiguous() + 7.0 * x.requires_grad
+            factor = factor + 11.0 * (x.stride(0) == 1) + x.storage_offset()
+            for block in self.blocks:
+                x = x + factor * torch.tanh(block.linear(x))
+            return x
+
+    model = Asks()
+    net = momentumize(model, gamma=0)
+    for x in (points(), points(1), points().requires_grad_(), points(WIDTH).T[:, :WIDTH], torch.randn(4, 12)[:, 3:9]):
+        for y in (x, x.clone()):
+            torch.testing.assert_close(net(x, y), model(x, y), rtol=1e-4, atol=1e-4)
+
+
+def test_what_dynamo_does_not_ask_twice_is_named():
+    class Asks(Stack):
+        def forward(self, x):
+            return super().forward(x if x.is_leaf else 2 * x)
+
+    with pytest.warns(MnetWarning, match="Asks asks a tensor's is_leaf, .* Dynamo keeps the answer of the first call"):
+        momentumize(Asks())
+
+
+# ---- what Python writes
+
+SEEN, COUNTS = [], Counter()
+
+
+class Writes(Stack):
+    def __init__(self):
+        super().__init__()
+        self.log, self.cache, self.last, self.number = [], {}, None, 0
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            self.log.append(i)
+            self.number += 1
+            self.cache.setdefault(i, torch.ones(WIDTH) * i)
+            self.last = x
+            SEEN.append(x.square().mean())
+            COUNTS["blocks"] += 1
+        return x
+
+
+def test_writes_of_a_forward_are_made_at_each_call_and_none_by_a_capture():
+    model = Writes()
+    COUNTS.clear()
+    SEEN.clear()
+    net, original = momentumize(model, (points(),), gamma=0), copy.deepcopy(model)
+    for written in (model, net):
+        assert (written.log, written.cache, written.last, written.number) == ([], {}, None, 0)
+    assert not SEEN
+    assert not COUNTS
+    for call in range(1, 3):
+        gradients = []
+        for written in (original, net):
+            SEEN.clear()
+            written.zero_grad()
+            (written(points()).sum() + sum(SEEN)).backward()  # the loss that was noted counts
+            gradients.append([p.grad.clone() for p in written.parameters()])
+            assert (len(SEEN), len(written.log), written.number, sorted(written.cache)) == (3, 3 * call, 3 * call, [0, 1, 2])
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(net.last, original.last)
+    assert COUNTS["blocks"] == 12
+
+
+def test_a_capture_moves_no_buffer_no_generator_and_no_flag():
+    model, x = Statistics(), points()
+    model.norms[0].eval()
+    state, generators = copy.deepcopy(model.state_dict()), (torch.get_rng_state(), random.getstate())
+    flags = [module.training for module in model.modules()]
+    net = momentumize(model, (x,))
+    assert net.report.rewritten_adds == 3
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert [module.training for module in net.modules()] == [module.training for module in model.modules()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert "forward" not in vars(model)
+
+
+# ---- both oracles
+
+
+class Tied(Stack):
+    def __init__(self):
+        super().__init__()
+        self.blocks[1].linear.weight = self.blocks[0].linear.weight
+        self.blocks.append(self.blocks[2])
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.head.weight = self.blocks[2].linear.weight
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+class Drawn(Scaled):
+    def factor(self):
+        return random.random()
+
+
+@dataclasses.dataclass
+class Output:
+    last: torch.Tensor
+    hidden: list
+
+
+class Structured(Stack):
+    def forward(self, *, x, options):
+        hidden = [x * options["scale"]]
+        for block in self.blocks:
+            hidden.append(block(hidden[-1]))
+        return Output(hidden[-1], hidden[1:])
+
+
+class Generates(Stack):
+    def states(self, x):
+        for block in self.blocks:
+            x = block(x)
+            yield x
+
+    def forward(self, x):
+        return list(self.states(x))[-1]
+
+
+class Handles(Stack):
+    def forward(self, x):
+        try:
+            raise KeyError
+        except KeyError:
+            for block in self.blocks:
+                try:
+                    x = block(x)
+                finally:
+                    pass
+        return x
+
+
+class OnInstance(Stack):
+    """Its forward is an attribute of the instance."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = super().forward
+
+
+MODELS = {
+    "statistics": (Statistics, lambda net: net(points())),
+    "tied": (Tied, lambda net: net(points())),
+    "Python's generator": (Drawn, lambda net: net(points())),
+    "structures": (Structured, lambda net: net(x=points(), options={"scale": 1.5})),
+    "a generator": (Generates, lambda net: net(points())),
+    "handlers": (Handles, lambda net: net(points())),
+    "forward on the instance": (OnInstance, lambda net: net(points())),
+    "one row": (Stack, lambda net: net(points(1))),
+    "no row": (Stack, lambda net: net(points()[:0])),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    make, call = MODELS[name]
+    assert len(assert_right(make(), call).forward.network.chains) == 1
+
+
+def test_outputs_keep_type_and_identity():
+    class Aliases(Stack):
+        def forward(self, x):
+            x = super().forward(x)
+            return UserDict(x=x, again=x, view=x.view(-1), dtype=x.dtype)
+
+    result = momentumize(Aliases())(points())
+    assert type(result) is UserDict
+    assert result["x"] is result["again"]
+    assert result["view"].data_ptr() == result["x"].data_ptr()
+    assert result["dtype"] is torch.float32
+
+
+@pytest.mark.parametrize("inner", ["aot_eager"])
+def test_compiled_inside(inner):
+    net = assert_right(Stack(), lambda net: net(points()), inner=inner)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(points()), net(points()))
+    torch.testing.assert_close(torch.export.export(net.eval(), (points(),)).module()(points()), net(points()))
+
+
+def test_sizes_and_numbers_vary():
+    class Numbered(Stack):
+        def forward(self, x, number, factor=1.0):
+            for block in self.blocks:
+                x = x + torch.tanh(block.linear(x)) * number * factor
+            return x
+
+    model = Numbered()
+    net = momentumize(model, gamma=0)
+    for i, rows in enumerate((4, 3, 1, 7, 0, 2)):
+        torch.testing.assert_close(net(points(rows), i, factor=0.3 * i), model(points(rows), i, factor=0.3 * i), rtol=1e-4, atol=1e-4)
+
+
+def test_another_depth_is_another_network():
+    class Deep(Stack):
+        def forward(self, x, depth):
+            for block in self.blocks[:depth]:
+                x = block(x)
+            return x
+
+    model = Deep(4)
+    net = momentumize(model)
+    first = net(points(), 4)
+    for _ in range(2):  # the second is not captured any more
+        with pytest.raises(MnetError, match=r"another momentum network .* chains of 3 steps from blocks.0 to blocks.2, where there were 4"):
+            net(points(), 3)
+    assert torch.equal(net(points(), 4), first)
+
+
+def test_train_under_autocast_and_eval_without_are_one_network():
+    model = Stack()
+    net, zero = momentumize(model), momentumize(model, gamma=0)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(net.parameters(), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(zero(points()), model(points()), rtol=0.05, atol=0.05)
+        loss = net(points()).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    net.eval()
+    with torch.no_grad():
+        result = net(points())
+    with torch.inference_mode():
+        assert torch.equal(net(points()), result)
+    assert [len(chain) for chain in net.forward.network.chains] == [3]
+    assert is_momentum(result, model)
+
+
+def test_inference_first_then_training():
+    net = momentumize(Stack())
+    with torch.inference_mode():
+        first = net(points())
+    result = net(points())
+    result.sum().backward()
+    assert torch.equal(first, result)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_gradients_and_checkpoints_around(reentrant):
+    model, found = Stack(), []
+    for backward in ("reversible", "stored"):
+        net, x = momentumize(copy.deepcopy(model), backward=backward), points().requires_grad_()
+        y = net(x).square().sum()
+        (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        y.backward(retain_graph=True)
+        y.backward(retain_graph=True)
+        gradient.square().sum().backward()
+        checkpoint.checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_functional_calls():
+    model, found = Stack(), []
+    for backward in ("reversible", "stored"):
+        net = momentumize(model, backward=backward)
+        values = {name: (1.1 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
+        result = functional_call(net, values, (points(),))
+        result.square().sum().backward()
+        found.append([result.detach(), *(value.grad for value in values.values())])
+        assert is_momentum(result, model)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_frozen_part_in_eval_mode():
+    model = nn.Sequential(Statistics(), nn.Linear(WIDTH, 2))
+    model[0].eval().requires_grad_(False)
+    assert_right(model, lambda net: net(points()))
+
+
+# ---- never silently the original network
+
+
+class NotCaptured(Stack):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NotCapturedBlock(Block):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+class NotCapturedBlocks(Stack):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(NotCapturedBlock() for _ in range(3))
+
+
+class NotCapturedMethod(Stack):
+    @torch.compiler.disable
+    def loop(self, x):
+        for weight in [block.linear.weight for block in self.blocks]:
+            x = x + torch.tanh(x @ weight)
+        return x
+
+    def forward(self, x):
+        return self.loop(x)
+
+
+class Measures(Stack):
+    """Asks for a value in each step."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block.linear(x)) * max(x.abs().max().item(), 1.0)
+        return x
+
+
+@pytest.mark.parametrize("make", [NotCaptured, NotCapturedBlocks, NotCapturedMethod, Measures])
+@pytest.mark.parametrize("given", [False, True], ids=["", "example_inputs"])
+def test_a_forward_that_is_left_to_python_is_an_error(make, given):
+    with pytest.raises(MnetError, match=r"left the whole forward to Python.*name its list of layers with regions"):
+        momentumize(make(), (points(),) if given else None)(points())
+
+
+def test_a_forward_that_is_left_to_python_in_some_calls_is_an_error_there():
+    class Sometimes(Stack):
+        def forward(self, x, compute):
+            if not compute:
+                return None
+            return self.loop(x)
+
+        loop = NotCapturedMethod.loop
+
+    net = momentumize(Sometimes())
+    assert net(points(), False) is None
+    for _ in range(2):
+        with pytest.raises(MnetError, match="left the whole forward to Python"):
+            net(points(), True)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+@pytest.mark.parametrize("captured", [False, True], ids=["first call", "later call"])
+def test_where_dynamo_is_told_not_to_capture(stance, captured):
+    net = momentumize(Stack())
+    if captured:
+        net(points())
+    with torch.compiler.set_stance(stance), pytest.raises(MnetError, match=r"set_stance|left it to Python"):
+        net(points(5))
+    assert is_momentum(net(points(5)), functools.partial(functional_original, net), points(5))
+
+
+def functional_original(net, x):
+    for block in net.blocks:
+        x = x + torch.tanh(nn.functional.linear(x, block.linear.weight, block.linear.bias))
+    return x
+
+
+def test_where_dynamo_is_switched_off():
+    model = Stack()
+    net = momentumize(model)
+    for _ in range(2):
+        with torch._dynamo.config.patch(disable=True), pytest.raises(MnetError, match="switched off"):
+            net(points())
+        assert is_momentum(net(points()), model)
+    assert is_momentum(torch.compiler.disable(net)(points()), model)  # outside of the model it does no harm
+    torch._dynamo.reset()
+    assert is_momentum(net(points()), model)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ModuleList([Block(), Block()]), lambda: nn.ModuleDict({"a": Block(), "b": Block()})])
+def test_a_model_without_a_forward_is_an_error(make):
+    with pytest.raises(MnetError, match="has no forward, so what calls its layers would compute the original network"):
+        momentumize(make())
+
+
+def test_roots_of_torch_nn_take_no_fast_path():
+    x = torch.randn(2, 5, 8)
+    layer = functools.partial(nn.TransformerEncoderLayer, 8, 2, 16, dropout=0.0, batch_first=True)
+    for model in (nn.TransformerEncoder(layer(), 2), layer(), nn.Sequential(layer(), layer())):
+        model.eval()
+        net, zero = momentumize(model), momentumize(model, gamma=0)
+        with torch.no_grad():
+            torch.testing.assert_close(zero(x), model(x), rtol=1e-4, atol=1e-4)
+            assert is_momentum(net(x), model, x)
+            assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+class Sums(nn.Module):
+    """With a method of its own, in which the steps are."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def features(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block.linear(x))
+        return x
+
+    def forward(self, x):
+        return self.features(x).sum(-1)
+
+
+def by_loop(net, x):
+    for block in net.blocks:
+        x = block(x)
+    return x
+
+
+WAYS = {
+    "method": (Sums, lambda net, x: net.features(x)),
+    "loop": (Stack, by_loop),
+    "in another model": (Stack, lambda net, x: nn.Sequential(*net.blocks)(x)),
+    "forward of the class": (Stack, lambda net, x: type(net).forward(net, x)),
+    "shallow copy": (Stack, lambda net, x: copy.copy(net)(x)),
+    "torch.fx": (Stack, lambda net, x: torch.fx.symbolic_trace(net)(x)),
+    "export of a part": (Stack, lambda net, x: torch.export.export(nn.Sequential(*net.blocks), (x,))),
+}
+STATES = {
+    "fresh": lambda net: net,
+    "called": lambda net: (net(points()), net)[1],
+    "copied": copy.deepcopy,
+    "pickled": lambda net: pickle.loads(pickle.dumps(net)),
+    "called, pickled": lambda net: pickle.loads(pickle.dumps((net(points()), net)[1])),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_other_ways_in_are_an_error(way, state):
+    make, enter = WAYS[way]
+    net = STATES[state](momentumize(make()))
+    with pytest.raises(MnetError, match=r"part of a momentum chain|shallow copy"):
+        enter(net, points())
+    assert torch.equal(net.forward(points()), net(points()))
+
+
+def test_copies_of_data_parallel_are_an_error():
+    net = momentumize(Stack())
+    assert torch.equal(DataParallel(net)(points()), net(points()))
+    with pytest.raises(MnetError, match="shallow copy"):
+        net._replicate_for_data_parallel()(points())
+
+
+# ---- graph breaks
+
+
+def breaks():
+    torch._dynamo.graph_break()
+
+
+class BreaksInLoop(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            breaks()
+        return x
+
+
+class BreaksInTry(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            try:
+                x = block(x)
+                breaks()
+            finally:
+                pass
+        return x
+
+
+class BreaksInWith(Stack):
+    def forward(self, x):
+        with warnings.catch_warnings():
+            for block in self.blocks:
+                x = block(x)
+                breaks()
+        return x
+
+
+@pytest.mark.parametrize("make", [BreaksInLoop, BreaksInTry, BreaksInWith])
+def test_a_break_between_layers_is_named_with_its_line_and_the_regions_to_give(make):
+    net, x = momentumize(make()), points()
+    with pytest.warns(MnetWarning) as caught:
+        net(x)
+    text = next(str(warning.message) for warning in caught if "Dynamo breaks its graph" in str(warning.message))
+    assert Path(__file__).name in text
+    assert "regions=['blocks']" in text
+    assert is_momentum(momentumize(make(), regions=["blocks"])(x), net)
+
+
+def test_a_break_elsewhere_is_none_of_our_business():
+    class Before(Stack):
+        def forward(self, x):
+            x = x + 1
+            breaks()
+            return super().forward(x)
+
+    model = Before()
+    net, zero = momentumize(model), momentumize(model, gamma=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert is_momentum(net(points()), model)
+    torch.testing.assert_close(zero(points()), model(points()))
+
+
+# ---- example_inputs
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        lambda x: (x,),
+        lambda x: [x],
+        lambda x: x,
+        lambda x: {"x": x},
+        lambda x: UserDict(x=x),
+        lambda x: (x.to("meta"),),
+        lambda x: {"x": FakeTensorMode().from_tensor(x)},
+    ],
+    ids=["tuple", "list", "tensor", "dict", "mapping", "meta", "fake"],
+)
+def test_example_inputs_capture_both_modes(example):
+    net = momentumize(Stack(), example(points()))
+    assert [part.front_end for part in net.report.captured] == ["Dynamo"]
+    assert sorted(net.forward.network.reports) == [False, True]
+    assert is_momentum(net(points()), functools.partial(functional_original, net))
+
+
+def test_a_model_on_the_meta_device_is_captured_and_filled_later():
+    with torch.device("meta"):
+        net = momentumize(Stack(), (points(),))
+    net = net.to_empty(device="cpu")
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = Stack()
+    model.load_state_dict(net.state_dict())
+    assert torch.equal(momentumize(model)(points()), net(points()))
+
+
+# ---- exports
+
+
+@pytest.mark.parametrize("make", [Stack, Statistics])
+def test_an_export_is_the_momentum_network(make):
+    model = make().eval()
+    net = momentumize(model)
+    exported = torch.export.export(net, (points(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    torch.testing.assert_close(exported(points(3)), net(points(3)))
+    assert is_momentum(exported(points()), model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+def test_a_trace_and_a_compiled_net_are_the_momentum_network():
+    net = momentumize(Stack()).eval()
+    whole = nn.Sequential(nn.Linear(WIDTH, WIDTH), net)
+    expected = whole(points())
+    torch.testing.assert_close(torch.jit.trace(whole, (points(),))(points()), expected)
+    torch.testing.assert_close(torch.export.export(whole, (points(),)).module()(points()), expected)
+    torch.testing.assert_close(torch.compile(whole, backend="eager")(points()), expected)
+    assert is_momentum(net(points()), functools.partial(functional_original, net))
+
+
+# ---- changes after a capture
+
+HOOKS = {
+    "forward": lambda net: net.blocks[1].register_forward_hook(lambda module, args, result: None),
+    "forward with kwargs": lambda net: net.blocks[1].register_forward_hook(lambda m, a, k, result: None, with_kwargs=True),
+    "forward that changes": lambda net: net.blocks[1].linear.register_forward_hook(lambda module, args, result: 2 * result),
+    "pre-hook that changes": lambda net: net.blocks[1].linear.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward that notes": lambda net: net.blocks[1].register_forward_hook(lambda module, args, result: SEEN.append(1)),
+    "forward of the root": lambda net: net.register_forward_hook(lambda module, args, result: 3 * result),
+    "backward of the root": lambda net: net.register_full_backward_hook(lambda module, before, after: (3 * before[0],)),
+    "of a parameter": lambda net: net.blocks[1].linear.weight.register_hook(lambda g: 3 * g),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_come_later(kind):
+    found = []
+    for options in (None, {"gamma": 0}, {"backward": "stored"}, {}):
+        torch.manual_seed(3)
+        net = Stack() if options is None else momentumize(Stack(), **options)
+        net(points())
+        SEEN.clear()
+        HOOKS[kind](net)
+        found.append(trained(net, lambda net: net(points().requires_grad_())))
+        assert len(SEEN) == (kind == "forward that notes") or options == {}  # a rerun in the backward pass notes it again
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[3], found[2], rtol=0, atol=0)
+
+
+def test_a_hook_that_is_removed():
+    net = momentumize(Stack())
+    before = net(points())
+    handle = net.blocks[1].linear.register_forward_hook(lambda module, args, result: 2 * result)
+    assert not torch.equal(net(points()), before)
+    handle.remove()
+    assert torch.equal(net(points()), before)
+
+
+def test_changes_of_modules_and_parameters_after_a_capture():
+    net = momentumize(Stack(), gamma=0)
+
+    def check():
+        torch.testing.assert_close(net(points()), functional_original(net, points()))
+
+    check()
+    net.load_state_dict({name: 0.3 * torch.randn_like(p) for name, p in net.state_dict().items()}, assign=True)
+    check()
+    net.blocks[1].linear = nn.Linear(WIDTH, WIDTH)
+    check()
+    net.blocks[0].linear.weight = net.blocks[2].linear.weight
+    check()
+    prune.l1_unstructured(net.blocks[1].linear, "weight", 0.5)
+    check()
+    parametrizations.weight_norm(net.blocks[2].linear)
+    check()
+    net.blocks[2].requires_grad_(False)
+    trained(net, lambda net: net(points()))
+    net.double()
+    assert net(points().double()).dtype is torch.float64
+    assert [len(chain) for chain in net.forward.network.chains] == [3]
+
+
+def test_a_copy_amid_training():
+    net = momentumize(Statistics())
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(points()).sum().backward()
+        optimizer.step()
+    loss, file = net(points()).sum(), io.BytesIO()
+    twin = copy.deepcopy(net)
+    loss.backward()
+    torch.save(net, file)
+    file.seek(0)
+    net.eval()
+    for other in (twin, torch.load(file, weights_only=False), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other.eval()(points()), net(points()))
+        assert all(p is not q for p, q in zip(other.parameters(), net.parameters(), strict=True))
+
+
+def test_a_pickle_in_another_process(tmp_path):
+    net = momentumize(nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))).eval()
+    x = torch.randn(2, 5, 8)
+    torch.save((net, x, net(x)), tmp_path / "net.pt")
+    code = "import sys, torch; net, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(net(x), y); print(net.report)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "net.pt"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 residual adds rewritten" in done.stdout
+
+
+# ---- nets within models
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.blocks = inner, nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        return by_loop(self, self.inner(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"regions": ["blocks"]}], ids=["captured", "named"])
+def test_a_net_inside_of_a_model(options):
+    model = Outer(momentumize(Stack(), gamma=0.5, **options))
+    net, zero = momentumize(model), momentumize(model, gamma=0)
+    torch.testing.assert_close(zero(points()), model(points()))
+    assert is_momentum(net(points()), model)
+    stored = momentumize(model, backward="stored")
+    torch.testing.assert_close(trained(net, lambda net: net(points())), trained(stored, lambda net: net(points())), rtol=0, atol=0)
+
+
+def test_a_second_rewrite_starts_over():
+    model = Stack()
+    net = momentumize(model, gamma=0.5)
+    net(points())
+    assert torch.equal(momentumize(net)(points()), momentumize(model)(points()))
+
+
+# ---- memory
+
+
+def after(use):
+    """Weak references to a net, its model, a parameter, and what Dynamo made, after some use of it."""
+    model = OnInstance() if use is on_instance else Stack()
+    net = momentumize(model)
+    use(net)
+    made = [value for name, value in net.forward.compiled[0].__globals__.items() if name.startswith("__compiled_fn")]
+    return [weakref.ref(found) for found in (net, model, model.blocks[0].linear.weight, net.forward, *made)]
+
+
+def train(net):
+    net(points()).sum().backward()
+
+
+def on_instance(net):
+    train(net)
+
+
+def in_both_modes(net):
+    train(net)
+    net.eval()(points(5))
+
+
+def copied(net):
+    train(net)
+    pickle.loads(pickle.dumps(copy.deepcopy(net)))(points())
+
+
+def exported(net):
+    torch.export.export(net, (points(),))
+    train(net)
+
+
+@pytest.mark.parametrize("use", [train, on_instance, in_both_modes, copied, exported])
+def test_a_net_that_is_dropped_is_freed(use):
+    found = [after(use) for _ in range(3)]
+    gc.collect()
+    assert not [reference() for references in found for reference in references if reference() is not None]
+
+
+def test_a_backward_pass_after_its_net_was_dropped():
+    model = Stack()
+    loss = momentumize(model)(points()).sum()
+    gc.collect()
+    loss.backward()
+    assert model.blocks[0].linear.weight.grad is not None
+
+
+def test_many_nets_of_one_class():
+    """More than Dynamo's limit for one function, which counts each model by itself."""
+    for _ in range(20):
+        model = Stack()
+        net, zero = momentumize(model), momentumize(model, gamma=0)
+        torch.testing.assert_close(zero(points()), model(points()))
+        assert is_momentum(net(points()), model)
+
+
+# ---- threads
+
+
+def run_all(*functions):
+    errors = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_that_call_one_net_with_new_kinds_of_calls():
+    model = Stack()
+    net = momentumize(model, gamma=0)
+
+    def work(first):
+        for rows in range(first, first + 4):
+            with torch.set_grad_enabled(rows % 2 == 0):
+                torch.testing.assert_close(net(points(rows)), model(points(rows)))
+
+    run_all(functools.partial(work, 2), functools.partial(work, 20))
+
+
+def test_a_capture_beside_an_unrelated_model():
+    done = threading.Event()
+    plain, layer = Stack(), nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0).eval()
+    expected = plain(points()), layer(points())
+
+    def capture():
+        try:
+            for _ in range(2):
+                net = momentumize(Stack(), (points(),))
+                train(net)
+                torch.export.export(net.eval(), (points(),))
+        finally:
+            done.set()
+
+    def run():
+        while not done.is_set():
+            assert torch.equal(plain(points()), expected[0])
+            assert torch.equal(layer(points()), expected[1])
+            assert torch.is_grad_enabled()
+
+    run_all(capture, run)
