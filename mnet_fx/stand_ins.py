@@ -49,13 +49,18 @@ def stand_ins(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     named = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     special = any(map(_is_special, named.values()))
+    checked = torch._C._get_tracing_state() is not None  # torch.jit.trace checks itself without gradients: it must find the same source
     with ExitStack() as stack:
         stack.enter_context(_outside_of_everything())
         if special:
             stack.enter_context(FakeTensorMode())
             made = {id(t): _like(t) for t in named.values()}
             stack.enter_context(_reparametrize_module(model, {name: made[id(t)] for name, t in named.items()}))
-        yield pytree.tree_map(lambda t: _like(t) if isinstance(t, Tensor) else t, (args, kwargs))
+        made_args = pytree.tree_map(lambda t: _like(t) if isinstance(t, Tensor) else t, (args, kwargs))
+        for t in pytree.tree_leaves(made_args) if checked else ():
+            if isinstance(t, Tensor) and t.is_floating_point():
+                t.requires_grad_()
+        yield made_args
 
 
 def _is_special(t: Tensor) -> bool:
@@ -84,7 +89,6 @@ def _outside_of_everything() -> Iterator[None]:
             setattr(owner, name, value)
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         hooks._saved_tensors_hooks_enable()
-        # torch.jit.trace checks itself without gradients, where another capture would be another source in its eyes
         grad = torch.is_grad_enabled() or state is not None
         with torch._guards.tracing(None), _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.set_grad_enabled(grad):
             yield

@@ -762,7 +762,6 @@ def test_an_export_is_the_momentum_network(make):
     assert is_momentum(exported(points()), model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own deprecations
 def test_a_trace_and_a_compiled_net_are_the_momentum_network():
     net = momentumize(Stack()).eval()
