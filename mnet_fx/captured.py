@@ -216,7 +216,7 @@ class CapturedForward:
     def call(self, dry: bool = False) -> Iterator[_Call]:
         """A call of the model in this thread."""
         if (reason := _switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
-            raise MnetError(self._left(reason))
+            raise MnetError(self._left(reason, "would run"))
         call, outer = _Call(dry), self.running()
         self.calls.now = call
         try:
@@ -254,7 +254,7 @@ class CapturedForward:
         if not call.graphs:
             self._without_graphs(self.compiled[0], call)
             if not self.network.reports and not self.previewed.report.regions:
-                self._warn_of_nothing()
+                self._warn_of_nothing(call)
         if call.new:
             self._take_in(call)
 
@@ -274,13 +274,15 @@ class CapturedForward:
         for text in broken:
             warnings.warn(text, MnetWarning, stacklevel=4)
         if complete and not any(graph.chains for graph in call.graphs):
-            self._warn_of_nothing()
+            self._warn_of_nothing(call)
 
-    def _warn_of_nothing(self) -> None:
+    def _warn_of_nothing(self, call: _Call) -> None:
+        told = said(call.breaks)
+        why = f"Dynamo breaks its graph{told}" if told else "print(net.report) says why"
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"{type(self.owner).__name__}: no residual chain was rewritten, it computes what it did; print(net.report) says why",
+                f"{type(self.owner).__name__}: no residual chain was rewritten, it computes what it did; {why}",
                 MnetWarning,
                 stacklevel=5,
             )
@@ -317,9 +319,9 @@ class CapturedForward:
         reason = _stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
         raise MnetError(self._left(reason))
 
-    def _left(self, reason: str) -> str:
+    def _left(self, reason: str, ran: str = "ran") -> str:
         return (
-            f"{type(self.owner).__name__}: in this call {reason}, so the original network would run and not the momentum network: undo "
+            f"{type(self.owner).__name__}: in this call {reason}, so the original network {ran} and not the momentum network: undo "
             "that, or name its list of layers with regions=[...], which needs no capture"
         )
 

@@ -6,6 +6,7 @@ taken to have said no, and the mask is applied as what it is.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ __all__ = ["read_masks", "unread_masks"]
 def unread_masks(net: nn.Module) -> None:
     """Gives the encoders and decoders of a model forwards that do not look at the values of masks, if they have none of their own."""
     for module in net.modules():
-        forward = _FORWARDS.get(type(module).forward)
+        forward = _FORWARDS.get(inspect.getattr_static(type(module), "forward", None))  # static: that of a script is a descriptor
         if forward is not None and "forward" not in module.__dict__:
             module.__dict__["forward"] = partial(forward, module)
 

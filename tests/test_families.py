@@ -81,7 +81,7 @@ def assert_unchanged(module, before):
 
 
 def test_finds_every_residual_add(family, model):
-    report = mnet_fx.momentumize(model).report
+    report = mnet_fx.momentumize(model, (family.images(),)).report
     assert tuple(region.steps for region in report.regions) == family.steps
     assert tuple(region.adds for region in report.regions) == family.steps
     assert report.residual_adds == family.adds

@@ -12,6 +12,7 @@ from zoo import one_thread  # noqa: F401  (a fixture)
 
 from mnet_fx.settings import Settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no residual chain was rewritten")  # not every program has one
 few = settings(max_examples=max(8, settings().max_examples // 5))  # each is captured twice or more
 convs = st.sampled_from([False, False, True])
 modes = st.booleans()

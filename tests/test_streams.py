@@ -125,7 +125,7 @@ def nets():
     def layers():
         return nn.Sequential(*(_Block() for _ in range(3)))
 
-    yield momentumize(layers())
+    yield momentumize(torch.fx.symbolic_trace(layers()))
     yield momentumize(layers(), regions=[""])
     yield momentumize(layers(), regions=[""], backward="stored")
     yield MomentumNet([nn.Linear(D, D)] * 3)
