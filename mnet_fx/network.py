@@ -145,7 +145,8 @@ class Network:
                 self.reports[training] = found
 
     def _contradiction(self, chains: set[Chain], ran: set[str]) -> str | None:
-        lost = [chain for chain in self.chains if chain not in chains and not ran.isdisjoint(chain)]
+        reached = ran | {""} if ran else ran  # whatever runs, the root has run, if only in Python
+        lost = [chain for chain in self.chains if chain not in chains and not reached.isdisjoint(chain)]
         new = [chain for chain in chains if chain not in self.chains and not self.ran.isdisjoint(chain)]
         if not lost and not new:
             return None
