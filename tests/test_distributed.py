@@ -182,8 +182,9 @@ def fsdp_trains(rank, kind, each_layer):
 
 
 def fsdp_around_layers_of_a_traced_region(rank):
+    """The hooks of fully_shard break Dynamo's graph between the layers, and that is said; regions=[...] serve there."""
     net = sharded(made("traced"), each_layer=True)
-    with pytest.raises(mnet_fx.MnetError, match=r"layers(\.0)? got a hook since momentumize"):
+    with pytest.warns(mnet_fx.MnetWarning, match="breaks its graph|no residual chain was rewritten"):
         net(batch())
 
 

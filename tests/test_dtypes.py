@@ -171,8 +171,13 @@ class Narrowing(nn.Module):
 
 
 def test_a_stream_that_a_step_narrows_is_an_error_that_says_so():
+    """Where a capture records dtypes, that step is left alone; a graph without them finds out when it runs."""
     with pytest.raises(StreamError, match=r"torch\.float32 into one of torch\.bfloat16"):
-        momentumize(Narrowing())(torch.randn(5, 4))
+        momentumize(torch.fx.symbolic_trace(Narrowing()))(torch.randn(5, 4))
+    model, x = Narrowing(), torch.randn(5, 4)
+    net = momentumize(model, gamma=0.0)
+    torch.testing.assert_close(net(x), model(x), rtol=2e-2, atol=2e-2)
+    assert [refusal.code for refusal in net.report.refusals] == ["dtype_changed"]
     assert momentumize(Narrowing(), gamma=0.0)(torch.randn(5, 4).bfloat16()).dtype is torch.bfloat16
 
 
