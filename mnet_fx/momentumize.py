@@ -125,8 +125,6 @@ def _show(net: nn.Module, found: Report) -> None:
 
 
 def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
-    if settings.velocity is not None and isinstance(net, nn.Sequential) and "forward" not in net.__dict__:
-        raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
     if "forward" not in net.__dict__ and type(net).forward is nn.Module.forward:
         raise MnetError(
             f"{type(net).__name__} has no forward, so what calls its layers would compute the original network: momentumize the model that "
@@ -145,6 +143,8 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
 def _add_velocity(net: nn.Module, velocity: nn.Module) -> None:
     if hasattr(net, "initial_velocity"):
         raise SettingsError(f"{type(net).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
+    if isinstance(net, nn.Sequential):
+        raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
     net.add_module("initial_velocity", velocity)
 
 

@@ -38,3 +38,24 @@ def assert_exact(model, example, *args, **kwargs):
 
 def steps(net):
     return [region.steps for region in mnet_fx.report(net).regions]
+
+
+def tiny(name):
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    common = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    text = {"input_ids": ids, "attention_mask": (torch.arange(7) < torch.tensor([[7], [5]])).long()}
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=50, n_positions=64, bos_token_id=0, eos_token_id=0)
+        return transformers.GPT2LMHeadModel(config), text | {"use_cache": False}
+    if name == "bert":
+        return transformers.BertModel(transformers.BertConfig(**common)), text
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=2)), text | {"use_cache": False}
+    if name == "t5":
+        config = transformers.T5Config(d_model=32, num_layers=2, num_heads=2, d_ff=64, d_kv=16, vocab_size=50)
+        return transformers.T5ForConditionalGeneration(config), text | {"decoder_input_ids": ids, "use_cache": False}
+    config = transformers.ViTConfig(**{k: v for k, v in common.items() if k != "vocab_size"}, image_size=32, patch_size=8)
+    return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 import zoo
+from captures import tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_model, save_model
-from test_export import tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from zoo import one_thread  # noqa: F401  (a fixture)
