@@ -393,9 +393,9 @@ def test_generation_with_and_without_a_cache(name):
 def test_the_velocity_module_is_not_run_as_a_layer():
     """It becomes a child of the model, and a Sequential runs all of its children."""
     for regions in ([""], None):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         with pytest.raises(mnet_fx.SettingsError, match="would run the module"):
-            layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
-            mnet_fx.momentumize(nn.Sequential(*layers), regions=regions, initial_velocity=nn.Linear(6, 6))
+            mnet_fx.momentumize(model, regions=regions, initial_velocity=nn.Linear(6, 6))
 
 
 def steps_of(net):
