@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
-import itertools
 import logging
 import sys
 import threading
@@ -32,14 +31,14 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import cached_backends, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
-from torch._dynamo.utils import graph_break_reasons
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
 from .compile_backend import Inner
 from .doors import close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
-from .network import Graph, Network
+from .network import Network
 from .previewed import Previewed, previewed
 from .region import ChainRegion
 from .replay import exported, transformed
@@ -66,77 +65,6 @@ _CONFIG: dict[str, Any] = {
     "side_effect_replay_policy": "silent",  # likewise
 }
 _CONFIG = {name: value for name, value in _CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
-_number = itertools.count()
-
-
-class _Stopped(BaseException):
-    """Ends a call before the first graph runs; carries the code that Dynamo made for it."""
-
-    def __init__(self, code: types.CodeType | None) -> None:
-        super().__init__("stopped before running")
-        self.code = code
-
-
-class _Call:
-    """One call of a rewritten model.
-
-    Attributes:
-        graphs: those that ran so far.
-        new: those captured in it.
-        left: whether Python, and not Dynamo, called a module inside.
-        dry: whether to stop before the first one runs.
-    """
-
-    def __init__(self, dry: bool = False) -> None:
-        self.graphs: list[Graph] = []
-        self.new: list[Graph] = []
-        self.left = False
-        self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
-
-    @property
-    def breaks(self) -> list[Any]:
-        """Why Dynamo broke graphs in it, in order."""
-        return graph_break_reasons[self.breaks_before :]
-
-    def ran(self, graph: Graph) -> None:
-        """A graph is about to run."""
-        if graph.refused is not None:
-            raise MnetError(graph.refused)
-        self.graphs.append(graph)
-        if self.dry:
-            raise _Stopped(_running_code())
-
-
-def _running_code() -> types.CodeType | None:
-    """The code that Dynamo made of the function of a model, which is running now; None if this is the code of a function inside."""
-    frame = sys._getframe(2)
-    while frame is not None and not frame.f_code.co_name.startswith(_PREFIX):
-        if frame.f_code is CapturedForward.capture.__code__:
-            return None
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame.f_code if frame is not None else None
-
-
-_PREFIX = "mnet_fx_forward_of_"
-
-
-def _through_class(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return type(self).forward(self, *args, **kwargs)
-
-
-def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return self.__dict__["forward"].own_forward(*args, **kwargs)
-
-
-def _function(owner: nn.Module, has_own: bool) -> types.FunctionType:
-    """A function (model, *args) -> result of its forward, with code of its own, to which Dynamo attaches what it makes.
-
-    So nothing of one model counts against, or outlives in, another one of its class. Nothing here refers to the model: what hangs on code,
-    the garbage collector does not see.
-    """
-    template = _through_instance if has_own else _through_class
-    code = template.__code__.replace(co_name=f"{_PREFIX}{type(owner).__name__}_{next(_number)}")
-    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__})
 
 
 class CapturedForward:
@@ -172,7 +100,7 @@ class CapturedForward:
         return self.compiled if self.inner == "eager" else self._compiled("eager")
 
     def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
-        function = _function(self.owner, self.own_forward is not None)
+        function = function_of(self.owner, self.own_forward is not None)
         backend = Capture(self, inner)
         compiled = torch.compile(function, backend=backend)
         for key, known in list(cached_backends.items()):  # where Dynamo would keep it, and so the model, for ever
@@ -204,20 +132,20 @@ class CapturedForward:
         """
         function, compiled = self.plain if plain else self.compiled
         try:
-            with self.call(dry=True) as call:
+            with self.call(function.__code__.co_name) as call:
                 compiled(self.owner, *args, **kwargs)
-        except _Stopped as stopped:
+        except Stopped as stopped:
             whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             return stopped.code if whole else None
         return self._without_graphs(function, call)
 
     @contextmanager
-    def call(self, dry: bool = False) -> Iterator[_Call]:
+    def call(self, dry: str | None = None) -> Iterator[Call]:
         """A call of the model in this thread."""
         if (reason := _switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
             raise MnetError(self._left(reason, "would run"))
-        call, outer = _Call(dry), self.running()
+        call, outer = Call(dry), self.running()
         self.calls.now = call
         try:
             with torch._dynamo.config.patch(_CONFIG):
@@ -235,7 +163,7 @@ class CapturedForward:
         finally:
             self.calls.now = outer
 
-    def running(self) -> _Call | None:
+    def running(self) -> Call | None:
         return getattr(self.calls, "now", None)
 
     def closed(self, probably: bool = False) -> Collection[str]:
@@ -249,7 +177,7 @@ class CapturedForward:
         """What a capture will probably make of the model."""
         return self.previewed.report
 
-    def _finish(self, call: _Call) -> None:
+    def _finish(self, call: Call) -> None:
         """Looks back at a call that went through."""
         if not call.graphs:
             self._without_graphs(self.compiled[0], call)
@@ -258,7 +186,7 @@ class CapturedForward:
         if call.new:
             self._take_in(call)
 
-    def _take_in(self, call: _Call, complete: bool = True) -> None:
+    def _take_in(self, call: Call, complete: bool = True) -> None:
         if call.new or not self.network.reports:
             shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
             self.network.add(call.graphs, self.owner.training, complete)
@@ -276,7 +204,7 @@ class CapturedForward:
         if complete and not any(graph.chains for graph in call.graphs):
             self._warn_of_nothing(call)
 
-    def _warn_of_nothing(self, call: _Call) -> None:
+    def _warn_of_nothing(self, call: Call) -> None:
         told = said(call.breaks)
         why = f"Dynamo breaks its graph{told}" if told else "print(net.report) says why"
         if not self.warned:
@@ -299,7 +227,7 @@ class CapturedForward:
             )
         return types.FunctionType(code, self.plain[0].__globals__)
 
-    def _without_graphs(self, function: types.FunctionType, call: _Call) -> types.CodeType | None:
+    def _without_graphs(self, function: types.FunctionType, call: Call) -> types.CodeType | None:
         """A call ran no graph: fine where the model computes nothing on tensors, or is read without any residual add; else an error.
 
         Dynamo's code for a call, that which ran last being the first in its list, calls the model's forward only where it left that to
@@ -313,7 +241,7 @@ class CapturedForward:
                 named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
                 if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
                     return entry.code
-        seen = previewed(self.owner, self.settings).report
+        seen = previewed(self.owner, self.settings).report  # anew: what the model's attributes are by now decides
         if not seen.residual_adds and not seen.refusals:
             return None
         reason = _stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch.fx as fx
 from torch import nn
 
-from passes import Refusal, owner_stack
+from passes import Refusal, joined, owner_stack
 
+from .calls import PREFIX
 from .compile_backend import Backend, Found, Inner
 from .network import Graph, graph_of
 from .region import ChainRegion
@@ -103,7 +104,7 @@ class Capture(Backend):
     def _broken(self, reason: Any, found: Found, report: Report, prefix: str) -> str | None:
         """The warning about a graph break inside of a chain; None where it is elsewhere."""
         last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
-        inside = [f"{prefix}.{path}".strip(".") for path in (last[-1] if last else [])] or [prefix]
+        inside = [joined(prefix, path) for path in (last[-1] if last else [])] or [prefix]
         listed = next((parent for path in inside if (parent := _list_of(self.forward.owner, path)) is not None), None)
         if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
             return None
@@ -125,7 +126,7 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], breaks: Sequence[Any]) -> str
 def said(breaks: Sequence[Any]) -> str:
     """Where and why Dynamo broke its graph first, as ", at ... (...)"; nothing if it does not tell."""
     for reason in breaks:
-        stack = [frame for frame in getattr(reason, "user_stack", None) or [] if "mnet_fx_forward_of_" not in frame.name]
+        stack = [frame for frame in getattr(reason, "user_stack", None) or [] if PREFIX not in frame.name]
         if stack:
             why = " ".join(str(reason.reason).split())[:160]
             return f", at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name} ({why})"
@@ -160,14 +161,9 @@ def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _from(prefix: str, report: Report) -> Report:
     """A report with paths from the model, captured as part of it."""
-
-    def under(path: str) -> str:
-        return ".".join(part for part in (prefix, path) if part)
-
-    return Report(
-        report.residual_adds,
-        report.rewritten_adds,
-        tuple(dataclasses.replace(region, path=under(region.path)) for region in report.regions),
-        tuple(dataclasses.replace(refusal, path=under(refusal.path)) for refusal in report.refusals),
-        tuple(dataclasses.replace(part, path=under(part.path), front_end="Dynamo") for part in report.captured),
+    return dataclasses.replace(
+        report,
+        regions=tuple(dataclasses.replace(region, path=joined(prefix, region.path)) for region in report.regions),
+        refusals=tuple(dataclasses.replace(refusal, path=joined(prefix, refusal.path)) for refusal in report.refusals),
+        captured=tuple(dataclasses.replace(part, path=joined(prefix, part.path), front_end="Dynamo") for part in report.captured),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from passes import Plan, owner_stack
+from passes import Plan, joined, owner_stack
 
 from .errors import MnetError
 from .report import Report
@@ -59,15 +59,15 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str) -> Gra
     """
     named = {node.name: node for node in gm.graph.nodes}
     computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
-    ran = {_joined(prefix, path) for node in computed for path in ("", *owner_stack(node))}
-    chains = [tuple(_joined(prefix, step.path) for step in region.steps) for region in plan.regions]
+    ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))}
+    chains = [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
     owned = [path for chain in chains for path in chain]
     closed = set(owned)
     for step in (step for region in plan.regions for step in region.steps):
-        owner = _joined(prefix, step.path)
+        owner = joined(prefix, step.path)
         if owned.count(owner) > 1 or not owner:
             for node in (named[name] for name in step.nodes):
-                closed |= set(_below(owner, [_joined(prefix, path) for path in owner_stack(node)]))
+                closed |= set(_below(owner, [joined(prefix, path) for path in owner_stack(node)]))
     return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}))
 
 
@@ -75,10 +75,6 @@ def _below(owner: str, stack: list[str]) -> list[str]:
     """The module of a stack that `owner` calls, as a list of one or none."""
     inner = stack[stack.index(owner) + 1 :] if owner in stack else stack if not owner else []
     return inner[:1]
-
-
-def _joined(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from passes import Plan, PlannedRegion, Refusal
+from passes import Plan, PlannedRegion, Refusal, joined
 
 from .cost import storage
 from .errors import MnetError
@@ -189,14 +189,10 @@ def graph_report(plan: Plan, front_end: str, settings: Settings, path: str = "",
         dtype: of streams where the graph recorded none, by default torch's default.
     """
     known = [getattr(torch, region.dtype) if region.dtype else dtype or torch.get_default_dtype() for region in plan.regions]
-    rows = tuple(region_report(r, _joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
-    refusals = tuple(replace(refusal, path=_joined(path, refusal.path)) for refusal in plan.refusals)
+    rows = tuple(region_report(r, joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
+    refusals = tuple(replace(refusal, path=joined(path, refusal.path)) for refusal in plan.refusals)
     adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
     return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),))
-
-
-def _joined(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
 
 
 def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:

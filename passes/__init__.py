@@ -8,7 +8,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 
 from passes.checkpoints import checkpoints, written_out
 from passes.dynamo_graph import LostContextError, Unlifted, lift, unlift
-from passes.facts import owner_stack
+from passes.facts import joined, owner_stack
 from passes.layout import level_layouts
 from passes.legality import CODES
 from passes.memory import is_hook
@@ -37,6 +37,7 @@ __all__ = [
     "Unlifted",
     "checkpoints",
     "is_hook",
+    "joined",
     "level_layouts",
     "lift",
     "owner_stack",

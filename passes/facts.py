@@ -21,7 +21,7 @@ from torch import nn
 from passes.memory import is_unknown, may_alias, moved, written
 from passes.ops import kind
 
-__all__ = ["Facts", "dtype_of", "free_shape_of", "owner_keys", "owner_path", "owner_stack", "recorded", "shape_of"]
+__all__ = ["Facts", "dtype_of", "free_shape_of", "joined", "owner_keys", "owner_path", "owner_stack", "recorded", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,8 @@ def owner_path(node: fx.Node) -> str:
 def owner_stack(node: fx.Node) -> list[str]:
     """Paths of the modules whose calls were running when the node was recorded, outermost first."""
     return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def joined(*parts: str) -> str:
+    """The path of a module from the paths along the way, of which any may be empty."""
+    return ".".join(part for part in parts if part)

@@ -16,7 +16,7 @@
     "convolution", "linear", "pool", "mix"                  yes                no                    no
 
 Whatever is in no table is "mix": an unknown operation may do anything to a value but hide a write. Three dialects are described: that
-of symbolic tracing (functions, tensor methods, leaf modules), that of Dynamo (the same without leaf modules), and that of torch.export
+of symbolic traces (functions, tensor methods, leaf modules), that of Dynamo (the same without leaf modules), and that of torch.export
 (operations of torch.ops.aten before decomposition, whose schema says what they write to).
 """
 

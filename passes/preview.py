@@ -22,7 +22,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from passes.recorder import Recorder, first_line, is_leaf, joined
+from passes.facts import joined
+from passes.recorder import Recorder, first_line, is_leaf
 from passes.standins import Outside
 
 __all__ = ["Preview", "preview"]

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from passes.facts import joined
 from passes.ops import FACTORIES, IN_PLACE_OPERATORS, words
 from passes.torch_layers import opened
 
-__all__ = ["Recorder", "first_line", "is_leaf", "joined"]
+__all__ = ["Recorder", "first_line", "is_leaf"]
 
 _RECORDER = "_compiled_call_impl"  # nn.Module.__call__ calls it in place of forward, hooks and all, if an instance has one
 _READS = words("""
@@ -213,11 +214,6 @@ def _replaced(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is a ScriptModule, whose code is not Python"
     return "has a forward set on the instance, which the class does not show" if "forward" in vars(module) else None
-
-
-def joined(*parts: str) -> str:
-    """One path of several, of which any may be empty."""
-    return ".".join(part for part in parts if part)
 
 
 def first_line(error: Exception) -> str:

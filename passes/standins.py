@@ -1,8 +1,8 @@
-"""Takes out of the caches of a model's code what a capture left there: proxies and fake tensors, which stand for values.
+"""Takes out of the caches of a model's code the proxies that a preview left there, which stand for values.
 
     @lru_cache                              def table(n): ...        cleared, if it was filled meanwhile
     _TABLES[n] = torch.arange(n)            in a module or a class   the entry is removed
-    self.tables["mask"][n] = ...            inside of an attribute   the entry is removed, and said to be the change of an attribute
+    TABLES.masks["causal"][n] = ...         inside of an attribute   the entry is removed
 
 Otherwise the original model, whose code is the same, would find them there in its next call.
 """
@@ -18,11 +18,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Outside", "scrubbed"]
+__all__ = ["Outside"]
 
-_STANDINS = (fx.Proxy, FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _DEEPEST = 4  # containers and objects inside each other that are looked into
 _FOREIGN = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "sympy", "passes", "mnet_fx"}
 
@@ -54,35 +52,28 @@ class Outside:
         for space, before in self.kept:
             for name, value in list(space.items()):
                 if not _is_standin(value):
-                    scrubbed(value)
+                    _scrub(value)
                 elif name in before:
                     space[name] = before[name]
                 else:
                     del space[name]
         for cls in self.classes:
             for value in list(vars(cls).values()):
-                scrubbed(value)
+                _scrub(value)
 
 
-def scrubbed(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
-    """Removes from a container, or from the attributes of an object, and from those inside, every entry that stands for a value.
-
-    Returns:
-        Whether there was one.
-    """
+def _scrub(value: Any, depth: int = 0, seen: set[int] | None = None) -> None:
+    """Removes from a container, or from the attributes of an object, and from those inside, every entry that stands for a value."""
     seen = set() if seen is None else seen
     entries = _entries(value)
     if entries is None or id(value) in seen or depth == _DEEPEST:
-        return False
+        return
     seen.add(id(value))
-    found = False
     for key, item in entries:
         if _is_standin(key) or _is_standin(item) or (isinstance(item, tuple) and any(map(_is_standin, item))):
             _remove(value, key, item)
-            found = True
         elif isinstance(item, (dict, list, set)) or not isinstance(value, (dict, list, set)):  # a registry may hold thousands of objects
-            found |= scrubbed(item, depth + 1, seen)
-    return found
+            _scrub(item, depth + 1, seen)
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]] | None:
@@ -113,7 +104,7 @@ def _remove(value: Any, key: Any, item: Any) -> None:
 
 
 def _is_standin(value: Any) -> bool:
-    return issubclass(type(value), _STANDINS)  # not isinstance, of which our proxies take note
+    return issubclass(type(value), fx.Proxy)  # asks nothing of the object itself
 
 
 def _foreign(module: str) -> bool:
