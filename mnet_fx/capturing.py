@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch.fx as fx
 from torch import nn
 
-from passes import Refusal, joined, owner_stack
+from passes import Refusal, joined, modules_run, owner_stack
 
 from .calls import PREFIX
 from .compile_backend import Backend, Found, Inner
@@ -80,9 +80,9 @@ class Capture(Backend):
 
     def _noted(self, gm: fx.GraphModule, found: Found | Refusal, report: Report, example_inputs: list[Any]) -> Graph:
         if isinstance(found, Refusal):
-            return Graph(report, (), frozenset({""}), frozenset())
+            return Graph(report, (), frozenset({"", *modules_run(gm)}), frozenset())
         prefix = self._prefix(found, example_inputs)
-        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix)
+        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix, modules_run(gm))
         reason: Any = getattr(gm, "compile_subgraph_reason", None)
         if getattr(reason, "graph_break", False):
             graph.complete = False

@@ -2,11 +2,17 @@
 
 Run by plain Python, these would compute the original network. So each module inside the model has a door: what runs when Python, and
 not Dynamo, calls it (torch's own slot for a compiled call, of which Dynamo takes no notice). A module that owns a step of a chain opens
-its door only to calls that come from the captured forward.
+its door only to calls that come from the captured forward; what lies in it, also to calls that do not come from its own forward; what it
+lies in, not where a torch.compile of somebody else's would capture it.
+
+Doors do not see blocks without modules inside whose `forward` is called by name, nor blocks that a function under torch.compile calls.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
 from collections.abc import Collection
 from typing import Any, Protocol
 
@@ -15,7 +21,7 @@ from torch import nn
 
 from .errors import MnetError
 
-__all__ = ["Door", "close", "install"]
+__all__ = ["Door", "close", "install", "install_in_new"]
 
 _SLOT = "_compiled_call_impl"
 
@@ -46,9 +52,9 @@ class Door:
         if torch.compiler.is_dynamo_compiling():  # a module with hooks, where Dynamo goes the way that Python does
             return self.module._call_impl(*args, **kwargs)
         call = self.keeper.running()
-        if call is None and self.path in self.keeper.closed(probably=True):
+        if call is None and (path := self._closed(sys._getframe(1), callable(_callback()))) is not None:
             raise MnetError(
-                f"{self.path} is part of a momentum chain and was called from outside of the rewritten model's forward, where it would "
+                f"{path} is part of a momentum chain and was called from outside of the rewritten model's forward, where it would "
                 "compute the original network: call the rewritten model itself; the model that was given to momentumize shares its "
                 "weights and computes the original; or rewrite what you call, as in momentumize(model.encoder)"
             )
@@ -63,6 +69,30 @@ class Door:
             )
         return result
 
+    @torch.compiler.disable
+    def _closed(self, frame: types.FrameType | None, compiling: bool) -> str | None:
+        """Path of the module that would run a step of the original network if this one were called from outside; None if none would."""
+        closed = self.keeper.closed(probably=True)
+        if self.path in closed:
+            return self.path
+        while frame is not None and frame.f_code.co_filename == _MODULES:
+            frame = frame.f_back
+        caller = None if frame is None else frame.f_locals.get(frame.f_code.co_varnames[0] if frame.f_code.co_argcount else "")
+        door = caller.__dict__.get(_SLOT) if isinstance(caller, nn.Module) else None
+        if isinstance(door, Door) and door.path in closed and frame.f_code is _code(caller.forward):  # type: ignore[union-attr]
+            return door.path
+        if compiling:
+            return next((path for path in closed if path.startswith(f"{self.path}.")), None)
+        return None
+
+
+_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_MODULES = nn.Module._call_impl.__code__.co_filename
+
+
+def _code(function: Any) -> types.CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)
+
 
 torch._dynamo.eval_frame.skip_code(Door.__call__.__code__)  # Dynamo is to capture the module, not the door
 
@@ -71,6 +101,13 @@ def install(modules: dict[str, nn.Module], keeper: Keeper) -> None:
     """Gives each module, by its path, a door."""
     for path, module in modules.items():
         module.__dict__[_SLOT] = Door(module, path, keeper)
+
+
+def install_in_new(net: nn.Module, keeper: Keeper) -> dict[str, nn.Module]:
+    """Gives a door to each module that has come into a model since `install`, and that nobody compiles by itself; returns these."""
+    new = {path: module for path, module in net.named_modules() if path and module.__dict__.get(_SLOT) is None}
+    install(new, keeper)
+    return new
 
 
 def close(net: nn.Module) -> None:

@@ -48,7 +48,7 @@ class Graph:
     refused: str | None = None
 
 
-def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str) -> Graph:
+def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = ()) -> Graph:
     """What to remember of a graph.
 
     Args:
@@ -56,10 +56,11 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str) -> Gra
         plan: its plan.
         report: its report.
         prefix: path of the module that the graph's paths start from.
+        run: paths of modules that it runs where the planned graph does not show them, such as those under a context.
     """
     named = {node.name: node for node in gm.graph.nodes}
     computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
-    ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))}
+    ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))} | {joined(prefix, path) for path in run}
     chains = [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
     owned = [path for chain in chains for path in chain]
     closed = set(owned)
@@ -149,8 +150,9 @@ class Network:
         before, now = sorted(map(_described, lost)) or ["none there"], sorted(map(_described, new)) or ["none there"]
         return (
             f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
-            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers or another dtype "
-            "does that. Call it as at first, momentumize a second model for this kind of call, or name its layers with regions=[...]"
+            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers, another dtype or "
+            "kind of tensor, or a context (autocast, no_grad) around some layers does that. Call it as at first, momentumize a second "
+            "model for this kind of call, or name its layers with regions=[...]"
         )
 
 

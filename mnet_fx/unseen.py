@@ -3,6 +3,7 @@
 - a `random.Random` of the model's own: each of its draws would be the first one for ever. Refused by name.
 - `os.getenv` in a forward: its answer is kept (`os.environ[...]` is guarded). A warning by name.
 - whether an argument is a leaf of autograd or a view (`is_leaf`, `grad_fn`, `_base`): likewise.
+- that a key is missing in the dict of a module's attributes (`vars(self).get(...)`, `"..." in self.__dict__`): likewise.
 - `torch.compiler.is_compiling()`: it is true. The libraries that ask it mean just that, so nothing is said here; see the README.
 """
 
@@ -47,6 +48,11 @@ def check_unseen(model: nn.Module) -> None:
                 f"{owner} asks a tensor's {name}, and where that is an argument of the model, Dynamo keeps the answer of the first call; "
                 "requires_grad is asked at each"
             )
+        if not {"vars", "__dict__"}.isdisjoint(_names_on_the_way(type(module))):
+            _warn(
+                f"{owner} reads the dict of a module's attributes, and where a key is missing in it, Dynamo keeps that of the first call; "
+                "getattr is asked at each"
+            )
 
 
 _OF_TENSORS = {"is_leaf", "grad_fn", "_base", "_is_view"}
@@ -66,6 +72,16 @@ def _own_functions(cls: type) -> Iterator[FunctionType]:
 
 def _all_names(cls: type) -> set[str]:
     return set().union(*(_names(function.__code__) for function in _own_functions(cls)))
+
+
+def _names_on_the_way(cls: type) -> set[str]:
+    """What the code names of a forward, and of the methods of its class that it may call."""
+    codes = {function.__name__: _names(function.__code__) for function in reversed([*_own_functions(cls)])}
+    found, new = set[str](), {"forward"}
+    while new:
+        found |= new
+        new = set().union(*(codes.get(name, set()) for name in new)) - found
+    return found
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:

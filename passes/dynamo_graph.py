@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.facts import Facts
 
-__all__ = ["LostContextError", "Unlifted", "lift", "unlift"]
+__all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "unlift"]
 
 _ENTER = frozenset({"_enter_autocast", "_enter_inference_mode"})
 _EXIT = frozenset({"_exit_autocast", "_exit_inference_mode"})
@@ -88,6 +88,13 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     root = _attributes(gm, graph) | {node.name: node.meta["example_value"] for node in placeholders if node.name in attributes}
     sizes = (node.name for node in placeholders if isinstance(node.meta.get("example_value"), torch.SymInt))
     return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes, tuple(sizes))
+
+
+def modules_run(gm: fx.GraphModule) -> set[str]:
+    """Paths of the modules, from the compiled one, whose code a graph of Dynamo holds, also in the bodies of what it calls."""
+    graphs = [part.graph for part in gm.modules() if isinstance(part, fx.GraphModule)]
+    stacks = [_meta(node).get("nn_module_stack") or {} for graph in graphs for node in graph.nodes]
+    return {str(path) for stack in stacks for path, _ in stack.values()}
 
 
 def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[str]]) -> fx.GraphModule:

@@ -29,7 +29,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, momentumize
 
@@ -233,6 +233,30 @@ def test_what_dynamo_does_not_ask_twice_is_named():
         momentumize(Asks())
 
 
+def test_keys_that_a_dict_of_attributes_lacks_are_named():
+    class Asks(Stack):
+        def forward(self, x):
+            return super().forward(self.scaled(x))
+
+        def scaled(self, x):
+            return vars(self).get("scale", 1.0) * x
+
+    class AsksItsDict(Asks):
+        def scaled(self, x):
+            return x if "scale" in self.__dict__ else 2 * x
+
+    class Prints(Stack):  # where a forward does not come, nobody minds
+        def __repr__(self):
+            return str(vars(self))
+
+    for make in (Asks, AsksItsDict):
+        with pytest.warns(MnetWarning, match=f"{make.__name__} reads the dict of a module's attributes, .*; getattr is asked at each"):
+            momentumize(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        momentumize(Prints())
+
+
 # ---- what Python writes
 
 SEEN, COUNTS = [], Counter()
@@ -425,6 +449,63 @@ def test_another_depth_is_another_network():
     assert torch.equal(net(points(), 4), first)
 
 
+def under_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def without_gradients(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+class Wraps(torch.Tensor):
+    """A tensor that wraps another one."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Wraps(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, function(*args, **kwargs))
+
+
+@pytest.mark.parametrize("around", [under_autocast, without_gradients])
+@pytest.mark.parametrize("what", ["all blocks", "one block"])
+def test_blocks_that_are_no_steps_under_a_context_are_another_network(around, what):
+    class Switched(Stack):
+        def forward(self, x, switched=False):
+            for i, block in enumerate(self.blocks):
+                x = around(block, x) if switched and (what == "all blocks" or i == 0) else block(x)
+            return x
+
+    net = momentumize(Switched(4))
+    first = net(points())
+    for _ in range(2):
+        with pytest.raises(MnetError, match=r"another momentum network .* where there were 4 steps"):
+            net(points(), True)
+    assert torch.equal(net(points()), first)
+
+
+def test_tensors_that_no_chain_can_carry_are_another_network():
+    net = momentumize(Stack())
+    net(points())
+    with pytest.raises(MnetError, match=r"another momentum network .* where there were 3 steps"):
+        net(Wraps(points()))
+
+
 def test_train_under_autocast_and_eval_without_are_one_network():
     model = Stack()
     net, zero = momentumize(model), momentumize(model, gamma=0)
@@ -551,7 +632,7 @@ def test_a_forward_that_is_left_to_python_in_some_calls_is_an_error_there():
             net(points(), True)
 
 
-@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "eager_then_compile"])
 @pytest.mark.parametrize("captured", [False, True], ids=["first call", "later call"])
 def test_where_dynamo_is_told_not_to_capture(stance, captured):
     net = momentumize(Stack())
@@ -625,6 +706,9 @@ WAYS = {
     "loop": (Stack, by_loop),
     "in another model": (Stack, lambda net, x: nn.Sequential(*net.blocks)(x)),
     "forward of the class": (Stack, lambda net, x: type(net).forward(net, x)),
+    "forward of a block": (Stack, lambda net, x: net.blocks[1].forward(x)),
+    "torch.compile of a block": (Stack, lambda net, x: torch.compile(net.blocks[1], backend="eager")(x)),
+    "torch.compile of a part": (lambda: nn.Sequential(Stack()), lambda net, x: torch.compile(net[0], backend="eager")(x)),
     "shallow copy": (Stack, lambda net, x: copy.copy(net)(x)),
     "torch.fx": (Stack, lambda net, x: torch.fx.symbolic_trace(net)(x)),
     "export of a part": (Stack, lambda net, x: torch.export.export(nn.Sequential(*net.blocks), (x,))),
