@@ -137,6 +137,13 @@ class CapturedForward:
         except Stopped as stopped:
             whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
+            if not whole and not plain:
+                warnings.warn(
+                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, beyond which nothing is seen before the model "
+                    "runs: net.report is a preview until the first call",
+                    MnetWarning,
+                    stacklevel=4,
+                )
             return stopped.code if whole else None
         return self._without_graphs(function, call)
 

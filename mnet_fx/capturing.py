@@ -56,7 +56,8 @@ class Capture(Backend):
         call = self.forward.running()
         found = self.planned(gm)
         if isinstance(found, Found):
-            found = self._named(found, sum(len(graph.chains) for graph in call.new) if call is not None else 0)
+            before = {id(graph): graph for graph in (*call.graphs, *call.new)} if call is not None else {}
+            found = self._named(found, sum(len(graph.chains) for graph in before.values()))
         graph = self._noted(gm, found, self.report(gm, found), example_inputs)
         run = self.compiled(gm, found, example_inputs)
         self.forward.regions += getattr(run, "regions", [])

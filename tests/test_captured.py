@@ -823,6 +823,25 @@ def test_example_inputs_capture_both_modes(example):
     assert is_momentum(net(points()), functools.partial(functional_original, net))
 
 
+def test_example_inputs_tell_no_more_than_what_is_before_a_graph_break():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Stack(), Stack(4)
+
+        def forward(self, x):
+            x = self.first(x).sin()
+            breaks()
+            return self.second(x)
+
+    with pytest.warns(MnetWarning, match=r"breaks its graph, at .*test_captured.py:\d+ .* net.report is a preview until the first call"):
+        net = momentumize(Parts(), (points(),))
+    assert {part.front_end for part in net.report.captured} == {"preview"}
+    net(points())
+    assert {part.front_end for part in net.report.captured} == {"Dynamo"}
+    assert [(region.name, region.steps) for region in net.report.regions] == [("momentum_region_0", 3), ("momentum_region_1", 4)]
+
+
 def test_a_model_on_the_meta_device_is_captured_and_filled_later():
     with torch.device("meta"):
         net = momentumize(Stack(), (points(),))
