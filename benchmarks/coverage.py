@@ -187,7 +187,10 @@ def _measure(row: dict[str, Any], model: nn.Module, call: dict[str, Any]) -> Non
     row["stage"] = "momentumize"
     start = time.perf_counter()
     net = mnet_fx.momentumize(model, call, gamma=0.9)
-    report = mnet_fx.report(net)
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    row["stage"] = "exactness"
+    row["exact"] = _exact(net, call)
+    report = mnet_fx.report(net)  # after calls: with example inputs, a model with graph breaks is only seen up to the first
     refused = Counter(refusal.code for refusal in report.refusals if refusal.node)
     row |= {
         "found": report.residual_adds,
@@ -199,10 +202,7 @@ def _measure(row: dict[str, Any], model: nn.Module, call: dict[str, Any]) -> Non
             {f"{refusal.code} {refusal.path}: {refusal.explanation}"[:200] for refusal in report.refusals if not refusal.node}
         )[:8],
         "front_end": "+".join(sorted({part.front_end for part in report.captured if part.rewritten_adds})) or "-",
-        "seconds": round(time.perf_counter() - start, 2),
     }
-    row["stage"] = "exactness"
-    row["exact"] = _exact(net, call)
     del net
     row["stage"] = "oracle"
     model, call, row["oracle_dtype"] = _doubled(model, call)

@@ -34,14 +34,14 @@ class Call:
     Attributes:
         graphs: those that ran so far.
         new: those captured in it.
-        left: whether Python, and not Dynamo, called a module inside.
+        entered: paths of the modules inside that Python, and not Dynamo, called.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
     """
 
     def __init__(self, dry: str | None = None) -> None:
         self.graphs: list[Graph] = []
         self.new: list[Graph] = []
-        self.left = False
+        self.entered: set[str] = set()
         self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
 
     @property

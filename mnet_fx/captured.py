@@ -139,7 +139,7 @@ class CapturedForward:
             self._take_in(call, complete=whole)
             if not whole and not plain:
                 warnings.warn(
-                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, beyond which nothing is seen before the model "
+                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, beyond which it sees nothing before the model "
                     "runs: net.report is a preview until the first call",
                     MnetWarning,
                     stacklevel=4,
@@ -198,7 +198,7 @@ class CapturedForward:
             self.inside |= install_in_new(self.owner, self)
         if call.new or not self.network.reports:
             shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
-            self.network.add(call.graphs, self.owner.training, complete)
+            self.network.add(call.graphs, self.owner.training, complete, call.entered)
             if self.network.reports:
                 self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
         seconds = time.perf_counter() - call.began
@@ -245,7 +245,7 @@ class CapturedForward:
         Returns:
             That code; None if the call was left to Python.
         """
-        if not call.left and torch._dynamo.eval_frame._stance.stance == "default":
+        if not call.entered and torch._dynamo.eval_frame._stance.stance == "default":
             for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]:
                 named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
                 if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):

@@ -30,7 +30,7 @@ class Keeper(Protocol):
     """What knows which modules own steps, and which calls are its own."""
 
     def running(self) -> Any:
-        """The call of the model that this thread is in, which counts the graphs that it ran (`len(call.graphs)`); None outside."""
+        """The call of the model that this thread is in, with the graphs that it ran and the modules that Python entered; None outside."""
 
     def closed(self, probably: bool = False) -> Collection[str]:
         """Paths of the modules that plain Python must not run; before the first capture none, or those of a preview."""
@@ -59,7 +59,7 @@ class Door:
                 "weights and computes the original; or rewrite what you call, as in momentumize(model.encoder)"
             )
         if call is not None:
-            call.left = True
+            call.entered.add(self.path)
         before = 0 if call is None else len(call.graphs)
         result = self.module._call_impl(*args, **kwargs)
         if call is not None and len(call.graphs) == before and self.path in self.keeper.closed():

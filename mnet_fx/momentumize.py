@@ -170,7 +170,9 @@ def _capture_now(forward: CapturedForward, example_inputs: Any) -> None:
             for module, training in modes.items():  # not net.train(): people's own may do more, or return nothing
                 module.training = training
             with grad():
-                forward.capture(args, kwargs)
+                whole = forward.capture(args, kwargs) is not None
+            if not whole:
+                break  # what the first call makes of this mode decides
     finally:
         for module, training in flags.items():
             module.training = training

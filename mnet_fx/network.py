@@ -8,7 +8,7 @@ would be another network with other outputs, and is an error.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -85,12 +85,14 @@ class Network:
     Attributes:
         chains: those of all captures so far.
         ran: paths of the modules that ran in a capture.
+        entered: paths of the modules that Python called in one, of which all that is inside may have run.
         closed: as in `Graph`, of all captures.
         reports: by the training flag of the model, the report of the first call of that kind, if possible of one that ran a chain.
     """
 
     chains: set[Chain] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
+    entered: set[str] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)
     reports: dict[bool, Report] = field(default_factory=dict)
 
@@ -114,13 +116,14 @@ class Network:
         """The report of the first call in train mode, or if there was none, in eval mode."""
         return self.reports[max(self.reports)]
 
-    def add(self, graphs: Sequence[Graph], training: bool, complete: bool = True) -> None:
+    def add(self, graphs: Sequence[Graph], training: bool, complete: bool = True, entered: Collection[str] = ()) -> None:
         """Takes in the graphs of one call, of which some are new.
 
         Args:
             graphs: those that the call ran, in order.
             training: the training flag of the model.
             complete: False if the call was stopped after its first graph and that ended in a graph break, so that nothing is known yet.
+            entered: paths of the modules that Python called.
 
         Raises:
             MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
@@ -128,7 +131,7 @@ class Network:
         with self.lock:
             chains = {chain for graph in graphs for chain in graph.chains}
             ran = {path for graph in graphs for path in graph.ran}
-            if complete and (reason := self._contradiction(chains, ran)) is not None:
+            if complete and (reason := self._contradiction(chains, ran, entered)) is not None:
                 for graph in graphs:
                     graph.refused = reason
                 raise MnetError(reason)
@@ -136,15 +139,16 @@ class Network:
                 return
             self.chains |= chains
             self.ran |= ran
+            self.entered |= set(entered)
             self.closed |= {path for graph in graphs for path in graph.closed}
             known, found = self.reports.get(training), merged([graph.report for graph in graphs])
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
 
-    def _contradiction(self, chains: set[Chain], ran: set[str]) -> str | None:
+    def _contradiction(self, chains: set[Chain], ran: set[str], entered: Collection[str]) -> str | None:
         reached = ran | {""} if ran else ran  # whatever runs, the root has run, if only in Python
-        lost = [chain for chain in self.chains if chain not in chains and not reached.isdisjoint(chain)]
-        new = [chain for chain in chains if chain not in self.chains and not self.ran.isdisjoint(chain)]
+        lost = [chain for chain in self.chains if chain not in chains and _meets(chain, reached, entered)]
+        new = [chain for chain in chains if chain not in self.chains and _meets(chain, self.ran, self.entered)]
         if not lost and not new:
             return None
         before, now = sorted(map(_described, lost)) or ["none there"], sorted(map(_described, new)) or ["none there"]
@@ -154,6 +158,11 @@ class Network:
             "kind of tensor, or a context (autocast, no_grad) around some layers does that. Call it as at first, momentumize a second "
             "model for this kind of call, or name its layers with regions=[...]"
         )
+
+
+def _meets(chain: Chain, ran: Collection[str], entered: Collection[str]) -> bool:
+    """Whether a module of a chain is among those that ran, or lies in one that Python called."""
+    return any(path in ran or any(f"{path}.".startswith(f"{outer}.") for outer in entered) for path in chain)
 
 
 def _described(chain: Chain) -> str:

@@ -32,6 +32,8 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, momentumize
+from mnet_fx.network import Graph, Network
+from mnet_fx.report import Report
 
 WIDTH = 6
 
@@ -497,6 +499,20 @@ def test_blocks_that_are_no_steps_under_a_context_are_another_network(around, wh
         with pytest.raises(MnetError, match=r"another momentum network .* where there were 4 steps"):
             net(points(), True)
     assert torch.equal(net(points()), first)
+
+
+def test_what_lies_in_a_module_that_python_called_has_run():
+    empty, chain = Report(0, 0, (), ()), ("blocks.0.add", "blocks.1.add")
+    there, nothing = Graph(empty, (chain,), frozenset(chain), frozenset(chain)), Graph(empty, (), frozenset({""}), frozenset())
+    network = Network()
+    network.add([nothing], training=True, entered=["blocks.0", "block"])
+    with pytest.raises(MnetError, match=r"another momentum network .* chains of 2 steps .*, where there were none there"):
+        network.add([there], training=False)
+    network = Network()
+    network.add([nothing], training=True, entered=["block"])
+    network.add([there], training=False)
+    with pytest.raises(MnetError, match=r"another momentum network .* chains of none there, where there were 2 steps"):
+        network.add([nothing], training=False, entered=["blocks.1"])
 
 
 def test_tensors_that_no_chain_can_carry_are_another_network():
