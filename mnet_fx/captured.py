@@ -138,12 +138,11 @@ class CapturedForward:
             whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             if not whole and not plain:
-                warnings.warn(
-                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, beyond which it sees nothing before the model "
-                    "runs: net.report is a preview until the first call",
-                    MnetWarning,
-                    stacklevel=4,
+                name = type(self.owner).__name__
+                text = (
+                    f"{name}: Dynamo breaks its graph{said(call.breaks)}, and sees nothing beyond before the model runs: net.report is a "
                 )
+                warnings.warn(f"{text}preview until the first call", MnetWarning, stacklevel=4)
             return stopped.code if whole else None
         return self._without_graphs(function, call)
 

@@ -85,16 +85,16 @@ class _Step(nn.Module):
         super().__init__()
         self.velocity = velocity
         self._artifact, self._names = artifact, names
+        self._keys = tuple(f"a{i}" for i in range(len(names)))
         self._sizes: tuple[int, ...] = ()
-        self._places: list[tuple[str, bool]] = []
 
     def bound(self, tensors: Sequence[Any], sizes: tuple[int, ...]) -> _Step:
         """A copy that holds the tensors and sizes of one call, without the detours of Module.__init__, which would take longer than it."""
         step = _Step.__new__(_Step)
-        places = [(f"a{i}", isinstance(tensor, nn.Parameter)) for i, tensor in enumerate(tensors)]
-        parameters = {name: tensor for (name, parameter), tensor in zip(places, tensors, strict=True) if parameter}
-        buffers = {name: tensor for (name, parameter), tensor in zip(places, tensors, strict=True) if not parameter}
-        step.__dict__ = self.__dict__ | {"_parameters": parameters, "_buffers": buffers, "_sizes": sizes, "_places": places}
+        parameters, buffers = dict[str, Any](), dict[str, Any]()
+        for key, tensor in zip(self._keys, tensors, strict=True):
+            (parameters if isinstance(tensor, nn.Parameter) else buffers)[key] = tensor
+        step.__dict__ = self.__dict__ | {"_parameters": parameters, "_buffers": buffers, "_sizes": sizes}
         return step
 
     def path_of(self, name: str) -> str:
@@ -103,10 +103,10 @@ class _Step(nn.Module):
         return f"initial_velocity.{rest}" if rest else self._names[int(kind[1:])]
 
     def forward(self, x: Tensor, *sides: Any) -> tuple[Any, ...]:
-        own = [(self._parameters if parameter else self._buffers)[name] for name, parameter in self._places]
-        inputs = (x, *sides, *own, *self._sizes)
-        for i, (value, needed) in enumerate(zip(inputs, self._artifact.needs_grad, strict=True)):
-            if not needed and torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+        tensors = self._parameters | self._buffers
+        inputs = (x, *sides, *(tensors[key] for key in self._keys), *self._sizes)
+        for i, (value, needed) in enumerate(zip(inputs, self._artifact.needs_grad, strict=True)) if torch.is_grad_enabled() else ():
+            if not needed and isinstance(value, Tensor) and value.requires_grad:
                 raise MnetError(f"input {i} of a compiled step needs a gradient that it was not compiled for; please report this")
         return tuple(self._artifact.run(*inputs))
 
