@@ -159,7 +159,7 @@ def _timm(name: str) -> Built:
             model, height, width = smaller, size, size
             break
         else:
-            height, width = (height, width) if fixed else (min(height, 224), min(width, 224))
+            height, width = (height, width) if fixed or height <= 256 else (224, 224)
     return _tied(_revived(model.train())), {_first_argument(model): torch.randn(2, channels, height, width)}
 
 
