@@ -154,7 +154,7 @@ class CapturedForward:
         call, outer = Call(dry), self.running()
         self.calls.now = call
         try:
-            with torch._dynamo.config.patch(_CONFIG):
+            with _configured():
                 yield call
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, MnetError):
@@ -298,6 +298,20 @@ class CapturedForward:
 
 for _function_of_ours in (CapturedForward.running, CapturedForward.closed):  # called between graphs, where Dynamo looks at every frame
     torch._dynamo.eval_frame.skip_code(_function_of_ours.__code__)
+
+
+class _configured:
+    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each."""
+
+    def __enter__(self) -> None:
+        config = torch._dynamo.config
+        self.before = {name: getattr(config, name) for name in _CONFIG}
+        for name, value in _CONFIG.items():
+            setattr(config, name, value)
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
+            setattr(torch._dynamo.config, name, value)
 
 
 def _check_caller(owner: nn.Module) -> None:

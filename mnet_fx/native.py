@@ -146,11 +146,11 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
 
     def run(tensors: Sequence[Tensor]) -> list[int]:
         count = len(tensors)
-        data = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
-        bytes_ = (ctypes.c_int64 * count)(*(t.numel() * t.element_size() for t in tensors))
+        data = _array(ctypes.c_void_p, count)(*(t.data_ptr() for t in tensors))
+        bytes_ = _array(ctypes.c_int64, count)(*(t.numel() * t.element_size() for t in tensors))
         if any(bytes_[i] and not data[i] for i in range(count)):
             raise RuntimeError("a tensor whose memory was freed has no fingerprint")
-        sums = (ctypes.c_uint64 * count)()
+        sums = _array(ctypes.c_uint64, count)()
         function(data, bytes_, sums, count, _PARALLEL, torch.get_num_threads())
         return list(sums)
 
@@ -158,6 +158,11 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
     if run([sample]) != [_hash(bytes(sample.tolist()))]:
         raise NativeError("it gives other numbers than Python")
     return run
+
+
+@cache  # else each array would leave a cycle of a type with itself to the garbage collector
+def _array(kind: Any, length: int) -> Any:
+    return kind * length
 
 
 def _hash(data: bytes) -> int:

@@ -38,7 +38,8 @@ class Facts:
         alias: the input whose memory a node may share, where there is one.
         writes: for each node that writes in place, the bases of the memory it writes to.
         stale: nodes that write in place although a value recorded before them is read after them from the same memory.
-        varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants and shapes alone.
+        varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants, shapes and
+            numbers alone.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -116,8 +117,13 @@ def _find_edges(facts: Facts) -> None:
             last_write[memory], readers[memory] = node, []
         for base in bases | lent:
             readers.setdefault(base, []).append(node)
-        if node.op == "placeholder" or any(source in facts.varies for source in facts.values[node]):
+        if node.op == "placeholder" or (not _is_number(node) and any(source in facts.varies for source in facts.values[node])):
             facts.varies.add(node)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node gives a number, such as the probability of a dropout that varies, and no tensor."""
+    return isinstance(recorded(node), (torch.SymFloat, torch.SymInt, float, int))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

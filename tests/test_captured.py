@@ -435,6 +435,40 @@ def test_sizes_and_numbers_vary():
         torch.testing.assert_close(net(points(rows), i, factor=0.3 * i), model(points(rows), i, factor=0.3 * i), rtol=1e-4, atol=1e-4)
 
 
+class PostNorm(Block):
+    """With a dropout and a scale between the sums, whose numbers may vary from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout, self.scale = nn.LayerNorm(WIDTH), nn.Dropout(0.1), 1.0
+
+    def forward(self, x):
+        return self.scale * self.dropout(self.norm(super().forward(x)))
+
+
+def test_a_dropout_and_a_scale_that_vary_between_steps():
+    class Stacked(Stack):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(PostNorm() for _ in range(3))
+
+    model = Stacked()
+    nets = [momentumize(model, backward=backward) for backward in ("reversible", "stored")]
+    zero, x = momentumize(model, gamma=0), points()
+    for p, scale in ((0.1, 1.0), (0.0, 1.0), (0.3, 0.9), (0.2, 0.8), (1.0, 1.1)):
+        found = []
+        for net in (model, zero, *nets):
+            for block in net.blocks:
+                block.dropout.p, block.scale = p, scale
+            torch.manual_seed(0)
+            result = net(x)
+            found.append((result, torch.autograd.grad(result.square().sum(), [*net.parameters()])))
+        for one, other in zip(tree_leaves(found[0]), tree_leaves(found[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        assert all(map(torch.equal, tree_leaves(found[2]), tree_leaves(found[3])))
+    assert nets[0].forward.network.chains == {("blocks.0", "blocks.1", "blocks.2")}
+
+
 def test_another_depth_is_another_network():
     class Deep(Stack):
         def forward(self, x, depth):
