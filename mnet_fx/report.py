@@ -51,6 +51,8 @@ class RegionReport:
             (backward="stored"), or "nested" (nothing is kept: it lies within a step of another region, which runs it again).
         state_bytes_per_element: bytes that the region keeps per element of the stream between forward and backward, by theory, for a
             stream of the model's parameter dtype; None for "autograd", which depends on what the steps save, and for "nested".
+        copied: side inputs and buffers that the model overwrites after the chain has read them, of which the chain keeps copies.
+        copied_bytes: bytes of these copies, None where sizes are not known.
     """
 
     name: str
@@ -62,6 +64,8 @@ class RegionReport:
     shape: tuple[int, ...] | None
     storage: str
     state_bytes_per_element: float | None
+    copied: tuple[str, ...] = ()
+    copied_bytes: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Report:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
+        parts += [_copies(region) for region in self.regions if region.copied]
         if any(part.front_end == "preview" for part in self.captured):
             parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
         if len(self.captured) > 1 or any(part.front_end == "named" for part in self.captured):
@@ -153,6 +158,11 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
     return r.name, r.path or "(root)", str(r.steps), str(r.adds), r.kind, gamma, shape, r.storage, kept
 
 
+def _copies(r: RegionReport) -> str:
+    size = "" if r.copied_bytes is None else f" ({r.copied_bytes:,} bytes)"
+    return f"{r.name} keeps copies of what the model overwrites after the chain has read it{size}: {', '.join(r.copied)}"
+
+
 def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
     """The row of refusals with the same explanation, under the path of the first."""
     first, more = alike[0], f" and {len(alike) - 1} more" * (len(alike) > 1)
@@ -162,6 +172,7 @@ def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
 def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
     """The row of a planned region in the module at `path`, for a stream of that dtype."""
     found = row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+    found = replace(found, copied=region.copied, copied_bytes=region.copied_bytes)
     return replace(found, storage="nested", state_bytes_per_element=None) if region.within else found
 
 

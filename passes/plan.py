@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from passes.facts import Facts, dtype_of, free_shape_of
+from passes.facts import Facts, bytes_of, dtype_of, free_shape_of
 from passes.hoisting import hoisted
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
+from passes.own_copies import overwritten_sides, with_attributes_handed
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
 from passes.steps import Span, common_path, dead_ends_of, spans_of
@@ -61,10 +62,12 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
     nest = _nested(pieces, nested, draft)
     _order(nest, draft)
+    copied = {i: overwritten_sides(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
+    nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
-        regions=_regions(nest, _names(gm), facts),
+        regions=_regions(nest, copied, _names(gm), facts),
         refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
     )
 
@@ -201,17 +204,17 @@ def _names(gm: fx.GraphModule) -> Iterator[str]:
         number += 1
 
 
-def _regions(nest: Nest, names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
+def _regions(nest: Nest, copied: dict[int, list[fx.Node]], names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
     kept = sorted(nest.parent, key=lambda i: facts.index[nest.pieces[i][0].nodes[0]])
-    named = dict(zip(kept, names, strict=False))
-    parents = ((i, nest.parent[i]) for i in kept)
-    return tuple(_region(nest.pieces[i], named[i], "" if parent is None else named[parent], facts) for i, parent in parents)
+    named: dict[int | None, str] = {None: "", **dict(zip(kept, names, strict=False))}
+    return tuple(_region(nest.pieces[i], named[i], named[nest.parent[i]], copied.get(i, ()), facts) for i in kept)
 
 
-def _region(piece: Piece, name: str, within: str, facts: Facts) -> PlannedRegion:
+def _region(piece: Piece, name: str, within: str, copied: Sequence[fx.Node], facts: Facts) -> PlannedRegion:
     steps = tuple(span.named(facts) for span in piece)
     inside = nodes_of(piece)
     escapes = (t for t in range(1, len(piece)) if facts.users_outside(piece[t].source, inside))
+    sizes = [bytes_of(node) for node in copied]
     return PlannedRegion(
         name=name,
         within=within,
@@ -221,6 +224,8 @@ def _region(piece: Piece, name: str, within: str, facts: Facts) -> PlannedRegion
         escapes=tuple(escapes),
         shape=free_shape_of(piece[0].source),
         dtype=dtype_of(piece[0].source),
+        copied=tuple(node.name for node in copied),
+        copied_bytes=None if None in sizes else sum(size or 0 for size in sizes),
     )
 
 

@@ -106,6 +106,8 @@ class PlannedRegion:
         escapes: indices t with 1 <= t < len(steps) of stream values x[t] that are read outside the region.
         shape: shape of the stream (None where the capture recorded none; -1 for a dynamic dimension).
         dtype: name of the stream's dtype, such as "float32", or None.
+        copied: names of the side inputs that the graph overwrites after the region has read them: the region is given copies.
+        copied_bytes: bytes of these copies, None where the capture recorded no sizes.
     """
 
     name: str
@@ -116,6 +118,8 @@ class PlannedRegion:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     within: str = ""
+    copied: tuple[str, ...] = ()
+    copied_bytes: int | None = 0
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -176,7 +180,8 @@ class StepCode:
 class RegionCode:
     """A planned region with the code of its steps.
 
-    The module that `build_region` makes of it is called in the new graph as `region(x0, *sides)` and returns x[T] alone if there are
+    The module that `build_region` makes of it is called in the new graph as `region(x0, *sides)`, with copies of the sides that are
+    overwritten later, and returns x[T] alone if there are
     neither escapes nor extras, else the tuple `(x[T], *escapes, *extras of step 0, *extras of step 1, ...)`.
     """
 
