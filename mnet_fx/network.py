@@ -167,4 +167,5 @@ def merged(reports: Iterable[Report]) -> Report:
         tuple(region for report in found for region in report.regions),
         tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
         tuple(part for report in found for part in report.captured),
+        None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
     )

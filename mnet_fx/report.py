@@ -96,6 +96,8 @@ class Report:
         regions: the regions, in order.
         refusals: why each other add, or a whole module, was left as it was.
         captured: which parts of the model were captured, and how.
+        kept_outside: bytes that ordinary autograd saves for what lies outside of all chains, for the inputs of the capture: see
+            `passes.kept` for what is counted. None where that is not known, as in a preview and for named containers.
     """
 
     residual_adds: int
@@ -103,12 +105,15 @@ class Report:
     regions: tuple[RegionReport, ...]
     refusals: tuple[Refusal, ...]
     captured: tuple[CapturedPart, ...] = field(default_factory=tuple)
+    kept_outside: int | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
         parts += [_copies(region) for region in self.regions if region.copied]
+        if self.kept_outside:
+            parts.append(f"Outside of chains, autograd keeps {self.kept_outside:,} bytes for the backward pass (inputs as at the capture).")
         if any(part.front_end == "preview" for part in self.captured):
             parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
         if len(self.captured) > 1 or any(part.front_end == "named" for part in self.captured):
@@ -203,7 +208,7 @@ def graph_report(plan: Plan, front_end: str, settings: Settings, path: str = "",
     rows = tuple(region_report(r, joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
     refusals = tuple(replace(refusal, path=joined(path, refusal.path)) for refusal in plan.refusals)
     adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
-    return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),))
+    return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),), plan.kept_outside)
 
 
 def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:

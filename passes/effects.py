@@ -146,6 +146,9 @@ class _Run:
             self.values[node] = self.values[node.all_input_nodes[0]]
             memory = tuple(self._memory(self.values[node]))
             return Effect(memory, memory)
+        if _is_number(node):
+            self.values[node] = _value(node)  # also where it was read from the values of a tensor
+            return Effect()
         self.watch, self.saved = _Watch(), {}
         given = self._given(node)
         try:
@@ -210,7 +213,7 @@ class _Run:
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        self.saved[self._number(storage)] = size if isinstance(size, int) else None
+        self.saved[self._number(storage)] = size if isinstance(size, int) else _hint(size)
         return tensor
 
     def _input(self, node: fx.Node) -> Any:
@@ -231,6 +234,16 @@ class _Run:
         if not recorded.requires_grad:
             return made
         return made.requires_grad_() if recorded.is_leaf else made.requires_grad_().clone()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node gives a number, by a function of torch's or Python's, which writes to nothing then."""
+    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(_value(node), numbers) and not isinstance(node.target, torch._ops.OperatorBase) and node.op != "call_module"
+
+
+def _hint(size: torch.SymInt) -> int | None:
+    return int(size.node.hint) if size.node.has_hint() else None  # type: ignore[arg-type]
 
 
 def _has_symbols(value: Any) -> bool:

@@ -45,7 +45,7 @@ class Facts:
         writes: for each node that writes in place, the bases of the memory it writes to.
         stale: nodes that write in place although a value recorded before them is read after them from the same memory.
         varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants and shapes alone.
-        unknown: calls of which no table tells what they do: they may return, and write to, what they are given. None where it was observed.
+        unknown: calls of which no table tells what they do, and that were not observed: they may return, and write to, what they are given.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -103,9 +103,7 @@ def _find_memory(facts: Facts, effects: dict[fx.Node, Effect]) -> None:
         last_read |= {memory: max(last_read.get(memory, -1), last) for memory in facts.shares[node]}
 
 
-def _observed(
-    node: fx.Node, effect: Effect, owners: dict[int, fx.Node], facts: Facts
-) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+def _observed(node: fx.Node, effect: Effect, owners: dict[int, fx.Node], facts: Facts) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """The nodes whose memory a node shares, and whose memory it overwrites. Of what is a module's, an unknown call writes to nothing."""
     memory = tuple(dict.fromkeys(owners.setdefault(number, node) for number in effect.memory))
     targets = [owners[number] for number in effect.written]

@@ -31,10 +31,8 @@ def overwritten_sides(piece: Piece, facts: Facts) -> list[fx.Node]:
         for read in node.all_input_nodes:
             if read not in inside and read is not source:
                 first.setdefault(read, facts.index[node])
-    writers = [(facts.index[node], node) for node in facts.writes if node not in inside]
-    return [
-        read for read, when in first.items() if any(i > when and not set(facts.shares[read]).isdisjoint(facts.writes[w]) for i, w in writers)
-    ]
+    writes = [(facts.index[node], memory) for node, memories in facts.writes.items() if node not in inside for memory in memories]
+    return [read for read, when in first.items() if any(i > when and memory in facts.shares[read] for i, memory in writes)]
 
 
 def with_attributes_handed(pieces: Sequence[Piece], nodes: set[fx.Node]) -> list[Piece]:

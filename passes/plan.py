@@ -13,12 +13,14 @@ import torch.fx as fx
 
 from passes.facts import Facts, bytes_of, dtype_of, free_shape_of
 from passes.hoisting import hoisted
+from passes.kept import kept_outside
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
 from passes.own_copies import overwritten_sides, with_attributes_handed
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
+from passes.side_outputs import with_side_outputs
 from passes.steps import Span, common_path, dead_ends_of, spans_of
 
 __all__ = ["plan"]
@@ -62,6 +64,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
     nest = _nested(pieces, nested, draft)
     _order(nest, draft)
+    _take_in_sides(nest, draft)
     copied = {i: overwritten_sides(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
@@ -69,6 +72,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
         residual_adds=tuple(add.name for add in adds),
         regions=_regions(nest, copied, _names(gm), facts),
         refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
+        kept_outside=kept_outside(gm, {node for i in nest.parent for node in nodes_of(nest.pieces[i])}),
     )
 
 
@@ -169,6 +173,16 @@ def _order(nest: Nest, draft: _Draft) -> None:
                 "interleaved", add, f"something between the steps of the chain of %{add.name} has to run both after and before it"
             )
         nest.drop(worst)
+
+
+def _take_in_sides(nest: Nest, draft: _Draft) -> None:
+    """Let the steps compute what others make of their insides, where the graph can run so."""
+    level = sorted((i for i, parent in nest.parent.items() if parent is None), key=lambda i: draft.facts.index[nest.pieces[i][0].nodes[0]])
+    before = list(nest.pieces)
+    for i, piece in zip(level, with_side_outputs([nest.pieces[i] for i in level], draft.facts, draft.sums), strict=True):
+        nest.pieces[i] = piece
+    if nest.pieces != before and _stuck(level, nest, draft):
+        nest.pieces = before
 
 
 def _hoist(stuck: set[int], level: list[int], nest: Nest, draft: _Draft) -> bool:

@@ -139,11 +139,13 @@ class Plan:
         residual_adds: names of all residual-looking adds of the graph, in graph order.
         regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
+        kept_outside: bytes that autograd keeps for what lies outside of all regions, see `passes.kept`; None where they are not known.
     """
 
     residual_adds: tuple[str, ...]
     regions: tuple[PlannedRegion, ...]
     refusals: tuple[Refusal, ...]
+    kept_outside: int | None = None
 
     @property
     def rewritten_adds(self) -> tuple[str, ...]:
