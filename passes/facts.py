@@ -45,7 +45,7 @@ class Facts:
         writes: for each node that writes in place, the bases of the memory it writes to.
         stale: nodes that write in place although a value recorded before them is read after them from the same memory.
         varies: nodes whose value depends on the values of an input of the graph, not on parameters, constants and shapes alone.
-        unknown: calls of which no table tells what they do, and that were not observed: they may return, and write to, what they are given.
+        unknown: calls that were not observed and that no table knows: they may return, and write to, all that they are given.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -81,7 +81,7 @@ class Facts:
 
 
 def _find_memory(facts: Facts, effects: dict[fx.Node, Effect]) -> None:
-    """Fill `shares`, `base`, `alias`, `writes`, `stale` and `unknown`: each result is followed to the first nodes that may own its memory."""
+    """Fill `shares`, `base`, `alias`, `writes`, `stale` and `unknown`: each result is followed to the nodes that may own its memory."""
     last_read: dict[fx.Node, int] = {}
     owners: dict[int, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
