@@ -155,3 +155,13 @@ def test_nothing_is_kept_without_gradients():
         net(*inputs())
     assert net.report.kept_outside == 0
     assert "Outside of chains" not in str(net.report)
+
+
+def test_modules_of_side_outputs_may_be_called_from_anywhere():
+    """Only those that the stream goes through would compute the original network."""
+    net = mnet_fx.momentumize(Net("after a norm"))
+    net(*inputs())
+    for layer in (*net.k, *net.norms):
+        layer(torch.randn(2, D))
+    with pytest.raises(mnet_fx.MnetError, match="part of a momentum chain"):
+        net.r[0](torch.randn(2, D))
