@@ -244,10 +244,13 @@ def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> R
         return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
     plan, nodes = found.plan, {node.name: node for node in found.unlifted.graph_module.graph.nodes}
     report = graph_report(plan, "torch.compile", settings)
+    paths = found.unlifted.attributes
+    regions = tuple(dataclasses.replace(r, copied=tuple(paths.get(name, name) for name in r.copied)) for r in report.regions)
     hidden, in_bodies = _in_bodies(found.unlifted.graph_module, settings)
     adds, part = report.residual_adds + hidden, report.captured[0]
     refusals = (*report.refusals, *in_bodies, *_at_breaks(gm, plan, nodes))
-    return dataclasses.replace(report, residual_adds=adds, refusals=refusals, captured=(dataclasses.replace(part, residual_adds=adds),))
+    captured = (dataclasses.replace(part, residual_adds=adds),)
+    return dataclasses.replace(report, residual_adds=adds, regions=regions, refusals=refusals, captured=captured)
 
 
 def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusal]]:

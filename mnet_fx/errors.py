@@ -39,7 +39,8 @@ class InversionError(MnetError, RuntimeError):
             f"{region}, step {step}: {what} differs{size} between the forward pass and its recomputation in the backward pass. "
             "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
-            "(optimizer.step(), .data, load_state_dict); state that is no attribute of the step's modules (Python's random, a global "
+            "(optimizer.step(), .data, load_state_dict; or the model itself, which writes to it after the chain: give the layers a clone "
+            "of it); state that is no attribute of the step's modules (Python's random, a global "
             "variable, what an object holds, a cache that the step appends to: use_cache=False). Make the step repeatable, or use "
             "backward='stored'."
         )

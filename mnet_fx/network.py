@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from passes import Plan, joined, owner_stack
+from passes import Plan, Step, joined, owner_stack
 
 from .errors import MnetError
 from .report import Report
@@ -67,9 +67,22 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
     for step in (step for region in plan.regions for step in region.steps):
         owner = joined(prefix, step.path)
         if owned.count(owner) > 1 or not owner:
-            for node in (named[name] for name in step.nodes):
+            for node in _leading(step, named):
                 closed |= set(_below(owner, [joined(prefix, path) for path in owner_stack(node)]))
     return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}))
+
+
+def _leading(step: Step, named: dict[str, fx.Node]) -> list[fx.Node]:
+    """The nodes of a step that its end is computed from; the others make what it gives to others, and their modules may run anywhere."""
+    inside = set(step.nodes)
+    found = {named[step.target]: None}
+    stack = list(found)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source.name in inside and source not in found:
+                found[source] = None
+                stack.append(source)
+    return list(found)
 
 
 def _below(owner: str, stack: list[str]) -> list[str]:
@@ -178,4 +191,5 @@ def merged(reports: Iterable[Report]) -> Report:
         tuple(region for report in found for region in report.regions),
         tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
         tuple(part for report in found for part in report.captured),
+        None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
     )

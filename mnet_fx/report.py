@@ -51,6 +51,8 @@ class RegionReport:
             (backward="stored"), or "nested" (nothing is kept: it lies within a step of another region, which runs it again).
         state_bytes_per_element: bytes that the region keeps per element of the stream between forward and backward, by theory, for a
             stream of the model's parameter dtype; None for "autograd", which depends on what the steps save, and for "nested".
+        copied: side inputs and buffers that the model overwrites after the chain has read them, of which the chain keeps copies.
+        copied_bytes: bytes of these copies, None where sizes are not known.
     """
 
     name: str
@@ -62,6 +64,8 @@ class RegionReport:
     shape: tuple[int, ...] | None
     storage: str
     state_bytes_per_element: float | None
+    copied: tuple[str, ...] = ()
+    copied_bytes: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Report:
         regions: the regions, in order.
         refusals: why each other add, or a whole module, was left as it was.
         captured: which parts of the model were captured, and how.
+        kept_outside: bytes that ordinary autograd saves for what lies outside of all chains, for the inputs of the capture: see
+            `passes.kept` for what is counted. None where that is not known, as in a preview and for named containers.
     """
 
     residual_adds: int
@@ -99,11 +105,15 @@ class Report:
     regions: tuple[RegionReport, ...]
     refusals: tuple[Refusal, ...]
     captured: tuple[CapturedPart, ...] = field(default_factory=tuple)
+    kept_outside: int | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
+        parts += [_copies(region) for region in self.regions if region.copied]
+        if self.kept_outside:
+            parts.append(f"Outside of chains, autograd keeps {self.kept_outside:,} bytes for the backward pass (inputs as at the capture).")
         if any(part.front_end == "preview" for part in self.captured):
             parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
         if len(self.captured) > 1 or any(part.front_end == "named" for part in self.captured):
@@ -153,6 +163,11 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
     return r.name, r.path or "(root)", str(r.steps), str(r.adds), r.kind, gamma, shape, r.storage, kept
 
 
+def _copies(r: RegionReport) -> str:
+    size = "" if r.copied_bytes is None else f" ({r.copied_bytes:,} bytes)"
+    return f"{r.name} keeps copies of what the model overwrites after the chain has read it{size}: {', '.join(r.copied)}"
+
+
 def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
     """The row of refusals with the same explanation, under the path of the first."""
     first, more = alike[0], f" and {len(alike) - 1} more" * (len(alike) > 1)
@@ -162,6 +177,7 @@ def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
 def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
     """The row of a planned region in the module at `path`, for a stream of that dtype."""
     found = row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
+    found = replace(found, copied=region.copied, copied_bytes=region.copied_bytes)
     return replace(found, storage="nested", state_bytes_per_element=None) if region.within else found
 
 
@@ -192,7 +208,7 @@ def graph_report(plan: Plan, front_end: str, settings: Settings, path: str = "",
     rows = tuple(region_report(r, joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
     refusals = tuple(replace(refusal, path=joined(path, refusal.path)) for refusal in plan.refusals)
     adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
-    return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),))
+    return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),), plan.kept_outside)
 
 
 def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:

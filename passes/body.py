@@ -81,7 +81,8 @@ class _Writer:
             self.units.sort(key=lambda unit: position[unit.name])
         self.copied = copied_adds(named[step.source], self.nodes, facts)
         self.modules = _numbered(self._module(unit) for unit in self.units if isinstance(unit, PlannedRegion) or unit.op == "call_module")
-        reads = [source for node in self.nodes for source in node.all_input_nodes if source.op == "get_attr"]
+        handed = {named[name] for name in step.sides}
+        reads = [n for node in self.nodes for n in node.all_input_nodes if n.op == "get_attr" and n not in handed]
         self.attributes = _numbered(str(source.target) for source in reads)
         self.places: dict[fx.Node, tuple[str, int]] = {source: ("a", self.attributes[str(source.target)]) for source in reads}
         self.places |= {named[name]: ("s", j) for j, name in enumerate(step.sides)}

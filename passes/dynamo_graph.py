@@ -158,11 +158,11 @@ def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
 
     No compiled part takes such a number as an input, so each user works it out from the tensor, which nothing may write to.
     """
-    facts = Facts.of(gm)
-    written = {memory for memories in facts.writes.values() for memory in memories}
     scalars = [node for node in gm.graph.nodes if node.op != "placeholder" and _is_float(node)]
+    facts = Facts.of(gm) if scalars else Facts((), {})
+    written = {memory for memories in facts.writes.values() for memory in memories}
     for node in scalars:
-        if any(facts.base[source] in written for source in node.all_input_nodes):
+        if any(not written.isdisjoint(facts.shares[source]) for source in node.all_input_nodes):
             raise LostContextError(f"%{node.name} is a float read from a tensor that is written to")
     return set(scalars)
 

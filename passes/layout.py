@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from passes.effects import forget_effect
 from passes.facts import Facts, recorded
 from passes.layout_ops import Operation, Path, again, dtype_of, inverse, is_identity, is_layout, sizes_of
 from passes.ops import is_add, operands
@@ -48,7 +49,7 @@ class _Leveller:
         self.gm, self.graph = gm, gm.graph
         facts = Facts.of(gm)
         self.position: dict[fx.Node, int] = facts.index
-        self.writes, self.base = facts.writes, facts.base
+        self.writes, self.shares = facts.writes, facts.shares
         self.written = {memory for memories in facts.writes.values() for memory in memories}
         self.origin: dict[fx.Node, tuple[fx.Node, Path]] = {}  # of a value that is another one in another layout
         self.sizes: dict[Any, fx.Node] = {}  # the inputs that are symbolic sizes
@@ -65,6 +66,8 @@ class _Leveller:
                 self._move(node)
         if self.moved:
             self._clean()
+            for node in self.graph.nodes:
+                forget_effect(node)
 
     def _follow(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -114,7 +117,7 @@ class _Leveller:
     def _noted(self, node: fx.Node, add: fx.Node) -> fx.Node:
         node.meta |= {key: add.meta[key] for key in ("nn_module_stack", "stack_trace") if key in add.meta}
         self.position[node] = self.position[add]
-        self.base[node] = node
+        self.shares[node] = (node,)
         return node
 
     def _written_sizes(self, node: fx.Node) -> list[Any]:
@@ -135,7 +138,7 @@ class _Leveller:
         return self._noted(found, node)
 
     def _is_written(self, node: fx.Node) -> bool:
-        return self.base[node] in self.written
+        return not self.written.isdisjoint(self.shares[node])
 
     def _descends(self, node: fx.Node, from_node: fx.Node) -> bool:
         """True if `node` is computed from `from_node`."""

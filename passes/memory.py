@@ -1,7 +1,8 @@
-"""What a node does to memory: what it overwrites, whose memory its result may share, what it leaves in another state.
+"""What a node does to memory as far as tables tell: what it overwrites, whose memory its result may share, what it leaves in another state.
 
-Known are the ways of Python, of torch's functions and methods, and the schemas of torch.ops. Of a module or function that is none of
-torch's nothing is known.
+For graphs that record no fake tensors; of others it is observed (`effects`). Known are the ways of Python, of torch's functions and
+methods, and the schemas of torch.ops. A result is fresh memory only where that is known. Of a module or function that is none of torch's
+nothing is known.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from passes.ops import IN_PLACE_OPERATORS, kind, operands, package_of, word_of, words
 
-__all__ = ["is_hook", "is_unknown", "may_alias", "moved", "written"]
+__all__ = ["is_hook", "is_unknown", "may_alias", "moved", "overwritten", "running_statistics", "written"]
 
 
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
@@ -30,16 +31,13 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, .
     it must have been called for some effect. The statistics and inputs that are buffers of a module do not count: a rerun restores those.
     """
     if node.op == "call_function" and node.target in _RUNNING:
-        return _running_statistics(node)
+        return running_statistics(node)
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return tuple(dict.fromkeys(value for value, a in _arguments(node) if a.alias_info is not None and a.alias_info.is_write))
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        return (out,)
-    if is_hook(node):
-        return tuple(value for value in node.args[:1] if isinstance(value, fx.Node))
-    if _in_place(node, modules):
-        return tuple(value for value in operands(node)[:1] if isinstance(value, fx.Node))
+    if out := _nodes_in(node.kwargs.get("out")):
+        return out
+    if targets := overwritten(node, modules):
+        return targets
     if not node.users and kind(node, modules) == "mix" and not _known(node, modules):
         return tuple(value for value in node.all_input_nodes if value.op != "get_attr")
     return ()
@@ -55,7 +53,26 @@ _RUNNING: dict[Any, tuple[int, int, bool]] = {  # norms: positions of the runnin
 }
 
 
-def _running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+def overwritten(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
+    """The values that a node overwrites in place by its name: what it is called on, or given first."""
+    if is_hook(node):
+        return tuple(value for value in node.args[:1] if isinstance(value, fx.Node))
+    if not _in_place(node, modules):
+        return ()
+    return _nodes_in(operands(node)[:1])
+
+
+def _nodes_in(argument: Any) -> tuple[fx.Node, ...]:
+    """The nodes in an argument, which may be a list of them."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return tuple(found)
+
+
+def running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The statistics that a batch or instance norm moves, of which its schema does not tell, and that are no buffers of a module."""
+    if node.op != "call_function" or node.target not in _RUNNING:
+        return ()
     _, flag, default = _RUNNING[node.target]
     updating = node.args[flag] if len(node.args) > flag else node.kwargs.get("training", node.kwargs.get("use_input_stats", default))
     return tuple(value for value in _statistics(node) if value.op != "get_attr") if updating is not False else ()
@@ -140,17 +157,45 @@ def _inplace_position(target: Any) -> int | None:
 
 
 _COPIES = words("""
-    lift_fresh_copy _to_copy constant_pad_nd native_channel_shuffle
+    lift_fresh_copy _to_copy constant_pad_nd
     clone cat concat concatenate stack hstack vstack pad roll flip repeat tile repeat_interleave index_select gather take_along_dim
-    masked_select pixel_shuffle pixel_unshuffle channel_shuffle rot90 tril triu index_add index_copy scatter
+    masked_select rot90 tril triu index_add index_copy scatter
 """)
+_FRESH_KINDS = words("norm activation scale elementwise reduce convolution linear pool add shape create")
+_VIEWS = words("einsum pos as_tensor sum_to_size")  # of kinds whose others make fresh memory
+_ALIASING = words("dropout identity cast layout")  # kinds that may return memory of their first operand
 
 
-def may_alias(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
-    """The input whose memory the result of a node may share, or None when the result is fresh memory."""
+def may_alias(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
+    """The inputs whose memory the result of a node may share; none where it is known to be fresh memory.
+
+    What a module returns is taken to be fresh but for those of kinds that may return their input (see also `is_unknown`).
+    """
     if _in_place(node, modules) or is_hook(node) or "out" in node.kwargs:
-        return written(node, modules)[0] if written(node, modules) else None
-    first = operands(node)[0] if operands(node) else None
-    if not isinstance(first, fx.Node) or kind(node, modules) not in ("dropout", "identity", "cast", "layout"):
-        return None
-    return None if node.op != "call_module" and word_of(node.target) in _COPIES else first
+        return written(node, modules)
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return ()
+    found = kind(node, modules)
+    first = tuple(value for value in operands(node)[:1] if isinstance(value, fx.Node))
+    if node.op == "call_module":
+        return first if found in _ALIASING else ()
+    word = word_of(node.target)
+    if word in _COPIES or (found in _FRESH_KINDS and word not in _VIEWS) or is_unknown(node, modules):
+        return ()
+    if found in _ALIASING and first:
+        return first
+    return () if _makes_fresh(node.target, word) else tuple(node.all_input_nodes)
+
+
+@cache
+def _makes_fresh(target: Any, word: str) -> bool:
+    """Whether the operation of torch.ops.aten of that name makes fresh memory, by its schema, and not by way of other operations."""
+    packet = getattr(torch.ops.aten, word, None) if not isinstance(target, torch._ops.OpOverload) else target.overloadpacket
+    if packet is None:
+        return target is torch.nn.functional.scaled_dot_product_attention
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    return not any(
+        any(result.alias_info is not None for result in overload._schema.returns)
+        or overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        for overload in overloads
+    )

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from passes.facts import Facts, dtype_of, free_shape_of
+from passes.facts import Facts, bytes_of, dtype_of, free_shape_of
 from passes.hoisting import hoisted
+from passes.kept import kept_outside
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
+from passes.own_copies import overwritten_sides, with_attributes_handed
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
+from passes.side_outputs import with_side_outputs
 from passes.steps import Span, common_path, dead_ends_of, spans_of
 
 __all__ = ["plan"]
@@ -61,11 +64,15 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
     nest = _nested(pieces, nested, draft)
     _order(nest, draft)
+    _take_in_sides(nest, draft)
+    copied = {i: overwritten_sides(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
+    nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
-        regions=_regions(nest, _names(gm), facts),
+        regions=_regions(nest, copied, _names(gm), facts),
         refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
+        kept_outside=kept_outside(gm, {node for i in nest.parent for node in nodes_of(nest.pieces[i])}),
     )
 
 
@@ -168,6 +175,16 @@ def _order(nest: Nest, draft: _Draft) -> None:
         nest.drop(worst)
 
 
+def _take_in_sides(nest: Nest, draft: _Draft) -> None:
+    """Let the steps compute what others make of their insides, where the graph can run so."""
+    level = sorted((i for i, parent in nest.parent.items() if parent is None), key=lambda i: draft.facts.index[nest.pieces[i][0].nodes[0]])
+    before = list(nest.pieces)
+    for i, piece in zip(level, with_side_outputs([nest.pieces[i] for i in level], draft.facts, draft.sums), strict=True):
+        nest.pieces[i] = piece
+    if nest.pieces != before and _stuck(level, nest, draft):
+        nest.pieces = before
+
+
 def _hoist(stuck: set[int], level: list[int], nest: Nest, draft: _Draft) -> bool:
     """Take out of the pieces what others read of their first steps; False where no piece gets unstuck by that."""
     held = {node for i, parent in nest.parent.items() if parent in stuck for node in nodes_of(nest.pieces[i])}
@@ -201,17 +218,17 @@ def _names(gm: fx.GraphModule) -> Iterator[str]:
         number += 1
 
 
-def _regions(nest: Nest, names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
+def _regions(nest: Nest, copied: dict[int, list[fx.Node]], names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
     kept = sorted(nest.parent, key=lambda i: facts.index[nest.pieces[i][0].nodes[0]])
-    named = dict(zip(kept, names, strict=False))
-    parents = ((i, nest.parent[i]) for i in kept)
-    return tuple(_region(nest.pieces[i], named[i], "" if parent is None else named[parent], facts) for i, parent in parents)
+    named: dict[int | None, str] = {None: "", **dict(zip(kept, names, strict=False))}
+    return tuple(_region(nest.pieces[i], named[i], named[nest.parent[i]], copied.get(i, ()), facts) for i in kept)
 
 
-def _region(piece: Piece, name: str, within: str, facts: Facts) -> PlannedRegion:
+def _region(piece: Piece, name: str, within: str, copied: Sequence[fx.Node], facts: Facts) -> PlannedRegion:
     steps = tuple(span.named(facts) for span in piece)
     inside = nodes_of(piece)
     escapes = (t for t in range(1, len(piece)) if facts.users_outside(piece[t].source, inside))
+    sizes = [bytes_of(node) for node in copied]
     return PlannedRegion(
         name=name,
         within=within,
@@ -221,6 +238,8 @@ def _region(piece: Piece, name: str, within: str, facts: Facts) -> PlannedRegion
         escapes=tuple(escapes),
         shape=free_shape_of(piece[0].source),
         dtype=dtype_of(piece[0].source),
+        copied=tuple(node.name for node in copied),
+        copied_bytes=None if None in sizes else sum(size or 0 for size in sizes),
     )
 
 

@@ -106,6 +106,8 @@ class PlannedRegion:
         escapes: indices t with 1 <= t < len(steps) of stream values x[t] that are read outside the region.
         shape: shape of the stream (None where the capture recorded none; -1 for a dynamic dimension).
         dtype: name of the stream's dtype, such as "float32", or None.
+        copied: names of the side inputs that the graph overwrites after the region has read them: the region is given copies.
+        copied_bytes: bytes of these copies, None where the capture recorded no sizes.
     """
 
     name: str
@@ -116,6 +118,8 @@ class PlannedRegion:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     within: str = ""
+    copied: tuple[str, ...] = ()
+    copied_bytes: int | None = 0
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -135,11 +139,13 @@ class Plan:
         residual_adds: names of all residual-looking adds of the graph, in graph order.
         regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
+        kept_outside: bytes that autograd keeps for what lies outside of all regions, see `passes.kept`; None where they are not known.
     """
 
     residual_adds: tuple[str, ...]
     regions: tuple[PlannedRegion, ...]
     refusals: tuple[Refusal, ...]
+    kept_outside: int | None = None
 
     @property
     def rewritten_adds(self) -> tuple[str, ...]:
@@ -176,7 +182,8 @@ class StepCode:
 class RegionCode:
     """A planned region with the code of its steps.
 
-    The module that `build_region` makes of it is called in the new graph as `region(x0, *sides)` and returns x[T] alone if there are
+    The module that `build_region` makes of it is called in the new graph as `region(x0, *sides)`, with copies of the sides that are
+    overwritten later, and returns x[T] alone if there are
     neither escapes nor extras, else the tuple `(x[T], *escapes, *extras of step 0, *extras of step 1, ...)`.
     """
 

@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch import nn
 
 from passes.body import call_region, outputs_of, region_code
+from passes.effects import forget_effect
 from passes.facts import Facts
 from passes.regions import Plan, PlannedRegion, RegionCode
 from passes.schedule import schedule
@@ -104,16 +105,29 @@ class _Rewriter:
 
     def graph(self) -> fx.Graph:
         gone = {self.named[name] for region in self.regions for step in region.steps for name in step.nodes}
+        handed = {self.named[name] for region in self.regions for name in region.sides}
         for unit in _order(self.regions, self.facts):
             if isinstance(unit, PlannedRegion):
                 self._call(unit)
-            elif not (unit.op == "get_attr" and unit.users and all(user in gone for user in unit.users)):
+            elif not (unit.op == "get_attr" and unit.users and all(user in gone for user in unit.users)) or unit in handed:
                 self.values[unit] = self.new.node_copy(unit, self.values.__getitem__)
         return self.new
 
     def _call(self, region: PlannedRegion) -> None:
-        args = tuple(self.values[self.named[name]] for name in (region.steps[0].source, *region.sides))
+        copies: dict[Any, fx.Node] = {}
+        sides = [self._copy(name, copies) if name in region.copied else self.values[self.named[name]] for name in region.sides]
+        args = (self.values[self.named[region.steps[0].source]], *sides)
         outputs = outputs_of(region, self.named)
         for old, new in zip(outputs, call_region(self.new, region.name, args, outputs), strict=True):
             new.meta = dict(old.meta)
             self.values[old] = new
+
+    def _copy(self, name: str, copies: dict[Any, fx.Node]) -> fx.Node:
+        """A copy of a value, made now; of an attribute that several nodes read, one copy."""
+        old = self.named[name]
+        key = old.target if old.op == "get_attr" else old
+        if key not in copies:
+            copies[key] = self.new.call_method("clone", (self.values[old],))
+            copies[key].meta = dict(old.meta)
+            forget_effect(copies[key])
+        return copies[key]

@@ -34,6 +34,7 @@ class Span:
     nodes: tuple[fx.Node, ...]
     sums: tuple[ResidualSum, ...]
     link: tuple[str, ...]  # kinds of the link operations after the last add
+    handed: frozenset[fx.Node] = frozenset()  # attributes that are side inputs, so that the region can be given a copy
 
     @property
     def add(self) -> fx.Node:
@@ -49,8 +50,9 @@ class Span:
 
     def inputs(self) -> tuple[fx.Node, ...]:
         """Nodes outside that the step reads besides the source and the attributes of modules, in order of first use."""
-        own = {self.source, *self.nodes}
-        return tuple(dict.fromkeys(n for node in self.nodes for n in node.all_input_nodes if n not in own and n.op != "get_attr"))
+        own, handed = {self.source, *self.nodes}, self.handed
+        read = (n for node in self.nodes for n in node.all_input_nodes if n not in own and (n.op != "get_attr" or n in handed))
+        return tuple(dict.fromkeys(read))
 
     def copied_adds(self, facts: Facts) -> set[fx.Node]:
         """In-place adds onto the input of the step, which its body does out of place."""

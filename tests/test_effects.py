@@ -1,0 +1,234 @@
+"""What a model does to memory is seen, by whatever operation: at gamma = 0 the momentum network computes what the model computes."""
+
+import pytest
+import torch
+from torch import nn
+
+import mnet_fx
+
+# A name for the same memory, by operations that no table lists, or that only some shapes or modes make share it.
+SHARING = {
+    "view": lambda x: x.view(3, 4),
+    "plus": lambda x: +x,
+    "einsum": lambda x: torch.einsum("ij->ji", x).T,
+    "atleast_2d": lambda x: torch.atleast_2d(x),
+    "sum_to_size": lambda x: x.sum_to_size(3, 4),
+    "broadcast_tensors": lambda x: torch.broadcast_tensors(torch.ones(3, 4), x)[1],
+    "meshgrid": lambda x: torch.meshgrid(x[0], indexing="ij")[0],
+    "as_tensor": lambda x: torch.as_tensor(x),
+    "conj": lambda x: x.conj(),
+    "real": lambda x: x.real,
+    "hsplit": lambda x: x.hsplit(1)[0],
+    "split": lambda x: x.split(2, 1)[1],
+    "chunk": lambda x: torch.chunk(x, 2, -1)[0],
+    "unbind": lambda x: x.unbind(0)[1],
+    "narrow": lambda x: x.narrow(1, 1, 2),
+    "expand": lambda x: x[None].expand(1, 3, 4),
+    "as_strided": lambda x: x.as_strided((2, 2), (4, 1)),
+    "diagonal": lambda x: x.diagonal(),
+    "unfold": lambda x: x.unfold(1, 2, 2),
+    "positive": lambda x: torch.positive(x),
+    "swapaxes": lambda x: x.swapaxes(0, 1),
+    "resolve_conj": lambda x: x.resolve_conj(),
+    "view_as_complex": lambda x: torch.view_as_complex(x.view(3, 2, 2)),
+    "detach": lambda x: x.detach(),
+    "dropout": lambda x: nn.functional.dropout(x, 0.5, training=False),
+    "nan_to_num": lambda x: x.nan_to_num(),  # is a copy
+    "own": lambda x: x,
+}
+# Each overwrites what it is given.
+WRITING = {
+    "mul_": lambda y: y.mul_(2),
+    "item": lambda y: y.__setitem__(Ellipsis, y * 2),
+    "masked_fill_": lambda y: y.masked_fill_(y.detach() > 0, 0.5) if not y.is_complex() else y.fill_(1),
+    "index_put_": lambda y: y.index_put_((torch.tensor([0]),), torch.ones((), dtype=y.dtype)),
+    "scatter_": lambda y: y.scatter_(0, torch.zeros_like(y, dtype=torch.long), 0.5) if not y.is_complex() else y.zero_(),
+    "copy_": lambda y: y.copy_(torch.ones_like(y)),
+    "out": lambda y: torch.add(y.detach().clone(), 1, out=y.detach()),
+    "foreach": lambda y: torch._foreach_mul_([y], 2),
+    "custom": lambda y: torch.ops.mnet_fx_tests.doubled_(y),
+    "index": lambda y: y.index_fill_(0, torch.tensor([0]), 3),
+}
+
+
+@torch.library.custom_op("mnet_fx_tests::doubled_", mutates_args={"x"})
+def doubled_(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+class Shared(nn.Module):
+    """Gives the stream another name before its first step, and writes by it after that step."""
+
+    def __init__(self, sharing, writing):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.f, self.g, self.h = (nn.Linear(4, 4) for _ in range(4))
+        self.sharing, self.writing = SHARING[sharing], WRITING[writing]
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.sharing(x)
+        a = x + self.f(2 * x)
+        self.writing(y)
+        b = a + self.g(torch.sin(a))
+        c = b + self.h(torch.sin(b))
+        return c + x.sum()
+
+
+def ways_in(model, x):
+    """The model through each door that takes it: by name, a function that gives its momentum network."""
+    yield "captured", lambda: mnet_fx.momentumize(model, gamma=0)
+    yield "traced", lambda: mnet_fx.momentumize(torch.fx.symbolic_trace(model), gamma=0)
+    yield "exported", lambda: mnet_fx.momentumize(torch.export.export(model, (x,)).module(), gamma=0)
+
+
+def result(net, x, grad):
+    """Output, and gradients if these are asked for; the error where autograd forbids what the model does."""
+    net.zero_grad(set_to_none=True)
+    if not grad:
+        with torch.no_grad():
+            return [net(x)]
+    y = net(x)
+    y.square().sum().backward()
+    return [y, *(p.grad for p in net.parameters())]
+
+
+def assert_same(model, net, x, grad):
+    """The momentum network computes what the model does, or refuses with an error of its own."""
+    wants = result(model, x, grad)
+    try:
+        gots = result(net, x, grad)
+    except mnet_fx.MnetError:
+        return
+    for got, want in zip(gots, wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def made_or_none(made, way):
+    """The network; None where a tracer or torch.export does not take the model."""
+    if way == "captured":
+        return made()
+    try:
+        return made()
+    except Exception:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::mnet_fx.MnetWarning", "ignore:The CUDA Graph", "ignore:An output with one or more elements")
+@pytest.mark.parametrize(("sharing", "writing"), [(name, "mul_") for name in SHARING] + [("narrow", name) for name in WRITING])
+def test_a_write_to_shared_memory_keeps_its_place(sharing, writing):
+    model, x = Shared(sharing, writing), torch.randn(3, 4)
+    for way, made in ways_in(model, x):
+        if (net := made_or_none(made, way)) is None:
+            continue
+        assert_same(model, net, x, grad=False)
+        if sharing not in ("detach", "unbind", "split", "chunk", "hsplit") and writing in ("mul_", "item"):
+            assert_same(model, net, x, grad=True)
+
+
+class WrittenAfter(nn.Module):
+    """Writes to a side input and to a buffer after the chain that reads them."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.layers, self.what = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), what
+        self.register_buffer("mean", torch.full((4,), 0.5))
+
+    def forward(self, x):
+        side = self.stem(x)
+        part = side[:, 1:]
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x) + side + self.mean) * part.sum()
+        if self.what == "side":
+            side.mul_(2)
+        if self.what == "view":
+            part.zero_()
+        if self.what == "buffer":
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        if self.what == "buffer copied":
+            self.mean.copy_(x.detach().mean(0))
+        if self.what == "buffer by index":
+            self.mean[1:] = x.detach()[0, 1:]
+        return x, side
+
+
+def both(model, net, x):
+    """Outputs, gradients and buffers of a model and of its momentum network."""
+    found = []
+    for each in (model, net):
+        own = x.clone().requires_grad_()
+        each.zero_grad(set_to_none=True)
+        stream, side = each(own)
+        (stream.square().sum() + side.cos().sum()).backward()
+        found.append([stream, side, own.grad, *(p.grad for p in each.parameters()), *(b.clone() for b in each.buffers())])
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("what", ["", "buffer", "buffer copied", "buffer by index"])
+@pytest.mark.parametrize("way", ["captured", "aot_eager", "traced", "exported"])
+def test_what_is_overwritten_after_the_chain_is_copied(what, way):
+    x = torch.randn(3, 4)
+    model, twin = WrittenAfter(what), WrittenAfter(what)
+    if way == "traced":
+        model, twin = torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(twin)
+    if way == "exported":
+        twin = torch.export.export(twin, (x,)).module()
+    net = mnet_fx.momentumize(twin, gamma=0, **({"inner": way} if way == "aot_eager" else {}))
+    for _ in range(2):  # the buffer has moved in between
+        for want, got in both(model, net, x):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    (region,) = net.report.regions
+    assert region.steps >= 3
+    assert bool(region.copied) == (what != "")
+    if what and way in ("captured", "aot_eager"):
+        assert (region.copied, region.copied_bytes) == (("mean",), 16)
+        assert "momentum_region_0 keeps copies of what the model overwrites after the chain has read it (16 bytes): mean" in str(net.report)
+
+
+@pytest.mark.parametrize("what", ["side", "view"])
+@pytest.mark.parametrize("way", ["captured", "traced"])
+def test_a_side_input_overwritten_after_the_chain_is_copied(what, way):
+    """In the original autograd would refuse these, as tanh(...) * part.sum() saves nothing of the side but its sum."""
+    model, x = WrittenAfter(what), torch.randn(3, 4)
+    net = mnet_fx.momentumize(WrittenAfter(what) if way == "captured" else torch.fx.symbolic_trace(WrittenAfter(what)), gamma=0)
+    for want, got in both(model, net, x):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert net.report.regions[0].copied
+
+
+def test_a_write_before_the_chain_makes_no_copy():
+    class Before(WrittenAfter):
+        def forward(self, x):
+            self.mean.add_(1)
+            return super().forward(x)
+
+    model, net, x = Before(""), mnet_fx.momentumize(Before(""), gamma=0), torch.randn(3, 4)
+    for want, got in both(model, net, x):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert net.report.regions[0].copied == ()
+
+
+def test_named_layers_say_what_to_do_about_a_later_write():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x, side):
+            return x + torch.tanh(self.f(x) + side)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x, side):
+            for layer in self.layers:
+                x = layer(x, side)
+            side.zero_()
+            return x
+
+    net = mnet_fx.momentumize(Net(), regions=["layers"])
+    with pytest.raises(mnet_fx.InversionError, match=r"side input 1 .* give the layers a clone"):
+        net(torch.randn(3, 4), torch.ones(3, 4)).sum().backward()
