@@ -263,9 +263,6 @@ def _sets_state(node: fx.Node, name: str) -> bool:
 def _block_module(gm: fx.GraphModule, block: list[fx.Node], facts: Facts) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     """The module of a block, the nodes it reads, and the nodes of it that are read elsewhere."""
     inside = set(block)
-    for node in block:
-        if any(memory not in inside for memory in facts.writes.get(node, ())):
-            raise LostContextError(f"%{node.name} writes in place, inside a block of another grad or autocast mode")
     inputs = _in_order(source for node in block for source in node.all_input_nodes if source not in inside and source.op != "get_attr")
     outputs = [node for node in block if any(user not in inside for user in node.users)]
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
