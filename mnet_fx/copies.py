@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -43,8 +44,18 @@ def copied(model: nn.Module) -> nn.Module:
         if isinstance(given, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
             for name, tensor in chain(given.named_parameters(recurse=False), given.named_buffers(recurse=False)):
                 twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
+        if isinstance(given, fx.GraphModule):
+            _constants_again(given, twin)
     _release(net)
     return net
+
+
+def _constants_again(given: fx.GraphModule, twin: nn.Module) -> None:
+    """Makes constants of a graph what they were: torch.fx copies them to buffers, which would be in the state_dict."""
+    for name, value in vars(given).items():
+        if isinstance(value, Tensor) and twin._buffers.pop(name, None) is not None:
+            twin._non_persistent_buffers_set.discard(name)
+            twin.__dict__[name] = value
 
 
 def _release(net: nn.Module) -> None:

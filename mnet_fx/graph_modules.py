@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.node import _get_qualified_name
 
 import passes
-from passes import Plan, RegionCode
+from passes import Plan, Refusal, RegionCode
 from passes.layout import level_layouts
 
 from .region import MomentumRegion
@@ -51,6 +51,8 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
     if any("val" in node.meta for node in net.graph.nodes):
         level_layouts(net)
     plan = passes.plan(net, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
+    if plan.regions and (call := passes.state_change(net.graph)) is not None:
+        plan = _refused(plan, f"the graph calls {call}, which changes a state of torch's, so its order must stay as it is")
     if not plan.regions:
         return _twin(original(gm)), plan
 
@@ -62,6 +64,12 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
     net.graph = passes.rewrite(net, plan, build_region).graph_module.graph
     net.__dict__[_ORIGINAL] = before
     return net, plan
+
+
+def _refused(plan: Plan, explanation: str) -> Plan:
+    """The plan that leaves every add as it is."""
+    hint = passes.CODES["lost_context"].hint
+    return Plan(plan.residual_adds, (), tuple(Refusal("lost_context", add, "", explanation, hint) for add in plan.residual_adds))
 
 
 def original(gm: fx.GraphModule) -> fx.GraphModule:

@@ -7,7 +7,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 """
 
 from passes.checkpoints import checkpoints, written_out
-from passes.dynamo_graph import LostContextError, Unlifted, lift, modules_run, unlift
+from passes.dynamo_graph import LostContextError, Unlifted, lift, modules_run, state_change, unlift
 from passes.facts import joined, owner_stack
 from passes.layout import level_layouts
 from passes.legality import CODES
@@ -46,6 +46,7 @@ __all__ = [
     "plan",
     "preview",
     "rewrite",
+    "state_change",
     "unlift",
     "written_out",
 ]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.facts import Facts
 
-__all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "unlift"]
+__all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "state_change", "unlift"]
 
 _ENTER = frozenset({"_enter_autocast", "_enter_inference_mode"})
 _EXIT = frozenset({"_exit_autocast", "_exit_inference_mode"})
@@ -253,6 +253,15 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
     if open_:
         raise LostContextError("it enters a context that it does not leave, such as torch.no_grad() around a graph break")
     return blocks
+
+
+def state_change(graph: fx.Graph) -> str | None:
+    """The first call in a graph that changes a global state of torch's, which no node may cross; None if there is none."""
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == _MODE or name in _ENTER or name in _EXIT or _sets_state(node, name):
+            return name
+    return None
 
 
 def _sets_state(node: fx.Node, name: str) -> bool:

@@ -53,12 +53,17 @@ TESTS = {
     "mnet_fx/unseen.py": CAPTURED,
     "mnet_fx/momentumize.py": CAPTURED,
     "mnet_fx/region.py": ["tests/test_nested.py"],
+    "mnet_fx/copies.py": ["tests/test_graph_modules.py"],
+    "mnet_fx/graph_modules.py": ["tests/test_graph_modules.py"],
     **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"
 
 # File, what stands there once, what the mutant has in its place.
 MUTANTS: list[tuple[str, str, str]] = [
+    # GraphModules.
+    ("mnet_fx/copies.py", "            _constants_again(given, twin)\n", "            pass\n"),
+    ("mnet_fx/graph_modules.py", "if plan.regions and (call", "if False and (call"),
     # The rules about single steps.
     (
         "passes/legality.py",

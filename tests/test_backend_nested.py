@@ -39,9 +39,9 @@ def rows():
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_it_is_the_network_that_momentumize_makes(inner):
-    net = mnet_fx.momentumize(nested().eval(), gamma=0.5)
-    function = compiled(nested().eval(), gamma=0.5, inner=inner)
-    zoo.assert_near(step(function), step(net), 1e-5)
+    net = mnet_fx.momentumize(nested().double().eval(), gamma=0.5)
+    function = compiled(nested().double().eval(), gamma=0.5, inner=inner)
+    zoo.assert_near(step(function), step(net), 1e-8)
     (report,) = mnet_fx.reports()
     assert (report.rewritten_adds, report.residual_adds) == (net.report.rewritten_adds, net.report.residual_adds) == (8, 8)
     assert [(r.path, r.steps, r.storage) for r in report.regions] == [(r.path, r.steps, r.storage) for r in net.report.regions]

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -113,7 +114,7 @@ def assert_right(model, call, **options):
     stored = momentumize(copy.deepcopy(model), backward="stored", **options)
     ours = momentumize(copy.deepcopy(model), **options)
     for _ in range(2):
-        torch.testing.assert_close(trained(zero, call), trained(original, call))
+        zoo.assert_agree(trained(zero, call), trained(original, call))
         torch.testing.assert_close(trained(ours, call), trained(stored, call), rtol=0, atol=0)
     return ours
 
@@ -204,7 +205,7 @@ def test_what_a_forward_reads_is_asked_at_each_call(name, monkeypatch):
         expected = x
         for block in net.blocks:
             expected = expected + 2.0 * torch.tanh(nn.functional.linear(expected, block.linear.weight, block.linear.bias))
-        torch.testing.assert_close(net(x), expected)
+        zoo.assert_agree(net(x), expected)
         assert not torch.allclose(before, expected)
     finally:
         LEVELS.reset(token)
@@ -223,7 +224,7 @@ def test_questions_about_arguments_are_asked_at_each_call():
     net = momentumize(model, gamma=0)
     for x in (points(), points(1), points().requires_grad_(), points(WIDTH).T[:, :WIDTH], torch.randn(4, 12)[:, 3:9]):
         for y in (x, x.clone()):
-            torch.testing.assert_close(net(x, y), model(x, y), rtol=1e-4, atol=1e-4)
+            zoo.assert_agree(net(x, y), model(x, y))
 
 
 def test_what_dynamo_does_not_ask_twice_is_named():
@@ -298,8 +299,8 @@ def test_writes_of_a_forward_are_made_at_each_call_and_none_by_a_capture():
             (written(points()).sum() + sum(SEEN)).backward()  # the loss that was noted counts
             gradients.append([p.grad.clone() for p in written.parameters()])
             assert (len(SEEN), len(written.log), written.number, sorted(written.cache)) == (3, 3 * call, 3 * call, [0, 1, 2])
-        torch.testing.assert_close(*gradients)
-        torch.testing.assert_close(net.last, original.last)
+        zoo.assert_agree(*gradients)
+        zoo.assert_agree(net.last, original.last)
     assert COUNTS["blocks"] == 12
 
 
@@ -419,7 +420,7 @@ def test_outputs_keep_type_and_identity():
 def test_compiled_inside(inner):
     net = assert_right(Stack(), lambda net: net(points()), inner=inner)
     assert torch.equal(pickle.loads(pickle.dumps(net))(points()), net(points()))
-    torch.testing.assert_close(torch.export.export(net.eval(), (points(),)).module()(points()), net(points()))
+    zoo.assert_agree(torch.export.export(net.eval(), (points(),)).module()(points()), net(points()))
 
 
 def test_sizes_and_numbers_vary():
@@ -432,7 +433,7 @@ def test_sizes_and_numbers_vary():
     model = Numbered()
     net = momentumize(model, gamma=0)
     for i, rows in enumerate((4, 3, 1, 7, 0, 2)):
-        torch.testing.assert_close(net(points(rows), i, factor=0.3 * i), model(points(rows), i, factor=0.3 * i), rtol=1e-4, atol=1e-4)
+        zoo.assert_agree(net(points(rows), i, factor=0.3 * i), model(points(rows), i, factor=0.3 * i))
 
 
 class PostNorm(Block):
@@ -724,7 +725,7 @@ def test_roots_of_torch_nn_take_no_fast_path():
         model.eval()
         net, zero = momentumize(model), momentumize(model, gamma=0)
         with torch.no_grad():
-            torch.testing.assert_close(zero(x), model(x), rtol=1e-4, atol=1e-4)
+            zoo.assert_agree(zero(x), model(x))
             assert is_momentum(net(x), model, x)
             assert torch.equal(copy.deepcopy(net)(x), net(x))
 
@@ -847,7 +848,7 @@ def test_a_break_elsewhere_is_none_of_our_business():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert is_momentum(net(points()), model)
-    torch.testing.assert_close(zero(points()), model(points()))
+    zoo.assert_agree(zero(points()), model(points()))
 
 
 # ---- example_inputs
@@ -911,7 +912,7 @@ def test_an_export_is_the_momentum_network(make):
     model = make().eval()
     net = momentumize(model)
     exported = torch.export.export(net, (points(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
-    torch.testing.assert_close(exported(points(3)), net(points(3)))
+    zoo.assert_agree(exported(points(3)), net(points(3)))
     assert is_momentum(exported(points()), model)
 
 
@@ -920,9 +921,9 @@ def test_a_trace_and_a_compiled_net_are_the_momentum_network():
     net = momentumize(Stack()).eval()
     whole = nn.Sequential(nn.Linear(WIDTH, WIDTH), net)
     expected = whole(points())
-    torch.testing.assert_close(torch.jit.trace(whole, (points(),))(points()), expected)
-    torch.testing.assert_close(torch.export.export(whole, (points(),)).module()(points()), expected)
-    torch.testing.assert_close(torch.compile(whole, backend="eager")(points()), expected)
+    zoo.assert_agree(torch.jit.trace(whole, (points(),))(points()), expected)
+    zoo.assert_agree(torch.export.export(whole, (points(),)).module()(points()), expected)
+    zoo.assert_agree(torch.compile(whole, backend="eager")(points()), expected)
     assert is_momentum(net(points()), functools.partial(functional_original, net))
 
 
@@ -951,7 +952,7 @@ def test_hooks_that_come_later(kind):
         HOOKS[kind](net)
         found.append(trained(net, lambda net: net(points().requires_grad_())))
         assert len(SEEN) == (kind == "forward that notes") or options == {}  # a rerun in the backward pass notes it again
-    torch.testing.assert_close(found[1], found[0])
+    zoo.assert_agree(found[1], found[0])
     torch.testing.assert_close(found[3], found[2], rtol=0, atol=0)
 
 
@@ -968,7 +969,7 @@ def test_changes_of_modules_and_parameters_after_a_capture():
     net = momentumize(Stack(), gamma=0)
 
     def check():
-        torch.testing.assert_close(net(points()), functional_original(net, points()))
+        zoo.assert_agree(net(points()), functional_original(net, points()))
 
     check()
     net.load_state_dict({name: 0.3 * torch.randn_like(p) for name, p in net.state_dict().items()}, assign=True)
@@ -1032,7 +1033,7 @@ class Outer(nn.Module):
 def test_a_net_inside_of_a_model(options):
     model = Outer(momentumize(Stack(), gamma=0.5, **options))
     net, zero = momentumize(model), momentumize(model, gamma=0)
-    torch.testing.assert_close(zero(points()), model(points()))
+    zoo.assert_agree(zero(points()), model(points()))
     assert is_momentum(net(points()), model)
     stored = momentumize(model, backward="stored")
     torch.testing.assert_close(trained(net, lambda net: net(points())), trained(stored, lambda net: net(points())), rtol=0, atol=0)
@@ -1100,7 +1101,7 @@ def test_many_nets_of_one_class():
     for _ in range(20):
         model = Stack()
         net, zero = momentumize(model), momentumize(model, gamma=0)
-        torch.testing.assert_close(zero(points()), model(points()))
+        zoo.assert_agree(zero(points()), model(points()))
         assert is_momentum(net(points()), model)
 
 
@@ -1132,7 +1133,7 @@ def test_threads_that_call_one_net_with_new_kinds_of_calls():
     def work(first):
         for rows in range(first, first + 4):
             with torch.set_grad_enabled(rows % 2 == 0):
-                torch.testing.assert_close(net(points(rows)), model(points(rows)))
+                zoo.assert_agree(net(points(rows)), model(points(rows)))
 
     run_all(functools.partial(work, 2), functools.partial(work, 20))
 

@@ -204,18 +204,18 @@ def test_a_velocity_of_any_size():
         nn.init.zeros_(f.weight)
         nn.init.constant_(f.bias, size)
         for net in both([f] * 3, gamma=0.5):
-            torch.testing.assert_close(net(torch.zeros(2, 6)), torch.full((2, 6), size * (0.5 + 0.75 + 0.875)))
+            zoo.assert_agree(net(torch.zeros(2, 6)), torch.full((2, 6), size * (0.5 + 0.75 + 0.875)))
 
 
 def test_one_function_and_none():
     f = functions(1)
     assert_same_bits(*(gradients(net, points()) for net in both(f)))
-    torch.testing.assert_close(both(f, 0.0)[0](points()), points() + f[0](points()))
+    zoo.assert_agree(both(f, 0.0)[0](points()), points() + f[0](points()))
     model = nn.Sequential(nn.Sequential(functions(1)[0]), nn.Linear(6, 6))
     with pytest.raises(mnet_fx.SettingsError, match="keep_first_layer"):
         transform_to_momentumnet(model, ["0"])
     same = transform_to_momentumnet(model, ["0"], keep_first_layer=False, gamma=0)
-    torch.testing.assert_close(same(points()), model(points()))
+    zoo.assert_agree(same(points()), model(points()))
 
 
 def test_a_vision_transformer_at_gamma_0_is_the_original():
@@ -225,7 +225,7 @@ def test_a_vision_transformer_at_gamma_0_is_the_original():
     nn.init.normal_(vit.heads.head.weight)
     net = transform_to_momentumnet(vit, ["encoder.layers"], keep_first_layer=False, gamma=0)
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(net(images), vit(images), rtol=1e-4, atol=1e-5)
+    zoo.assert_agree(net(images), vit(images))
 
 
 # ---- what works there has to work here
@@ -249,7 +249,7 @@ def test_inputs_of_any_layout(name):
     for f in fs:
         v = 0.5 * v + 0.5 * f(expected)
         expected = expected + v
-    torch.testing.assert_close(found[0][0], expected.detach(), rtol=1e-5, atol=1e-6)
+    zoo.assert_agree(found[0][0], expected.detach())
 
 
 def test_channels_last():

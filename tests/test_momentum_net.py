@@ -6,6 +6,7 @@ import itertools
 import momentumnet
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import mnet_fx
@@ -162,7 +163,7 @@ def test_a_resnet_as_in_the_documentation_of_momentumnet():
     x = torch.randn(2, 3, 64, 64)
     assert_same_bits(*(gradients(net, x) for net in nets))
     theirs = momentumnet.transform_to_momentumnet(resnet.eval(), sub_layers=layers, gamma=0.9, use_backprop=True)
-    torch.testing.assert_close(nets[0].load_state_dict(resnet.state_dict()) and nets[0].eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
+    zoo.assert_agree(nets[0].load_state_dict(resnet.state_dict()) and nets[0].eval()(x), theirs(x))
     found = mnet_fx.convert_momentumnet_state_dict(theirs.state_dict())
     assert found.keys() == resnet.state_dict().keys()
     assert all(torch.equal(found[key], value) for key, value in resnet.state_dict().items())
@@ -178,7 +179,7 @@ def test_a_transformer_as_in_the_documentation_of_momentumnet():
     src, tgt, mask = torch.randn(7, 2, 32), torch.randn(5, 2, 32), nn.Transformer.generate_square_subsequent_mask(5)
     assert_same_bits(*(gradients(net, src, tgt, None, mask) for net in nets))
     same = transform_to_momentumnet(transformer, **options, gamma=0).eval()
-    torch.testing.assert_close(same(src, tgt, tgt_mask=mask), transformer.eval()(src, tgt, tgt_mask=mask), rtol=1e-4, atol=1e-5)
+    zoo.assert_agree(same(src, tgt, tgt_mask=mask), transformer.eval()(src, tgt, tgt_mask=mask))
     assert not torch.allclose(same(src, tgt, tgt_mask=mask), same(src, tgt), atol=1e-3)
 
 
@@ -216,7 +217,7 @@ def test_containers_inside_a_model_and_a_second_transform(keep, use_backprop):
     ours, other = twice(transform_to_momentumnet, use_backprop), twice(theirs, True)
     assert list(ours.state_dict()) == list(model.state_dict())
     for a, b in zip(gradients(ours, points()), gradients(other, points()), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        zoo.assert_agree(a, b)
     copied = copy.deepcopy(ours)
     assert_same_bits(gradients(copied, points()), gradients(ours, points()))
 
@@ -255,7 +256,7 @@ def test_repeated_functions_of_a_container_are_all_run():
     model.res_layer1 = Loop([f, g, f, g])
     net = transform_to_momentumnet(model, ["res_layer1.functions"], keep_first_layer=False, gamma=0.5, is_residual=True)
     expected = model.layer2(MomentumNet([f, g, f, g], gamma=0.5)(points()))
-    torch.testing.assert_close(net(points()), expected)
+    zoo.assert_agree(net(points()), expected)
     assert list(net.state_dict()) == list(model.state_dict())
 
 

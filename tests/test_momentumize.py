@@ -218,7 +218,7 @@ def test_one_step_may_be_a_region():
     model = Chain(1)
     net = mnet_fx.momentumize(model, min_steps=1, gamma=0.9)
     assert [region.steps for region in net.report.regions] == [1]
-    torch.testing.assert_close(net(tokens()), tokens() + 0.1 * torch.tanh(model.blocks[0](tokens())))
+    zoo.assert_agree(net(tokens()), tokens() + 0.1 * torch.tanh(model.blocks[0](tokens())))
 
 
 # ---- inputs that cannot work
@@ -303,7 +303,7 @@ def test_a_step_that_changes_the_shape_of_the_stream_stays_outside_of_the_chain(
     model, x = Chain(), torch.randn(3, 1)
     model.blocks[0] = nn.Linear(1, 6)
     net = mnet_fx.momentumize(model, gamma=0)
-    torch.testing.assert_close(net(x), model(x))
+    zoo.assert_agree(net(x), model(x))
     assert [region.steps for region in net.report.regions] == [5]
     assert [refusal.code for refusal in net.report.refusals] == ["broadcast"]
 
@@ -488,7 +488,7 @@ def test_a_second_momentumize_starts_over():
     twice = mnet_fx.momentumize(once, gamma=0)
     assert [(region.steps, region.gamma) for region in twice.report.regions] == [(6, 0.0)]
     assert list(twice.state_dict()) == list(model.state_dict())
-    torch.testing.assert_close(twice(tokens()), model(tokens()), rtol=1e-5, atol=1e-6)
+    zoo.assert_agree(twice(tokens()), model(tokens()))
     assert torch.equal(mnet_fx.momentumize(twice, gamma=0.9)(tokens()), expected)
     assert facts(once) == before
     assert torch.equal(once(tokens()), expected)
@@ -514,12 +514,12 @@ def test_arguments_are_taken_as_before():
     net = mnet_fx.momentumize(model, gamma=0)
     expected = model(tokens())
     for out in [net(tokens()), net(x=tokens()), net(tokens(), None), net(tokens(), mask=None, scale=1.0)]:
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+        zoo.assert_agree(out, expected)
     for arguments in [{}, {"x": tokens(), "masks": None}]:
         with pytest.raises(TypeError, match=r"^WithOptions\.forward\(\) (missing|got) "):
             net(**arguments)
     for others in [{"mask": torch.rand(6)}, {"scale": 2.0}]:
-        torch.testing.assert_close(net(tokens(), **others), model(tokens(), **others), rtol=1e-5, atol=1e-6)
+        zoo.assert_agree(net(tokens(), **others), model(tokens(), **others))
 
 
 CALLS = {"dict": lambda x: {"x": x}, "mapping": lambda x: UserDict(x=x), "list": lambda x: [x], "tensor": lambda x: x}
@@ -543,7 +543,7 @@ def test_a_call_may_be_given_in_many_ways(call):
     for training in (True, False):
         with torch.set_grad_enabled(training):
             found = net.train(training)(**given) if hasattr(given, "keys") else net.train(training)(tokens())
-            torch.testing.assert_close(found, model(tokens()))
+            zoo.assert_agree(found, model(tokens()))
     assert counters["stats"]["unique_graphs"] == graphs  # it was captured in both modes
     assert net.report is report
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import mnet_fx
@@ -118,7 +119,7 @@ def test_a_model_with_a_cache_is_rewritten_and_the_cache_left_as_it_was(table, u
     found = net(x)
     kept = [*TABLES.values(), *(pair[0] for pair in TABLES["old"].values()), *LOG, CURRENT, HOLDER.table, *Own.tables.values()]
     assert {type(value) for value in kept} <= {dict, int, type(None), torch.Tensor}  # what a call keeps is real
-    torch.testing.assert_close(found, model(x))
+    zoo.assert_agree(found, model(x))
 
 
 def test_what_was_in_a_cache_before_stays():
@@ -162,9 +163,9 @@ def test_a_list_inside_a_dictionary_of_a_module_goes_on_to_be_filled():
         model(x)
         for found, expected in zip(net.blocks, model.blocks, strict=True):
             assert [type(mean) for mean in found.seen["means"]] == [torch.Tensor] * calls
-            torch.testing.assert_close(found.seen["means"], expected.seen["means"])
+            zoo.assert_agree(found.seen["means"], expected.seen["means"])
             assert type(found.holder.table) is torch.Tensor
-            torch.testing.assert_close(found.holder.table, expected.holder.table)
+            zoo.assert_agree(found.holder.table, expected.holder.table)
 
 
 def test_a_namespace_is_left_alone_where_nothing_stands_for_a_value():
