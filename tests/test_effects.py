@@ -232,3 +232,56 @@ def test_named_layers_say_what_to_do_about_a_later_write():
     net = mnet_fx.momentumize(Net(), regions=["layers"])
     with pytest.raises(mnet_fx.InversionError, match=r"side input 1 .* give the layers a clone"):
         net(torch.randn(3, 4), torch.ones(3, 4)).sum().backward()
+
+
+class WritesWithoutGradients(nn.Module):
+    """Writes to its weights, a buffer or the stream under no_grad, at one place."""
+
+    def __init__(self, what, place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.what, self.place = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), what, place
+        self.register_buffer("mean", torch.full((4,), 0.5))
+
+    def write(self, x, place):
+        if place != self.place:
+            return
+        with torch.no_grad():
+            if self.what == "weight":
+                self.layers[3].weight.mul_(0.9)
+            if self.what == "mean":
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            if self.what == "stream":
+                x.mul_(0.5)
+
+    def forward(self, x):
+        x = x * 1
+        self.write(x, "before")
+        for i, layer in enumerate(self.layers):
+            x = x + torch.tanh(layer(x))
+            if i == 1:
+                self.write(x, "between")
+        self.write(x, "after")
+        return x + self.mean
+
+
+@pytest.mark.parametrize("what", ["weight", "mean", "stream"])
+@pytest.mark.parametrize("place", ["before", "between", "after"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_writes_under_no_grad_keep_their_place_and_the_chain(what, place, inner):
+    """As RWKV rescales its weights, and others keep averages."""
+    forbidden = (what, place) == ("weight", "after")  # by plain autograd
+    ways = {"original": None, "gamma 0": {"gamma": 0.0}, "reversible": {}, "stored": {"backward": "stored"}}
+    results, x = {}, torch.randn(3, 4)
+    for name, options in ways.items():
+        net = WritesWithoutGradients(what, place)
+        if options is not None:
+            net = mnet_fx.momentumize(net, inner=inner, **options)
+        if name == "original" and forbidden:
+            continue
+        runs = [result(net, x, grad=True) for _ in range(2)]
+        results[name] = [*(t for run in runs for t in run if t is not None), *net.parameters(), net.mean]
+    for a, b in zip(results.get("original", []), results["gamma 0"], strict=not forbidden):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, results["reversible"], results["stored"]))
+    assert net.report.rewritten_adds == {"before": 3, "between": 2}.get(place, 4) if what == "stream" else 4
