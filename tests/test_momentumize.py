@@ -191,7 +191,7 @@ def test_a_model_without_residual_adds_comes_back_working(options):
     with pytest.warns(mnet_fx.MnetWarning, match="Sequential: no residual chain was rewritten"):
         found = zoo.seeded(net, x)
     assert (net.report.residual_adds, net.report.rewritten_adds, net.report.regions, net.report.refusals) == (0, 0, (), ())
-    assert str(net.report) == "0 of 0 residual adds rewritten, in 0 region(s)"
+    assert str(net.report).splitlines()[0] == "0 of 0 residual adds rewritten, in 0 region(s)"
     assert torch.equal(found, expected)
     found.sum().backward()
     assert net[0].weight.grad.any()
