@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
 from .compile_backend import Inner
-from .doors import close, install, install_in_new
+from .doors import close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
 from .network import Network
 from .previewed import Previewed, previewed
@@ -194,8 +194,6 @@ class CapturedForward:
             self._take_in(call)
 
     def _take_in(self, call: Call, complete: bool = True) -> None:
-        if call.new:
-            self.inside |= install_in_new(self.owner, self)
         if call.new or not self.network.reports:
             shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
             self.network.add(call.graphs, self.owner.training, complete, call.entered)

@@ -21,7 +21,7 @@ from torch import nn
 
 from .errors import MnetError
 
-__all__ = ["Door", "close", "install", "install_in_new"]
+__all__ = ["Door", "close", "install"]
 
 _SLOT = "_compiled_call_impl"
 
@@ -101,13 +101,6 @@ def install(modules: dict[str, nn.Module], keeper: Keeper) -> None:
     """Gives each module, by its path, a door."""
     for path, module in modules.items():
         module.__dict__[_SLOT] = Door(module, path, keeper)
-
-
-def install_in_new(net: nn.Module, keeper: Keeper) -> dict[str, nn.Module]:
-    """Gives a door to each module that has come into a model since `install`, and that nobody compiles by itself; returns these."""
-    new = {path: module for path, module in net.named_modules() if path and module.__dict__.get(_SLOT) is None}
-    install(new, keeper)
-    return new
 
 
 def close(net: nn.Module) -> None:

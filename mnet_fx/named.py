@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .chain import LayerCall, LayerStep, checked_velocity, start_tape
@@ -225,6 +226,11 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
     layers = layers_of(net, path, skip)
     region = NamedRegion(path, layers, settings)
     for layer in dict.fromkeys(layers.values()):
+        if isinstance(layer, OptimizedModule):
+            raise SettingsError(
+                f"a layer of {path!r} is already wrapped by torch.compile: momentumize the model before that and give inner='inductor' "
+                "in place of regions, which compiles each step; or leave regions out, as the layers are captured through their wrappers"
+            )
         if "forward" in layer.__dict__:
             raise SettingsError(f"a layer of {path!r} has a forward of its own or is in another region: name each container once")
         if isinstance(layer, torch.jit.ScriptModule):

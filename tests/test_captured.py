@@ -783,6 +783,15 @@ def test_other_ways_in_are_an_error(way, state):
     assert torch.equal(net.forward(points()), net(points()))
 
 
+def test_a_module_that_is_put_in_later_is_the_users_own():
+    model = Stack()
+    net, own = momentumize(model, gamma=0), Block()
+    net.blocks[1] = model.blocks[1] = own
+    for _ in range(2):
+        torch.testing.assert_close(net(points()), model(points()), rtol=1e-4, atol=1e-4)
+        own(points())
+
+
 def test_copies_of_data_parallel_are_an_error():
     net = momentumize(Stack())
     assert torch.equal(DataParallel(net)(points()), net(points()))
