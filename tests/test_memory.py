@@ -1,5 +1,6 @@
 """Bytes kept and peak bytes do not grow with depth."""
 
+import functools
 import gc
 
 import pytest
@@ -92,16 +93,23 @@ def objects(net: nn.Module) -> tuple[float, int]:
 
     train(10)
     gc.collect()
+    gc.freeze()  # what is there already, which would only make the collector slow
     gc.disable()
     try:
-        left = train(100) / 100
+        left = train(50) / 50
+        gc.collect()
+        before = len(gc.get_objects())
+        train(200)
+        gc.collect()
+        return left, len(gc.get_objects()) - before
     finally:
         gc.enable()
-    gc.collect()
-    before = len(gc.get_objects())
-    train(200)
-    gc.collect()
-    return left, len(gc.get_objects()) - before
+        gc.unfreeze()
+
+
+@functools.cache
+def objects_of_a_checkpoint() -> float:
+    return objects(Blocks(checkpointed=True))[0]
 
 
 @pytest.mark.parametrize(
@@ -117,5 +125,5 @@ def objects(net: nn.Module) -> tuple[float, int]:
 )
 def test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow(make):
     left, grown = objects(make())
-    assert left <= objects(Blocks(checkpointed=True))[0] + 0.1  # what the measurement itself leaves
+    assert left <= objects_of_a_checkpoint() + 0.2  # what the measurement itself leaves
     assert grown <= 5

@@ -135,7 +135,7 @@ def test_bodies_are_shared_exactly_if_the_code_is_equal():
 def test_readers_of_an_escape_wait_for_the_region():
     def reads_early(self, x):
         x1 = x + self.f[0](x)
-        early = self.head(x1)
+        early = self.head(x1).relu_()  # as something writes to it, it is not made within the step
         x2 = x1 + self.f[1](x1)
         return early, x2 + self.f[2](x2)
 
@@ -148,7 +148,8 @@ def test_readers_of_an_escape_wait_for_the_region():
             add_2 = momentum_region_0[0]
             add = momentum_region_0[1]
             head = self.head(add)
-            return (head, add_2)
+            relu_ = head.relu_()
+            return (relu_, add_2)
         """
     )
 
