@@ -63,6 +63,7 @@ _CONFIG: dict[str, Any] = {
     "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
     "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
     "side_effect_replay_policy": "silent",  # likewise
+    "capture_dynamic_output_shape_ops": True,  # as in a block that picks rows by a mask
     "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
 }
 _CONFIG = {name: value for name, value in _CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions

@@ -470,6 +470,60 @@ def test_a_dropout_and_a_scale_that_vary_between_steps():
     assert nets[0].forward.network.chains == {("blocks.0", "blocks.1", "blocks.2")}
 
 
+class Routed(Block):
+    """Picks rows by a mask of its own, as experts do."""
+
+    def forward(self, x):
+        mask, y = x[:, 0] > 0, torch.zeros_like(x)
+        y[mask] = self.linear(x[mask])
+        return x + torch.tanh(y)
+
+
+class Routes(Stack):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Routed() for _ in range(3))
+
+
+class RoutesOnce(Stack):
+    """Picks rows by a mask that all blocks share."""
+
+    def forward(self, x):
+        rows = (x[:, 0] > 0).nonzero()[:, 0]
+        for block in self.blocks:
+            x = x + torch.zeros_like(x).index_add(0, rows, torch.tanh(block.linear(x[rows])))
+        return x
+
+
+@pytest.mark.parametrize(("make", "steps"), [(Routes, 3), (RoutesOnce, 2)])  # the mask of all is computed within the first
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_sizes_that_depend_on_values(make, steps, inner):
+    model = make()
+    zero = momentumize(model, gamma=0, inner=inner)
+    nets = [momentumize(model, backward=backward, inner=inner) for backward in ("reversible", "stored")]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(5, WIDTH) if seed < 3 else -torch.rand(5, WIDTH)  # no rows at all
+        found = [(result := net(x), torch.autograd.grad(result.square().sum(), [*net.parameters()])) for net in (model, zero, *nets)]
+        for one, other in zip(tree_leaves(found[0]), tree_leaves(found[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert all(map(torch.equal, tree_leaves(found[2]), tree_leaves(found[3])))
+    assert [len(chain) for chain in nets[0].forward.network.chains] == [steps]
+
+
+def test_draws_from_numpy_are_those_of_the_model():
+    class Draws(Stack):
+        def forward(self, x):
+            return super().forward(x * float(np.random.rand()) + torch.from_numpy(np.random.rand(*x.shape)).float())
+
+    model = Draws()
+    net, results = momentumize(model, gamma=0), []
+    for each in (model, net):
+        np.random.seed(3)
+        results.append([each(points()) for _ in range(3)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
 def test_another_depth_is_another_network():
     class Deep(Stack):
         def forward(self, x, depth):
