@@ -21,6 +21,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import passes
 from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
@@ -198,7 +199,11 @@ def _compiled(
     joined = passes.pieces(lifted, regions, unlifted.sizes)
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None  # Dynamo's
-    inputs = [to_fake_tensor(value, fake_mode) if isinstance(value, Tensor) else value for value in example_inputs]
+    recorded = {node.name: node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"}
+    inputs = [
+        _faked(value, recorded[name] if name in unlifted.attributes else None, fake_mode)
+        for name, value in zip(unlifted.inputs, example_inputs, strict=True)
+    ]
     compiler = Compiler(inner, fake_mode)
     Filler(joined, compiler, Artifacts(compiler, static).fill).run(*inputs)
 
@@ -209,6 +214,20 @@ def _compiled(
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
         setattr(run, name, getattr(gm, name))
     return run
+
+
+def _faked(value: Any, recorded: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor for an input: for a parameter the capture's own, if it is still like it, since making one takes a millisecond."""
+    if not isinstance(value, Tensor):
+        return value
+    if (
+        isinstance(recorded, FakeTensor)
+        and recorded.fake_mode is mode
+        and (recorded.shape, recorded.stride(), recorded.dtype, recorded.requires_grad)
+        == (value.shape, value.stride(), value.dtype, value.requires_grad)
+    ):
+        return recorded
+    return to_fake_tensor(value, mode)
 
 
 def _is_bucket(gm: fx.GraphModule) -> bool:
