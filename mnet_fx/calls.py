@@ -55,7 +55,7 @@ class Call:
             raise MnetError(graph.refused)
         self.graphs.append(graph)
         if self.dry is not None:
-            raise Stopped(_running_code(self.dry))
+            raise Stopped(None if self.entered else _running_code(self.dry))
 
 
 def _running_code(name: str) -> types.CodeType | None:

@@ -137,7 +137,7 @@ class CapturedForward:
             with self.call(function.__code__.co_name) as call:
                 compiled(self.owner, *args, **kwargs)
         except Stopped as stopped:
-            whole = stopped.code is not None and all(graph.complete for graph in call.graphs)
+            whole = stopped.code not in (None, function.__code__) and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             if not whole and not plain:
                 name = type(self.owner).__name__

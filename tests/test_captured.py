@@ -956,6 +956,27 @@ def test_example_inputs_tell_no_more_than_what_is_before_a_graph_break():
     assert [(region.name, region.steps) for region in net.report.regions] == [("momentum_region_0", 3), ("momentum_region_1", 4)]
 
 
+def test_a_root_that_is_left_to_python_has_no_program_of_its_own():
+    """Dynamo captures the parts that it calls: nothing is known of the whole before it runs, and there is nothing to export."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Stack(), Stack(4)
+
+        @torch._dynamo.disable(recursive=False)
+        def forward(self, x):
+            return self.second(self.first(x).sin())
+
+    model = Root()
+    with pytest.warns(MnetWarning, match="net.report is a preview until the first call"):
+        net = momentumize(model, (points(),))
+    with pytest.raises(MnetError, match="there is no one program to export"):
+        torch.export.export(copy.deepcopy(net).eval(), (points(),))
+    assert is_momentum(net(points()), model)
+    assert [(region.path, region.steps) for region in net.report.regions] == [("first.blocks", 3), ("second.blocks", 4)]
+
+
 def test_a_model_on_the_meta_device_is_captured_and_filled_later():
     with torch.device("meta"):
         net = momentumize(Stack(), (points(),))
