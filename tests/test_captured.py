@@ -574,10 +574,12 @@ class Wraps(torch.Tensor):
 
 
 @pytest.mark.parametrize("around", [under_autocast, without_gradients])
-@pytest.mark.parametrize("what", ["all blocks", "one block"])
+@pytest.mark.parametrize("what", ["all at once", "all blocks", "one block"])
 def test_blocks_that_are_no_steps_under_a_context_are_another_network(around, what):
     class Switched(Stack):
         def forward(self, x, switched=False):
+            if switched and what == "all at once":
+                return around(lambda x: Stack.forward(self, x).sin(), x)
             for i, block in enumerate(self.blocks):
                 x = around(block, x) if switched and (what == "all blocks" or i == 0) else block(x)
             return x
