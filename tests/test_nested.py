@@ -144,6 +144,7 @@ def test_a_weight_of_the_inner_chain_that_changes_before_the_backward_pass_is_na
         out.sum().backward()
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_with_inner_chains():
     def kept(inner):
         torch.manual_seed(0)

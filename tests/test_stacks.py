@@ -242,7 +242,9 @@ def test_lora_merges():
 
 
 @quiet
-@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize(
+    "options", [pytest.param({"bf16": True}, marks=pytest.mark.slow), {"gradient_checkpointing": True}], ids=lambda o: "-".join(o)
+)
 def test_the_trainer_of_hugging_face(options, tmp_path):
     """Its checkpoints are those of the original model."""
 
