@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import io
+import os
 import pickle
 import random
 import subprocess
@@ -233,6 +234,25 @@ def test_what_dynamo_does_not_ask_twice_is_named():
             return super().forward(x if x.is_leaf else 2 * x)
 
     with pytest.warns(MnetWarning, match="Asks asks a tensor's is_leaf, .* Dynamo keeps the answer of the first call"):
+        momentumize(Asks())
+
+
+def test_a_generator_of_pythons_own_is_refused_and_getenv_is_named():
+    class Draws(Stack):
+        def __init__(self):
+            super().__init__()
+            self.generator = random.Random(0)
+
+        def forward(self, x):
+            return super().forward(x) if self.generator.random() < 0.5 else x
+
+    class Asks(Stack):
+        def forward(self, x):
+            return super().forward(x) if os.getenv("MNET_FX_TEST_HALF") is None else x
+
+    with pytest.raises(MnetError, match=r"Draws has generator, a random.Random of its own, whose first draw Dynamo would keep"):
+        momentumize(Draws())
+    with pytest.warns(MnetWarning, match=r"Asks asks os.getenv, and Dynamo keeps the answer of the first call"):
         momentumize(Asks())
 
 
