@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
 from .compile_backend import Inner
-from .doors import close, install
+from .doors import MODULES, close, install
 from .errors import UNCOMPILED, MnetError, MnetWarning
 from .network import Network
 from .previewed import Previewed, previewed
@@ -140,11 +140,12 @@ class CapturedForward:
             whole = stopped.code not in (None, function.__code__) and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             if not whole and not plain:
-                name = type(self.owner).__name__
-                text = (
-                    f"{name}: Dynamo breaks its graph{said(call.breaks)}, and sees nothing beyond before the model runs: net.report is a "
+                warnings.warn(
+                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, and sees nothing beyond before the model "
+                    "runs: net.report is a preview until the first call",
+                    MnetWarning,
+                    stacklevel=4,
                 )
-                warnings.warn(f"{text}preview until the first call", MnetWarning, stacklevel=4)
             return stopped.code if whole else None
         return self._without_graphs(function, call)
 
@@ -317,15 +318,12 @@ class _configured:
 def _check_caller(owner: nn.Module) -> None:
     """An error if a module that merely shares the attributes of the model was called."""
     frame = sys._getframe(3)  # over this function, __call__ and what torch.compiler.disable makes of it
-    caller = frame.f_locals.get("self") if frame.f_code.co_filename == _MODULES else None
+    caller = frame.f_locals.get("self") if frame.f_code.co_filename == MODULES else None
     if isinstance(caller, nn.Module) and caller is not owner:
         raise MnetError(
             f"this {type(caller).__name__} is a shallow copy of a rewritten model, whose forward would run the model it was copied from: "
             "use copy.deepcopy, or copy the original and momentumize the copy"
         )
-
-
-_MODULES = nn.Module._call_impl.__code__.co_filename
 
 
 def _switched_off() -> str | None:

@@ -21,7 +21,9 @@ from torch import nn
 
 from .errors import MnetError
 
-__all__ = ["Door", "close", "install"]
+__all__ = ["MODULES", "Door", "close", "install"]
+
+MODULES = nn.Module._call_impl.__code__.co_filename  # the file of the frames between who calls a module and its forward
 
 _SLOT = "_compiled_call_impl"
 
@@ -75,7 +77,7 @@ class Door:
         closed = self.keeper.closed(probably=True)
         if self.path in closed:
             return self.path
-        while frame is not None and frame.f_code.co_filename == _MODULES:
+        while frame is not None and frame.f_code.co_filename == MODULES:
             frame = frame.f_back
         caller = None if frame is None else frame.f_locals.get(frame.f_code.co_varnames[0] if frame.f_code.co_argcount else "")
         door = caller.__dict__.get(_SLOT) if isinstance(caller, nn.Module) else None
@@ -87,7 +89,6 @@ class Door:
 
 
 _callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-_MODULES = nn.Module._call_impl.__code__.co_filename
 
 
 def _code(function: Any) -> types.CodeType | None:

@@ -8,6 +8,8 @@ tell, which autograd hands on.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 
 import torch
@@ -34,13 +36,13 @@ class Turns:
             self.changed.wait_for(lambda: self.turns[-1] is mine if mine in self.turns else not self.turns)
             turn = _Turn(mine)
             self.turns.append(turn)
-        torch._C._stash_obj_in_tls(_KEY, turn)
+        _stash(_KEY, turn)
 
     def __exit__(self, *exception: object) -> None:
         with self.changed:
             turn = self.turns.pop()
             self.changed.notify_all()
-        torch._C._stash_obj_in_tls(_KEY, turn.within)
+        _stash(_KEY, turn.within)
 
 
 class _Turn:
@@ -48,3 +50,24 @@ class _Turn:
 
     def __init__(self, within: object) -> None:
         self.within = within
+
+
+def _stash(key: str, value: object) -> None:
+    """Makes an object one of this thread's, and of those that work for it."""
+    if _UNCOUNTED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def _is_uncounted() -> bool:
+    """Whether torch lets go of more references than it takes, as 2.11 does: an object that it keeps would be freed under it."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(f"{_KEY}.probe", probe)
+    uncounted = sys.getrefcount(probe) == before
+    if uncounted:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return uncounted
+
+
+_UNCOUNTED = _is_uncounted()

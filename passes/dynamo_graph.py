@@ -93,8 +93,8 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
 def modules_run(gm: fx.GraphModule) -> set[str]:
     """Paths of the modules, from the compiled one, whose code a graph of Dynamo holds, also in the bodies of what it calls."""
     graphs = [part.graph for part in gm.modules() if isinstance(part, fx.GraphModule)]
-    stacks = [_meta(node).get("nn_module_stack") or {} for graph in graphs for node in graph.nodes]
-    return {str(path) for stack in stacks for path, _ in stack.values()}
+    stacks = [node.meta.get("nn_module_stack") or {} for graph in graphs for node in graph.nodes]
+    return {_module_path(name) for name in {str(name) for stack in stacks for name, _ in stack.values()}}
 
 
 def lift(gm: fx.GraphModule, unlifted: Unlifted, reads: Mapping[str, Sequence[str]]) -> fx.GraphModule:
@@ -205,7 +205,6 @@ def _with_contexts_as_modules(gm: fx.GraphModule) -> fx.GraphModule:
     blocks = _blocks(gm.graph)
     if not blocks:
         return gm
-    facts = Facts.of(gm)
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
     root: dict[str, Any] = {}
     inside = {node: block for block in blocks for node in block}
@@ -216,7 +215,7 @@ def _with_contexts_as_modules(gm: fx.GraphModule) -> fx.GraphModule:
             _keep_source(values[node], node)
         elif node is block[-1]:
             name = f"context_{len(root)}"
-            root[name], inputs, outputs = _block_module(gm, block, facts)
+            root[name], inputs, outputs = _block_module(gm, block)
             call = graph.create_node("call_module", name, tuple(values[node] for node in inputs))
             for i, output in enumerate(outputs):
                 values[output] = graph.call_function(operator.getitem, (call, i))
@@ -269,7 +268,7 @@ def _sets_state(node: fx.Node, name: str) -> bool:
     return not node.users and not node.all_input_nodes and _STATE.search(name) is not None
 
 
-def _block_module(gm: fx.GraphModule, block: list[fx.Node], facts: Facts) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+def _block_module(gm: fx.GraphModule, block: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     """The module of a block, the nodes it reads, and the nodes of it that are read elsewhere."""
     inside = set(block)
     inputs = _in_order(source for node in block for source in node.all_input_nodes if source not in inside and source.op != "get_attr")
