@@ -1,5 +1,6 @@
 """Two threads that train one model at once do not mix tapes, and lose no statistics."""
 
+import sys
 import threading
 
 import pytest
@@ -78,3 +79,14 @@ def test_a_thread_that_works_for_another_takes_its_turn_within_and_strangers_wai
     other.join(timeout=20)
     assert order == ["helper", "helper", "owner", "stranger"]
     assert not turns.turns
+
+
+def test_what_a_thread_keeps_is_counted():
+    """Torch 2.11 lets go of one reference more than it takes: turns were freed while they went on."""
+    kept, other = object(), object()
+    before = sys.getrefcount(kept)
+    turns_module._stash("mnet_fx.test", kept)
+    assert sys.getrefcount(kept) == before + 1
+    assert torch._C._get_obj_in_tls("mnet_fx.test") is kept
+    turns_module._stash("mnet_fx.test", other)
+    assert sys.getrefcount(kept) == before
