@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from .named import layers_of, name_region, paths_of
+from .own_copies import Learnt, OwnCopies
 from .report import REPORT, note_transform
 from .settings import Settings
 from .steps import Chain
@@ -72,6 +73,7 @@ class MomentumNet(nn.Module):
             self.add_module("init", init_function)
         self.gamma, self.init_speed, self.use_backprop, self.is_residual = gamma, init_speed, use_backprop, is_residual
         self.n_functions = len(found)
+        self.learnt = Learnt()
         self._factors()
 
     @property
@@ -139,6 +141,7 @@ class MomentumNet(nn.Module):
         tape = start_tape("MomentumNet", x, v0, self._factors(), backward, "raise", widest)
         if inverse and not isinstance(tape, ReversingTape):
             tape = ReversingTape(tape.region, tape.state, tape.factors)
+        tape.own = OwnCopies(self.learnt)
         chain = Chain(tape, x, v0)
         for i, function in enumerate(self.functions):
             call = LayerCall(str(i), (x, *args), kwargs)
@@ -241,14 +244,15 @@ def transform_to_momentumnet(
     net, containers = copy.deepcopy(model), []
     settings = Settings(gamma=gamma, backward="stored" if use_backprop else "reversible")
     for path in paths_of(sub_layers):
-        containers.append((path, len(layers_of(net, path, int(keep_first_layer)))))  # or says what is wrong with it
+        layers_of(net, path, int(keep_first_layer))  # or says what is wrong with it
         if not is_residual:
-            name_region(net, path, settings, skip=int(keep_first_layer))
+            containers.append(name_region(net, path, settings, skip=int(keep_first_layer)).shown)
             continue
         layers = [layer for layer in net.get_submodule(path)._modules.values() if layer is not None]  # children() skips repeats
         parent, _, name = path.rpartition(".")
         container = _MomentumContainer(layers, int(keep_first_layer), gamma=gamma, use_backprop=use_backprop, is_residual=True)
         setattr(net.get_submodule(parent), name, container)
+        containers.append((path, container.n_functions, container.learnt.sizes))
     note_transform(net, containers, settings)
     return net
 

@@ -102,7 +102,7 @@ def momentumize(
     net = copied(model)
     if regions is not None:
         named = [name_region(net, path, settings) for path in paths_of(regions)]
-        _show(net, named_report([(region.path, len(region.layers)) for region in named], settings, _stream_dtype(model)))
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))

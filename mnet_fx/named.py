@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
+from .own_copies import Learnt, OwnCopies
 from .settings import Settings
 from .steps import Chain
 
@@ -56,12 +57,18 @@ class NamedRegion:
         self.widest = {p.dtype for layer in layers.values() for p in layer.parameters() if p.is_floating_point()}
         self.widest |= set() if settings.held is None else {settings.held}
         self.layers = list(layers.values())
+        self.learnt = Learnt()
         self._index()
 
     @property
     def title(self) -> str:
         """The region in messages."""
         return self.path or "(root)"
+
+    @property
+    def shown(self) -> tuple[str, int, dict[str, int]]:
+        """For the report: its path, number of layers, and what turns out to be copied."""
+        return self.path, len(self.layers), self.learnt.sizes
 
     def _index(self) -> None:
         self.positions = {}
@@ -116,6 +123,7 @@ class NamedRegion:
         velocity = self.velocity[0]
         v0 = None if velocity is None else checked_velocity(self.title, velocity(x), x)
         tape = start_tape(self.title, x, v0, self.factors[index:], self.backward, self.on_drift, self.widest)
+        tape.own = OwnCopies(self.learnt)
         return Chain(tape, x, v0)
 
     def _broken(self, index: int) -> None:

@@ -7,6 +7,7 @@
 - parameters: the very tensors the first run used, also if the module has others by now (`torch.func.functional_call` with the backward
   after the call); a fingerprint shows whether their values changed since, whatever changed them;
 - side inputs: likewise; lists and dictionaries of them hold what they held before the step;
+- side inputs and buffers that are overwritten after the step: copies, in named regions (`own_copies`);
 - which of these tensors require gradients;
 - the Python attributes of the step's modules: see `attributes`;
 - buffers, and tensors that are attributes, that the step changed, in place or by assignment: the values before the step. A later run works
@@ -18,8 +19,9 @@ no module holds, global variables) is not restored; if that changes a result, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 from .attributes import STANDARD, Attributes
 from .fingerprints import fingerprints
 from .guise import is_ordinary, plain
+from .own_copies import OwnCopies, is_copyable
 from .surroundings import surrounded, surroundings
 from .turns import Turns
 
@@ -49,9 +52,12 @@ class Conditions:
         sides: the side inputs of this call.
         device: device of the stream.
         proof: whether `changed` is to look; without it, it finds nothing.
+        own: what the region has learnt about writes after its steps; None: nothing is copied.
     """
 
-    def __init__(self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True, own: OwnCopies | None = None
+    ) -> None:
         self.module, self.device = module, device
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
         self.sides = _rebuilt(sides)
@@ -68,6 +74,19 @@ class Conditions:
         self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
         self.proven = named if proof else None  # what must not change, and its fingerprints
         self.prints = _fingerprints(self.proven or {})
+        self.own = own if proof else None
+        self.layer = "" if self.own is None else self.path_of("")
+        self.copies = self._own_copies()
+        self.buffer_of: dict[str, str] = {}  # of those names in `copies` that are buffers
+        self.overwritten: set[str] = set()  # the names in `copies` whose originals had changed at the last look
+
+    def _own_copies(self) -> dict[str, Tensor]:
+        """Copies of side inputs, which other steps of the chain share."""
+        own = self.own
+        if own is None:
+            return {}
+        sides = {name: t for name, t in self._sides().items() if is_copyable(t) and own.wanted(self.layer, name)}
+        return {name: own.shared(t) for name, t in sides.items()}
 
     def first_run(self, x: Tensor) -> Any:
         """Runs the step on the live module, and notes what it drew and which buffers it changed.
@@ -95,11 +114,13 @@ class Conditions:
             elif self.proven is not None:
                 key = f"buffer '{self.path_of(name)}'"
                 self.proven[key], self.prints[key] = _without_history(before[name]), was[name]
+                if self.own is not None and self.own.wanted(self.layer, key):
+                    self.copies[key], self.buffer_of[key] = copy, name
 
     def changed(self) -> str | None:
         """Which parameter, buffer or side input no longer is what the first run saw, and cannot be made so; None if none."""
         for name, (t, needed) in self.requires_grad.items():
-            if t.requires_grad != needed and not t.is_leaf:
+            if t.requires_grad != needed and not t.is_leaf and name not in self.copies:
                 return f"whether {name} requires a gradient"
         proven = self.proven or {}
         if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
@@ -108,15 +129,22 @@ class Conditions:
                 "are sharded again by then: use fully_shard on the root alone),"
             )
         now = _fingerprints(proven)
-        return next((name for name in now if now[name] != self.prints[name]), None)
+        differing = [name for name in now if now[name] != self.prints[name]]
+        self.overwritten = self.copies.keys() & set(differing)
+        if self.own is not None:
+            self.own.learn(self.layer, self.copies, {name for name in differing if not name.startswith("parameter")})
+        return next((name for name in differing if name not in self.overwritten), None)
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
         with _TURNS, self._restored():
             live = dict(self._members("_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
-            swapped |= _copied(self.buffers)
-            sides = _rebuilt(self.sides)
+            swapped |= _copied(
+                self.buffers | {self.buffer_of[name]: self.copies[name] for name in self.overwritten & self.buffer_of.keys()}
+            )
+            named = self._sides() if self.overwritten else {}
+            sides = _rebuilt(self.sides, {id(t): self.copies[name].clone() for name, t in named.items() if name in self.overwritten})
             if not swapped:
                 return self.module(x, *sides)
             return functional_call(self.module, swapped, (x, *sides), tie_weights=False)  # each of several names is in `swapped`
@@ -144,7 +172,10 @@ class Conditions:
 
     def _named(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
-        return named | {f"side input {i}": s for i, s in enumerate(_leaves(self.sides)) if isinstance(s, Tensor)}
+        return named | self._sides()
+
+    def _sides(self) -> dict[str, Tensor]:
+        return {f"side input {i}": s for i, s in enumerate(_leaves(self.sides)) if isinstance(s, Tensor)}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -203,14 +234,16 @@ def _without_history(t: Tensor) -> Tensor:
     return t if t.grad_fn is None else t.detach()
 
 
-def _rebuilt(side: Any) -> Any:
-    """The same side input in lists and dictionaries of its own. As `tree_map`, but quick."""
+def _rebuilt(side: Any, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """The same side input in lists and dictionaries of its own, with other tensors for those of some ids. As `tree_map`, but quick."""
     kind = type(side)
     if kind is tuple or kind is list:
-        return kind(map(_rebuilt, side))
+        return kind(_rebuilt(part, given) for part in side)
     if kind is dict:
-        return {key: _rebuilt(value) for key, value in side.items()}
-    return tree_map(lambda leaf: leaf, side) if kind in SUPPORTED_NODES or isinstance(side, tuple) else side
+        return {key: _rebuilt(value, given) for key, value in side.items()}
+    if kind in SUPPORTED_NODES or isinstance(side, tuple):
+        return tree_map(lambda leaf: given.get(id(leaf), leaf), side)
+    return given.get(id(side), side) if given else side
 
 
 def _leaves(side: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from .settings import Settings
 
 REPORT = "_mnet_fx_report"  # where a model that momentumize rewrote keeps its report
 TRANSFORMED = "_mnet_fx_transform_report"  # where one that transform_to_momentumnet changed does
+
+Named = tuple[str, int, Mapping[str, int]]
 
 __all__ = [
     "REPORT",
@@ -53,6 +55,8 @@ class RegionReport:
             stream of the model's parameter dtype; None for "autograd", which depends on what the steps save, and for "nested".
         copied: side inputs and buffers that the model overwrites after the chain has read them, of which the chain keeps copies.
         copied_bytes: bytes of these copies, None where sizes are not known.
+        copied_later: of a named region, the side inputs and buffers that backward passes have found overwritten, with their bytes; calls
+            after that keep copies of them. Empty until then.
     """
 
     name: str
@@ -66,6 +70,7 @@ class RegionReport:
     state_bytes_per_element: float | None
     copied: tuple[str, ...] = ()
     copied_bytes: int | None = 0
+    copied_later: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Report:
         parts = [f"{self.rewritten_adds} of {self.residual_adds} residual adds rewritten, in {len(self.regions)} region(s)"]
         if self.regions:
             parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, self.regions)))
-        parts += [_copies(region) for region in self.regions if region.copied]
+        parts += [_copies(region) for region in self.regions if region.copied or region.copied_later]
         if self.kept_outside:
             parts.append(f"Outside of chains, autograd keeps {self.kept_outside:,} bytes for the backward pass (inputs as at the capture).")
         if any(part.front_end == "preview" for part in self.captured):
@@ -164,8 +169,9 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
 
 
 def _copies(r: RegionReport) -> str:
-    size = "" if r.copied_bytes is None else f" ({r.copied_bytes:,} bytes)"
-    return f"{r.name} keeps copies of what the model overwrites after the chain has read it{size}: {', '.join(r.copied)}"
+    known = None if r.copied_bytes is None else r.copied_bytes + sum(r.copied_later.values())
+    size = "" if known is None else f" ({known:,} bytes)"
+    return f"{r.name} keeps copies of what is overwritten after the chain has read it{size}: {', '.join([*r.copied, *r.copied_later])}"
 
 
 def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:
@@ -211,25 +217,28 @@ def graph_report(plan: Plan, front_end: str, settings: Settings, path: str = "",
     return Report(adds, rewritten, rows, refusals, (CapturedPart(path, front_end, adds, rewritten),), plan.kept_outside)
 
 
-def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
+def named_report(containers: Sequence[Named], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
     """The report on named containers.
 
     Args:
-        containers: for each its path, and the number of its layers that are steps.
+        containers: for each its path, the number of its layers that are steps, and what turns out to be copied.
         settings: the recurrence.
         dtype: of the stream.
         before: the report on others, which are counted too.
     """
     start = 0 if before is None else len(before.regions)
-    rows = [row(f"named_region_{i}", path, n, n, "named", None, settings, dtype) for i, (path, n) in enumerate(containers, start)]
-    captured = [CapturedPart(path, "named", n, n) for path, n in containers]
+    rows = [
+        replace(row(f"named_region_{i}", path, n, n, "named", None, settings, dtype), copied_later=later)
+        for i, (path, n, later) in enumerate(containers, start)
+    ]
+    captured = [CapturedPart(path, "named", n, n) for path, n, _ in containers]
     if before is not None:
         rows, captured = [*before.regions, *rows], [*before.captured, *captured]
     layers = sum(found.steps for found in rows)
     return Report(layers, layers, tuple(rows), (), tuple(captured))
 
 
-def note_transform(net: nn.Module, containers: Sequence[tuple[str, int]], settings: Settings) -> None:
+def note_transform(net: nn.Module, containers: Sequence[Named], settings: Settings) -> None:
     """Gives a model that was transformed the report on that, and on the transforms before."""
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
     before = net.__dict__.get(TRANSFORMED)

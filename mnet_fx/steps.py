@@ -27,7 +27,8 @@ class Step:
         self.live: tuple[Tensor, Print] | None = (x, print_)
         self.running = True
         self.prints: Print = ()
-        tape.reruns.append(Rerun(Conditions(module, sides, x.device, proof=tape.on_drift != "ignore"), x))
+        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own)
+        tape.reruns.append(Rerun(conditions, x))
 
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:

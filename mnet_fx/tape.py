@@ -40,6 +40,7 @@ from .errors import InversionError, MnetError, MnetWarning
 from .fingerprints import fingerprint
 from .fixed_point import Record, State
 from .guise import Guise, dressed, plain
+from .own_copies import OwnCopies
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
@@ -71,6 +72,7 @@ class Tape:
     def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
         self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
         self.reruns: list[Rerun] = []
+        self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
 
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x[0] and v[0] with their gradients' history."""

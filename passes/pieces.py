@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.fx as fx
 
+from passes.facts import recorded
 from passes.memory import is_hook
 
 __all__ = ["pieces"]
@@ -32,7 +33,8 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
         A graph of the calls `piece_0`, `piece_1`, ... (GraphModules that return tuples) and those of `between`.
     """
     kept = {node for node in gm.graph.nodes if node.op == "call_module" and node.target in between}
-    own = kept | {node for node in gm.graph.nodes if is_hook(node) or (node.target is operator.getitem and node.args[0] in kept)}
+    several = {node for node in kept if recorded(node) is None}  # calls that return a tuple: not x[t] itself, which may be indexed
+    own = kept | {node for node in gm.graph.nodes if is_hook(node) or (node.target is operator.getitem and node.args[0] in several)}
     hooked = {node.args[0] for node in own if is_hook(node)}
     groups: list[list[fx.Node]] = [[]]
     units: list[fx.Node | list[fx.Node]] = []

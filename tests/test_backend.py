@@ -708,6 +708,31 @@ def whole(model):
     return function
 
 
+class Indexed(nn.Module):
+    """Writes to a slice of the stream between two chains; the first gives its stream alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.between = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = x + layer(x.tanh())
+        x[:, :2] += self.between(x.tanh())[:, :2]
+        for layer in self.layers[2:]:
+            x = x + layer(x.tanh())
+        return x
+
+
+def test_the_stream_of_a_chain_is_indexed_within_a_piece():
+    """A slice that the outer graph takes, and a piece writes to along with the whole, is more than AOTAutograd can follow."""
+    plain, model, x = Indexed(), Indexed(), torch.randn(3, 4)
+    net = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager", "gamma": 0})
+    torch.testing.assert_close(step(net, model, x), step(plain, plain, x))
+    assert mnet_fx.reports()[-1].regions
+
+
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 cannot compile a backward pass within a compilation")
 def test_under_the_minifier():
     model = Net()

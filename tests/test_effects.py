@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import mnet_fx
+from mnet_fx.memory import measure
 
 # A name for the same memory, by operations that no table lists, or that only some shapes or modes make share it.
 SHARING = {
@@ -183,7 +184,7 @@ def test_what_is_overwritten_after_the_chain_is_copied(what, way):
     assert bool(region.copied) == (what != "")
     if what and way in ("captured", "aot_eager"):
         assert (region.copied, region.copied_bytes) == (("mean",), 16)
-        assert "momentum_region_0 keeps copies of what the model overwrites after the chain has read it (16 bytes): mean" in str(net.report)
+        assert "momentum_region_0 keeps copies of what is overwritten after the chain has read it (16 bytes): mean" in str(net.report)
 
 
 @pytest.mark.parametrize("what", ["side", "view"])
@@ -209,29 +210,111 @@ def test_a_write_before_the_chain_makes_no_copy():
     assert net.report.regions[0].copied == ()
 
 
-def test_named_layers_say_what_to_do_about_a_later_write():
-    class Layer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.f = nn.Linear(4, 4)
+class SideLayer(nn.Module):
+    """Adds a side input and a buffer within its tanh, which saves neither of them; may write to the side input itself."""
 
-        def forward(self, x, side):
-            return x + torch.tanh(self.f(x) + side)
+    def __init__(self, writes):
+        super().__init__()
+        self.f, self.writes = nn.Linear(4, 4), writes
+        self.register_buffer("shift", torch.full((4,), 0.5))
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(Layer() for _ in range(4))
+    def forward(self, x, side):
+        y = torch.tanh(self.f(x) + side + self.shift)
+        if self.writes:
+            side.add_(0.25)
+        return x + y
 
-        def forward(self, x, side):
+
+class SideLayers(nn.Module):
+    """Named layers, and a write to what they have read: by the model after the chain, or by each layer."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.what = what
+        self.layers = nn.ModuleList(SideLayer(what == "layer") for _ in range(4))
+
+    def forward(self, x, side):
+        part = side.expand(len(x), 4)
+        for layer in self.layers:
+            x = layer(x, part if self.what == "expanded" else side)
+        if self.what in ("side", "expanded"):
+            side.mul_(0.5)
+        if self.what == "unseen":
+            side.data.zero_()
+        if self.what == "buffer":
             for layer in self.layers:
-                x = layer(x, side)
+                layer.shift.mul_(0.9)
+        return x
+
+
+def steps_of(net, what, calls=3):
+    """Outputs, gradients and what is left of the side input, of some training steps; "caller" overwrites it between the two passes."""
+    found = []
+    for i in range(calls):
+        x, side = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_(), torch.full((4,), 0.1 * (i + 1))
+        net.zero_grad()
+        out = net(x, side)
+        if what == "caller":
             side.zero_()
+        out.square().sum().backward()
+        found += [out.detach(), x.grad, side, *(p.grad.clone() for p in net.parameters())]
+    return found
+
+
+@pytest.mark.parametrize("what", ["side", "expanded", "unseen", "buffer", "layer", "caller"])
+def test_named_layers_keep_copies_of_what_is_overwritten(what):
+    net, stored = (mnet_fx.momentumize(SideLayers(what), regions=["layers"], backward=kind) for kind in ("reversible", "stored"))
+    for got, want in zip(steps_of(net, what), steps_of(stored, what), strict=True):
+        assert torch.equal(got, want)
+    line = next(line for line in str(net.report).splitlines() if "keeps copies" in line)
+    assert f"({ {'buffer': 64, 'layer': 64}.get(what, 16) } bytes)" in line
+    assert ("buffer 'layers.3.shift'" if what == "buffer" else "side input 1 of layers.3") in line
+
+
+def test_what_is_never_overwritten_is_copied_in_the_first_call_alone():
+    net = mnet_fx.momentumize(SideLayers(""), regions=["layers"])
+    x, side, kept = torch.randn(4000, 4), torch.ones(4000, 4), []
+    for _ in range(3):
+        found = measure(lambda: net(x.requires_grad_(), side).sum(), lambda out: out.backward())
+        kept.append(found.kept)
+    assert kept[0] - kept[1] >= 4000 * 4 * 4  # one copy for all layers
+    assert kept[0] - kept[1] < 2 * 4000 * 4 * 4
+    assert kept[1] == kept[2]
+    assert "copies" not in str(net.report)
+
+
+def test_what_is_overwritten_for_the_first_time_later_is_an_error_once():
+    net = mnet_fx.momentumize(SideLayers(""), regions=["layers"])
+    steps_of(net, "")
+    with pytest.raises(mnet_fx.InversionError, match=r"side input 1 .* give the layers a clone"):
+        steps_of(net, "caller", 1)
+    stored = mnet_fx.momentumize(SideLayers(""), regions=["layers"], backward="stored")
+    for got, want in zip(steps_of(net, "caller"), steps_of(stored, "caller"), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_momentum_net_keeps_copies_of_what_is_overwritten():
+    class Net(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = mnet_fx.MomentumNet([Scaled() for _ in range(4)], **options)
+
+        def forward(self, x, side):
+            x = self.net(x, side)
+            side.mul_(2)
             return x
 
-    net = mnet_fx.momentumize(Net(), regions=["layers"])
-    with pytest.raises(mnet_fx.InversionError, match=r"side input 1 .* give the layers a clone"):
-        net(torch.randn(3, 4), torch.ones(3, 4)).sum().backward()
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+
+        def forward(self, x, side):
+            return torch.tanh(super().forward(x) + side)
+
+    for got, want in zip(steps_of(Net(), ""), steps_of(Net(use_backprop=True), ""), strict=True):
+        assert torch.equal(got, want)
 
 
 class WritesWithoutGradients(nn.Module):
