@@ -140,11 +140,10 @@ class Conditions:
         with _TURNS, self._restored():
             live = dict(self._members("_parameters"))
             swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
-            swapped |= _copied(
-                self.buffers | {self.buffer_of[name]: self.copies[name] for name in self.overwritten & self.buffer_of.keys()}
-            )
-            named = self._sides() if self.overwritten else {}
-            sides = _rebuilt(self.sides, {id(t): self.copies[name].clone() for name, t in named.items() if name in self.overwritten})
+            own = {name: self.copies[name] for name in self.overwritten}
+            swapped |= _copied(self.buffers | {self.buffer_of[name]: copy for name, copy in own.items() if name in self.buffer_of})
+            named = self._sides() if own else {}
+            sides = _rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
             if not swapped:
                 return self.module(x, *sides)
             return functional_call(self.module, swapped, (x, *sides), tie_weights=False)  # each of several names is in `swapped`

@@ -202,6 +202,7 @@ class StoringTape(Tape):
         super().__init__(region, state, factors, on_drift)
         self.prints: list[Print] = []
         self.inputs: list[tuple[Tensor, Print]] = []
+        self.copies: dict[str, Tensor] = {}  # of those that the caller may overwrite, in named regions
 
     def enter(self) -> Tensor:
         return self._kept(super().enter())
@@ -218,16 +219,22 @@ class StoringTape(Tape):
         return self.inputs[t][0]
 
     def hand_out(self, t: int) -> Tensor:
-        x, print_ = self.inputs[t]
-        if self.fingerprint(lambda: fingerprint(x)) != print_:
+        (x, print_), name = self.inputs[t], f"x[{t}]"
+        changed = self.fingerprint(lambda: fingerprint(x)) != print_
+        if self.own is not None:
+            self.own.learn("", {name: self.copies[name]} if name in self.copies else {}, {name} if changed else set())
+        if changed and name not in self.copies:
             self.drifted(t, f"the stream before step {t}, changed in place,")
-        return x
+        return self.copies[name] if changed and name in self.copies else x
 
     def close(self, t: int, y: Tensor) -> None:
         if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:
             self.drifted(t, f"the residual of step {t}")
 
     def _kept(self, x: Tensor) -> Tensor:
+        name = f"x[{len(self.inputs)}]"
+        if self.own is not None and self.on_drift != "ignore" and self.own.wanted("", name):
+            self.copies[name] = self.own.shared(x.detach())
         self.inputs.append((x.detach(), self.fingerprint(lambda: fingerprint(x))))
         return x
 

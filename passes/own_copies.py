@@ -1,11 +1,12 @@
-"""Which side inputs of a chain the graph overwrites after the chain has read them: a rerun of its steps would read the new values.
+"""What of a chain's the graph overwrites after the chain has run: a rerun of its steps would read the new values.
 
 side, x -> [ x = x + f(x, side) ] ... -> x           side.mul_(2) after the chain: it is given side.clone() instead
+x -> [ ... x[t] ... ] -> x[T], x[t]                  x[t].mul_(2) after the chain: x[t].clone() is written to instead
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import torch.fx as fx
@@ -13,7 +14,7 @@ import torch.fx as fx
 from passes.facts import Facts
 from passes.nesting import Piece, nodes_of
 
-__all__ = ["overwritten_sides", "with_attributes_handed"]
+__all__ = ["overwritten_sides", "overwritten_streams", "with_attributes_handed"]
 
 
 def overwritten_sides(piece: Piece, facts: Facts) -> list[fx.Node]:
@@ -23,16 +24,29 @@ def overwritten_sides(piece: Piece, facts: Facts) -> list[fx.Node]:
         piece: a chain, all of whose steps run before such a write, or there would be no order for them.
         facts: facts of its graph.
     """
-    if not facts.writes:
-        return []
     inside, source = nodes_of(piece), piece[0].source
     first: dict[fx.Node, int] = {}
     for node in sorted(inside, key=facts.index.__getitem__):
         for read in node.all_input_nodes:
             if read not in inside and read is not source:
                 first.setdefault(read, facts.index[node])
-    writes = [(facts.index[node], memory) for node, memories in facts.writes.items() if node not in inside for memory in memories]
-    return [read for read, when in first.items() if any(i > when and memory in facts.shares[read] for i, memory in writes)]
+    return [read for read, when in first.items() if _overwritten(read, when, inside, facts)]
+
+
+def overwritten_streams(piece: Piece, facts: Facts) -> list[fx.Node]:
+    """Those x[t] between the steps of a piece that are overwritten after their steps."""
+    inside = nodes_of(piece)
+    return [span.source for span in piece[1:] if _overwritten(span.source, facts.index[span.target], inside, facts)]
+
+
+def _overwritten(node: fx.Node, when: int, inside: Set[fx.Node], facts: Facts) -> bool:
+    """Whether a node outside of a piece writes to the memory of that node, later than at a time."""
+    return any(
+        memory in facts.shares[node]
+        for writer, memories in facts.writes.items()
+        if writer not in inside and facts.index[writer] > when
+        for memory in memories
+    )
 
 
 def with_attributes_handed(pieces: Sequence[Piece], nodes: set[fx.Node]) -> list[Piece]:

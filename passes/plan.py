@@ -17,7 +17,7 @@ from passes.kept import kept_outside
 from passes.legality import check, refuse, refuse_projection
 from passes.match import Chain, ResidualSum, chains, match
 from passes.nesting import Nest, Piece, adds_of, nodes_of
-from passes.own_copies import overwritten_sides, with_attributes_handed
+from passes.own_copies import overwritten_sides, overwritten_streams, with_attributes_handed
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 from passes.schedule import schedule
 from passes.side_outputs import with_side_outputs
@@ -65,7 +65,8 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     nest = _nested(pieces, nested, draft)
     _order(nest, draft)
     _take_in_sides(nest, draft)
-    copied = {i: overwritten_sides(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
+    outer = {i: nest.pieces[i] for i, parent in nest.parent.items() if parent is None}
+    copied = {i: overwritten_sides(piece, facts) + overwritten_streams(piece, facts) for i, piece in outer.items()}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
     return Plan(

@@ -106,7 +106,8 @@ class PlannedRegion:
         escapes: indices t with 1 <= t < len(steps) of stream values x[t] that are read outside the region.
         shape: shape of the stream (None where the capture recorded none; -1 for a dynamic dimension).
         dtype: name of the stream's dtype, such as "float32", or None.
-        copied: names of the side inputs that the graph overwrites after the region has read them: the region is given copies.
+        copied: names of the side inputs, of which the region is given copies, and of values x[t], of which others are, since the graph
+            overwrites them after the region has read them.
         copied_bytes: bytes of these copies, None where the capture recorded no sizes.
     """
 

@@ -121,6 +121,8 @@ class _Rewriter:
         for old, new in zip(outputs, call_region(self.new, region.name, args, outputs), strict=True):
             new.meta = dict(old.meta)
             self.values[old] = new
+            if old.name in region.copied:
+                self.values[old] = self._copy(old.name, copies)
 
     def _copy(self, name: str, copies: dict[Any, fx.Node]) -> fx.Node:
         """A copy of a value, made now; of an attribute that several nodes read, one copy."""

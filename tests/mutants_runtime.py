@@ -10,7 +10,7 @@ from __future__ import annotations
 
 TAPE = ["tests/test_tape.py", "tests/test_replay.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
 TAPE += ["tests/test_oracles.py", "tests/test_graph.py", "tests/test_streams.py", "tests/test_inner_gradients.py"]
-TAPE += ["tests/test_attributes.py", "tests/test_surroundings.py"]
+TAPE += ["tests/test_attributes.py", "tests/test_surroundings.py", "tests/test_effects.py"]
 ARITHMETIC = ["tests/test_fixed_point.py", "tests/test_dtypes.py"]
 TESTS = {
     "mnet_fx/tape.py": TAPE,
@@ -20,6 +20,7 @@ TESTS = {
     "mnet_fx/surroundings.py": ["tests/test_surroundings.py"],
     "mnet_fx/attributes.py": ["tests/test_attributes.py"],
     "mnet_fx/guise.py": ["tests/test_streams.py", "tests/test_replay.py"],
+    "mnet_fx/own_copies.py": ["tests/test_effects.py"],
     "mnet_fx/turns.py": ["tests/test_threads.py"],
     "mnet_fx/fixed_point.py": ARITHMETIC,
     "mnet_fx/formats.py": ARITHMETIC,
@@ -47,9 +48,22 @@ MUTANTS: list[tuple[str, str, str]] = [
         "self.half = False\n        if False:",
     ),
     ("mnet_fx/tape.py", "if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:", "if False:"),
-    ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(x)) != print_:", "if False:"),
+    ("mnet_fx/tape.py", "changed = self.fingerprint(lambda: fingerprint(x)) != print_", "changed = False"),
+    ("mnet_fx/tape.py", "return self.copies[name] if changed and name in self.copies else x", "return x"),
+    ("mnet_fx/tape.py", "if changed and name not in self.copies:", "if changed:"),
     ("mnet_fx/tape.py", "if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:", "if False:"),
-    ("mnet_fx/steps.py", 'proof=tape.on_drift != "ignore"', "proof=False"),
+    ("mnet_fx/steps.py", 'x.device, tape.on_drift != "ignore", tape.own', "x.device, False, tape.own"),
+    # Copies of what is overwritten after a named layer.
+    ("mnet_fx/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), False)"),
+    ("mnet_fx/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), True) or True"),
+    ("mnet_fx/own_copies.py", "(id(t), 0 if t.is_inference() else t._version)", "(id(t), 0)"),
+    ("mnet_fx/own_copies.py", "self.learnt.overwritten = {key: True for key, was in known.items() if was}", "pass"),
+    ("mnet_fx/own_copies.py", "0 if id(copy) in self.counted else", "0 if False else"),
+    ("mnet_fx/own_copies.py", "known.get(key, False) or name in overwritten", "name in overwritten"),
+    ("mnet_fx/own_copies.py", "and not (t.is_leaf and t.requires_grad)", ""),
+    ("mnet_fx/own_copies.py", "return copy.requires_grad_(t.requires_grad)", "return copy"),
+    ("mnet_fx/replay.py", "self.copies[key], self.buffer_of[key] = copy, name", "pass"),
+    ("mnet_fx/replay.py", "self.overwritten = self.copies.keys() & set(differing)", "self.overwritten = self.copies.keys() & set()"),
     ("mnet_fx/steps.py", "if version is not None and x._version != version:", "if False:"),
     ("mnet_fx/steps.py", "except CheckpointError as error:", "except MnetError as error:"),
     ("mnet_fx/steps.py", "if transformed() and not isinstance(self.tape, FloatTape):", "if False:"),
@@ -86,7 +100,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", "self.attributes.let_go()", "pass"),
     ("mnet_fx/replay.py", "stack.callback(t.requires_grad_, not needed)", "pass"),
     ("mnet_fx/replay.py", "t.requires_grad_(needed)\n", "pass\n"),
-    ("mnet_fx/replay.py", "if t.requires_grad != needed and not t.is_leaf:", "if False:"),
+    ("mnet_fx/replay.py", "if t.requires_grad != needed and not t.is_leaf and name not in self.copies:", "if False:"),
     ("mnet_fx/replay.py", "return t if t.grad_fn is None else t.detach()", "return t"),
     ("mnet_fx/replay.py", "own[prefix + name] = value", "pass"),
     ("mnet_fx/replay.py", "default + self.attributes.generators()", "default"),
@@ -115,7 +129,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", "if child is not None and child not in seen:", "if child is not None:"),
     ("mnet_fx/guise.py", " and not t.is_nested", ""),
     ("mnet_fx/replay.py", "self.sides = _rebuilt(sides)", "self.sides = sides"),
-    ("mnet_fx/replay.py", "sides = _rebuilt(self.sides)", "sides = self.sides"),
+    ("mnet_fx/replay.py", "sides = _rebuilt(self.sides, {", "sides = self.sides if not own else _rebuilt(self.sides, {"),
     ("mnet_fx/replay.py", "sides, self.live = self.live, ()", "sides, self.live = self.sides, ()"),
     ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.PROXY,)"),
     ("mnet_fx/replay.py", "for key in (keys.PROXY, keys.FAKE)", "for key in (keys.FAKE,)"),
@@ -125,7 +139,7 @@ MUTANTS: list[tuple[str, str, str]] = [
         "for e in extras if isinstance(e, Tensor) and e.requires_grad]\n        graded",
         "for e in extras if isinstance(e, Tensor)]\n        graded",
     ),
-    ("mnet_fx/replay.py", "swapped |= _copied(self.buffers)", "swapped |= self.buffers"),
+    ("mnet_fx/replay.py", "swapped |= _copied(self.buffers | {", "swapped |= (self.buffers | {"),
     (
         "mnet_fx/replay.py",
         "{name: copies[id(t)] for name, t in tensors.items()}",
@@ -158,7 +172,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/replay.py", "with _TURNS, self._restored():", "with self._restored():"),
     # What the proof looks at.
     ("mnet_fx/replay.py", "{f\"parameter '{self.path_of(name)}'\": p for name, p in self.parameters.items()}", "{}"),
-    ("mnet_fx/replay.py", 'return named | {f"side input {i}"', 'return named or {f"side input {i}"'),
+    ("mnet_fx/replay.py", "return named | self._sides()", "return named or self._sides()"),
     ("mnet_fx/replay.py", "self.proven[key], self.prints[key] = _without_history(before[name]), was[name]", "pass"),
     ("mnet_fx/replay.py", "next((name for name, t in proven.items() if _freed(t)), None)", "None"),
     ("mnet_fx/replay.py", "name: None if t.is_inference() else t._version for", "name: None for"),

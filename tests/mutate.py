@@ -181,8 +181,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/effects.py", "tuple(dict.fromkeys(self._memory(self.values[node]))),", "(),"),
     ("passes/memory.py", "return () if _makes_fresh(node.target, word) else tuple(node.all_input_nodes)", "return ()"),
     # Copies of what is overwritten later, and what steps give to others.
-    ("passes/own_copies.py", "if any(i > when and", "if any(False and"),
-    ("passes/own_copies.py", "if any(i > when and", "if any("),
+    ("passes/own_copies.py", "and facts.index[writer] > when", "and False"),
+    ("passes/own_copies.py", "and facts.index[writer] > when", ""),
+    ("passes/plan.py", "overwritten_sides(piece, facts) + overwritten_streams(piece, facts)", "overwritten_sides(piece, facts)"),
+    ("passes/pieces.py", "if recorded(node) is None}", "}"),
     ("passes/rewrite.py", "if name in region.copied else", "if False else"),
     ("passes/side_outputs.py", "self._weight(needed) > left:", "False:"),
     ("passes/side_outputs.py", "return self._useful(self._tensors(found))", "return set()"),
