@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.memory import is_hook
 
-__all__ = ["Effect", "forget_effect", "observed"]
+__all__ = ["Effect", "forget_effect", "noted", "observed"]
 
 _NOTE = "mnet_fx_effect"
 _NUMBERS = count()  # of all storages of all graphs, so that notes of two runs never seem to be about one storage
@@ -67,6 +67,11 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
         for node, effect in effects.items():
             node.meta[_NOTE] = effect
     return {node: node.meta[_NOTE] for node in nodes}
+
+
+def noted(node: fx.Node) -> Effect | None:
+    """The effect of a node if its graph, or the one it was copied from, has been observed."""
+    return node.meta.get(_NOTE)
 
 
 def forget_effect(node: fx.Node) -> None:

@@ -14,7 +14,7 @@ What nodes write to and share is observed (`effects`) where the capture recorded
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,22 @@ import torch.fx as fx
 from torch import nn
 
 from passes.effects import Effect, observed
-from passes.memory import is_unknown, may_alias, moved, overwritten, running_statistics, written
+from passes.memory import is_hook, is_unknown, may_alias, moved, overwritten, running_statistics, written
 from passes.ops import kind
 
-__all__ = ["Facts", "bytes_of", "dtype_of", "free_shape_of", "joined", "owner_keys", "owner_path", "owner_stack", "recorded", "shape_of"]
+__all__ = [
+    "Facts",
+    "bytes_of",
+    "dtype_of",
+    "free_shape_of",
+    "graded",
+    "joined",
+    "owner_keys",
+    "owner_path",
+    "owner_stack",
+    "recorded",
+    "shape_of",
+]
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,33 @@ class Facts:
         _find_edges(facts)
         return facts
 
+    def graded(self) -> set[fx.Node]:
+        """The nodes that gradients may come to: of what leads to the output or to a write."""
+        return graded(n for n in self.nodes if n.op == "output" or n in self.writes or n in self.unknown or is_hook(n))
+
     def users_outside(self, node: fx.Node, inside: Container[fx.Node]) -> bool:
         """True if anything that is not `inside` reads the node."""
         return any(user not in inside for user in node.users)
+
+
+def graded(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that gradients of some nodes may come to: these, and what they are computed from by values that require gradients.
+
+    Where no value is recorded to require any, as in an exported graph, all that they are computed from.
+    """
+    stack = list(nodes)
+    known = any(_requires_grad(node, False) for root in stack[:1] for node in root.graph.nodes)
+    found: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in found and (not known or _requires_grad(node, True)):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _requires_grad(node: fx.Node, otherwise: bool) -> bool:
+    return getattr(recorded(node), "requires_grad", otherwise)
 
 
 def _find_memory(facts: Facts, effects: dict[fx.Node, Effect]) -> None:

@@ -4,19 +4,23 @@ before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
 after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
 
 Of a list of tensors, as `chunk` makes, a piece returns the tensors. A tensor that is given a hook is returned by the piece that makes
-it, and the hook is put on it outside of all pieces: a compiler only sees the part of its gradient that comes from the same piece.
+it, and the hook is put on it outside of all pieces: a compiler only sees the part of its gradient that comes from the same piece. What
+later pieces read for nothing that has gradients is returned detached: else parameters behind it would get gradients of
+zeros, not None, and an optimizer with weight decay would move them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 import torch.fx as fx
+from torch import Tensor, nn
 
-from passes.facts import recorded
-from passes.memory import is_hook
+from passes.effects import noted
+from passes.facts import graded, recorded
+from passes.memory import is_hook, is_unknown, written
 
 __all__ = ["pieces"]
 
@@ -54,14 +58,28 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
         if node in hooked:
             units.append(groups[-1])
             groups.append([])
-    return _Joiner(gm, everywhere).joined([*units, groups[-1]])
+    return _Joiner(gm, everywhere, _graded(gm, own)).joined([*units, groups[-1]])
+
+
+def _graded(gm: fx.GraphModule, own: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes that gradients may come to: from the output, a region or hook, or a write."""
+    modules = dict(gm.named_modules())
+    return graded(node for node in gm.graph.nodes if node.op == "output" or node in own or _has_effect(node, modules))
+
+
+def _has_effect(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return False
+    if (effect := noted(node)) is not None:
+        return bool(effect.written) or not effect.known
+    return is_unknown(node, modules) or bool(written(node, modules))
 
 
 class _Joiner:
     """Writes the outer graph and the pieces."""
 
-    def __init__(self, gm: fx.GraphModule, everywhere: Collection[str]) -> None:
-        self.gm, self.graph = gm, fx.Graph()
+    def __init__(self, gm: fx.GraphModule, everywhere: Collection[str], graded: Collection[fx.Node]) -> None:
+        self.gm, self.graded, self.graph = gm, graded, fx.Graph()
         self.everywhere = [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in everywhere]
         self.values: dict[fx.Node, fx.Node] = {}
         self.modules: dict[str, Any] = {}
@@ -102,7 +120,7 @@ class _Joiner:
         for node in nodes:
             inner[node] = graph.node_copy(node, inner.__getitem__)
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        graph.output(tuple(inner[node] for node in outputs))
+        graph.output(tuple(self._given(node, inside, inner[node]) for node in outputs))
         name = f"piece_{len([n for n in self.modules if n.startswith('piece_')])}"
         targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
         self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
@@ -110,3 +128,9 @@ class _Joiner:
         for i, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, i))
             self.values[node].meta = dict(node.meta)
+
+    def _given(self, node: fx.Node, inside: Set[fx.Node], value: fx.Node) -> fx.Node:
+        """What a piece returns of a node."""
+        if not isinstance(recorded(node), Tensor) or any(user in self.graded for user in node.users if user not in inside):
+            return value
+        return value.graph.call_method("detach", (value,))

@@ -42,6 +42,7 @@ def with_side_outputs(pieces: Sequence[Piece], facts: Facts, sums: Iterable[fx.N
     """
     taken = {node for piece in pieces for node in nodes_of(piece)} | set(sums)
     written = {memory for memories in facts.writes.values() for memory in memories}
+    taken |= set(facts.nodes) - facts.graded()  # parameters that lead nowhere are to get no gradients, not zeros
     made: list[Piece] = []
     for piece in pieces:
         spans: list[Span] = []
