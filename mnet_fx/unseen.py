@@ -4,7 +4,7 @@
 - `os.getenv` in a forward: its answer is kept (`os.environ[...]` is guarded). A warning by name.
 - whether an argument is a leaf of autograd or a view (`is_leaf`, `grad_fn`, `_base`): likewise.
 - that a key is missing in the dict of a module's attributes (`vars(self).get(...)`, `"..." in self.__dict__`): likewise.
-- `torch.compiler.is_compiling()`: it is true. The libraries that ask it mean just that, so nothing is said here; see the README.
+- `torch.compiler.is_compiling()`: it is true. The libraries that ask it mean just that, so nothing is said here; see docs/any-model.md.
 """
 
 from __future__ import annotations
