@@ -6,10 +6,9 @@ a --> [b c] --> d            units: a, region {b, c}, d
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence, Set
-from itertools import count
 
+import networkx
 import torch.fx as fx
 
 from passes.facts import Facts
@@ -29,53 +28,19 @@ def schedule(facts: Facts, regions: Sequence[Set[fx.Node]], copied: Set[fx.Node]
         copied: nodes that write in place in the graph but to fresh memory in the region, so that earlier readers need not run before.
 
     Returns:
-        The units in order, and the regions that have no place in it because something must run both after and before them.
+        The units in order, and no regions; or no units, and the regions that have to run both before and after something else.
     """
     unit: dict[fx.Node, Unit] = {node: node for node in facts.nodes}
     for i, nodes in enumerate(regions):
         unit |= dict.fromkeys(nodes, i)
-    position: dict[Unit, int] = {unit[node]: facts.index[node] for node in facts.nodes}
-    after: dict[Unit, set[Unit]] = {u: set() for u in position}
-    missing: dict[Unit, int] = dict.fromkeys(position, 0)
+    position = {unit[node]: facts.index[node] for node in facts.nodes}
+    needs = networkx.DiGraph()
+    needs.add_nodes_from(position)
     for node in facts.nodes:
-        for before in facts.flow[node] if node in copied else facts.order[node]:
-            if unit[before] != unit[node] and unit[node] not in after[unit[before]]:
-                after[unit[before]].add(unit[node])
-                missing[unit[node]] += 1
-    order = _in_order(position, after, missing)
-    return order, {u for u in _on_cycles(set(position) - set(order), after) if isinstance(u, int)}
-
-
-def _in_order(position: dict[Unit, int], after: dict[Unit, set[Unit]], missing: dict[Unit, int]) -> list[Unit]:
-    """Topological order that takes the earliest position first; what lies on or behind a cycle is left out."""
-    tie = count()
-    ready = [(position[u], next(tie), u) for u, number in missing.items() if number == 0]
-    heapq.heapify(ready)
-    order: list[Unit] = []
-    while ready:
-        _, _, done = heapq.heappop(ready)
-        order.append(done)
-        for u in after[done]:
-            missing[u] -= 1
-            if missing[u] == 0:
-                heapq.heappush(ready, (position[u], next(tie), u))
-    return order
-
-
-def _on_cycles(stuck: set[Unit], after: dict[Unit, set[Unit]]) -> set[Unit]:
-    """What is left of the stuck units without those that merely wait for a cycle."""
-    left = set(stuck)
-    waits = {u: sum(v in stuck for v in after[u]) for u in stuck}
-    before: dict[Unit, list[Unit]] = {u: [] for u in stuck}
-    for u in stuck:
-        for v in after[u] & stuck:
-            before[v].append(u)
-    ends = [u for u, number in waits.items() if number == 0]
-    while ends:
-        u = ends.pop()
-        left.discard(u)
-        for v in before[u]:
-            waits[v] -= 1
-            if waits[v] == 0:
-                ends.append(v)
-    return left
+        before = facts.flow[node] if node in copied else facts.order[node]
+        needs.add_edges_from((unit[other], unit[node]) for other in before if unit[other] != unit[node])
+    try:
+        return list(networkx.lexicographical_topological_sort(needs, key=position.__getitem__)), set()
+    except networkx.NetworkXUnfeasible:
+        cycles = (part for part in networkx.strongly_connected_components(needs) if len(part) > 1)
+        return [], {u for part in cycles for u in part if isinstance(u, int)}

@@ -193,7 +193,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/kept.py", "if number not in own]", "]"),
     ("passes/schedule.py", "facts.flow[node] if node in copied else facts.order[node]", "facts.flow[node]"),
     ("passes/schedule.py", "facts.flow[node] if node in copied else facts.order[node]", "facts.order[node]"),
-    ("passes/schedule.py", "waits[v] -= 1", "pass"),
+    ("passes/schedule.py", "if len(part) > 1", "if len(part) > 2"),
     # Plans.
     ("passes/plan.py", "if inner and t > starts[-1]:", "if False:"),
     ("passes/plan.py", "if newest.get(node, -1) >= starts[-1]]", "if newest.get(node, -1) >= 0]"),
