@@ -7,7 +7,7 @@ pieces --which lie in which, or in place of which--> --an order in which the gra
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
@@ -26,15 +26,18 @@ from passes.steps import Span, common_path, dead_ends_of, spans_of
 __all__ = ["plan"]
 
 
-@dataclass
-class _Draft:
-    """A plan in the making."""
+Refusals = dict[fx.Node, Refusal]
+"""Why residual adds stay as they are, as far as one stage tells; a later stage has the last word."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What every stage knows."""
 
     facts: Facts
     sums: dict[fx.Node, ResidualSum]
-    min_steps: int
     dead_ends: set[fx.Node]
-    refusals: dict[fx.Node, Refusal] = field(default_factory=dict)
+    min_steps: int
 
 
 def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False) -> Plan:
@@ -59,81 +62,84 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
         raise ValueError(f"min_steps must be at least 1, got {min_steps}")
     facts = Facts.of(gm)
     sums, projections = match(facts)
-    draft = _Draft(facts, sums, min_steps, dead_ends_of(facts))
-    draft.refusals = {add: refuse_projection(found) for add, found in projections.items()}
-    pieces = [piece for chain in chains(sums, facts) for piece in _pieces(chain, granularity, draft)]
-    nest = _nested(pieces, nested, draft)
-    _order(nest, draft)
-    _take_in_sides(nest, draft)
+    graph = _Graph(facts, sums, dead_ends_of(facts), min_steps)
+    pieces, illegal = _all_pieces(granularity, graph)
+    nest, lost = _nested(pieces, nested, graph)
+    nest, disordered = _ordered(nest, graph)
+    nest = _with_sides(nest, graph)
     outer = {i: nest.pieces[i] for i, parent in nest.parent.items() if parent is None}
     copied = {i: overwritten_sides(piece, facts) + overwritten_streams(piece, facts) for i, piece in outer.items()}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
+    refusals = {add: refuse_projection(found) for add, found in projections.items()} | illegal | lost | disordered
+    kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
     adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
         regions=_regions(nest, copied, _names(gm), facts),
-        refusals=tuple(draft.refusals[add] for add in adds if add in draft.refusals),
+        refusals=tuple(refusals[add] for add in adds if add not in kept),
         kept_outside=kept_outside(gm, {node for i in nest.parent for node in nodes_of(nest.pieces[i])}),
     )
 
 
-def _pieces(chain: Chain, granularity: Granularity, draft: _Draft) -> list[Piece]:
-    """Legal runs of at least `min_steps` steps of one chain; every add outside of them is refused."""
-    spans = spans_of(chain, granularity, draft.facts, draft.sums, draft.dead_ends)
+def _all_pieces(granularity: Granularity, graph: _Graph) -> tuple[list[Piece], Refusals]:
+    """The legal pieces of all chains."""
     pieces: list[Piece] = []
-    for run in _legal_runs(spans, draft):
-        pieces += _cut(run, draft)
-    if granularity == "module" and not pieces:
-        for found in chain.sums:
-            draft.refusals.pop(found.add, None)
-        return _pieces(chain, "add", draft)
-    for add in (found.add for piece in pieces for span in piece for found in span.sums):
-        draft.refusals.pop(add, None)
-    return pieces
+    refusals: Refusals = {}
+    for chain in chains(graph.sums, graph.facts):
+        found, why = _pieces(chain, granularity, graph)
+        pieces += found
+        refusals |= why
+    return pieces, refusals
 
 
-def _legal_runs(spans: Sequence[Span], draft: _Draft) -> Iterator[Piece]:
+def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list[Piece], Refusals]:
+    """Legal runs of at least `min_steps` steps of one chain."""
+    spans = spans_of(chain, granularity, graph.facts, graph.sums, graph.dead_ends)
+    runs, refusals = _legal_runs(spans, graph)
+    pieces: list[Piece] = []
+    for run in runs:
+        found, why = _cut(run, graph)
+        pieces += found
+        refusals |= why
+    return _pieces(chain, "add", graph) if granularity == "module" and not pieces else (pieces, refusals)
+
+
+def _legal_runs(spans: Sequence[Span], graph: _Graph) -> tuple[list[Piece], Refusals]:
     """Longest runs of steps that break no rule."""
-    run: list[Span] = []
+    runs: list[list[Span]] = [[]]
+    refusals: Refusals = {}
     for span in spans:
-        refusal = check(span, draft.facts)
-        if refusal is None:
-            run.append(span)
+        if (refusal := check(span, graph.facts)) is None:
+            runs[-1].append(span)
             continue
-        draft.refusals |= {found.add: refuse(refusal.code, found.add, refusal.explanation) for found in span.sums}
-        yield tuple(run)
-        run = []
-    yield tuple(run)
+        refusals |= {found.add: refuse(refusal.code, found.add, refusal.explanation) for found in span.sums}
+        runs.append([])
+    return [tuple(run) for run in runs if run], refusals
 
 
-def _cut(run: Piece, draft: _Draft) -> list[Piece]:
+def _cut(run: Piece, graph: _Graph) -> tuple[list[Piece], Refusals]:
     """Cut a run before each step that reads a value from inside an earlier step of the same piece, and drop short pieces."""
-    newest = _newest_step(run, draft.facts)
-    starts = [0]
+    newest = _newest_step(run, graph.facts)
+    starts, cuts = [0], Refusals()
     for t, span in enumerate(run):
         inner = [node for node in span.inputs() if newest.get(node, -1) >= starts[-1]]
         if inner and t > starts[-1]:
             starts.append(t)
             read = f"%{inner[0].name}, which is computed from inside step {newest[inner[0]]} of the chain"
-            draft.refusals[span.add] = refuse("side_from_inside", span.add, f"the step reads {read}")
+            cuts[span.add] = refuse("side_from_inside", span.add, f"the step reads {read}")
     pieces = [run[start:end] for start, end in zip(starts, [*starts[1:], len(run)], strict=True) if end > start]
-    for piece in pieces:
-        if len(piece) < draft.min_steps:
-            _refuse_short(piece, len(pieces) > 1, draft)
-    return [piece for piece in pieces if len(piece) >= draft.min_steps]
+    short = [piece for piece in pieces if len(piece) < graph.min_steps]
+    reasons = {add: refuse("too_short", add, _too_short(piece, len(pieces) > 1, graph)) for piece in short for add in adds_of(piece)}
+    return [piece for piece in pieces if len(piece) >= graph.min_steps], reasons | cuts
 
 
-def _refuse_short(piece: Piece, was_cut: bool, draft: _Draft) -> None:
-    found = f"the chain is {len(piece)} of at least {draft.min_steps} steps long" + (" after a cut at a side input" if was_cut else "")
-    for add in (found.add for span in piece for found in span.sums):
-        draft.refusals.setdefault(add, refuse("too_short", add, found))
+def _too_short(piece: Piece, was_cut: bool, graph: _Graph) -> str:
+    return f"the chain is {len(piece)} of at least {graph.min_steps} steps long" + (" after a cut at a side input" if was_cut else "")
 
 
 def _newest_step(run: Piece, facts: Facts) -> dict[fx.Node, int]:
     """For each node, the last step of the run from whose inside it descends."""
     newest = {node: t for t, span in enumerate(run) for node in span.nodes}
-    if not run:
-        return newest
     first, last = facts.index[run[0].nodes[0]], facts.index[run[-1].nodes[-1]]
     for node in facts.nodes[first:last]:
         if node not in newest:
@@ -143,71 +149,67 @@ def _newest_step(run: Piece, facts: Facts) -> dict[fx.Node, int]:
     return newest
 
 
-def _nested(pieces: list[Piece], within: bool, draft: _Draft) -> Nest:
-    """Which pieces are kept, and which lies in which."""
+def _nested(pieces: list[Piece], within: bool, graph: _Graph) -> tuple[Nest, Refusals]:
+    """Which pieces are kept, and which lies in which. A residual add inside a step, too short a chain by itself, is called nested too."""
     nest = Nest.of(pieces, within)
-    for i, where in nest.lost.items():
-        draft.refusals |= {add: refuse("nested", add, f"%{add.name} lies {where}") for add in adds_of(pieces[i])}
-    _refuse_insides(nest, draft)
-    return nest
-
-
-def _refuse_insides(nest: Nest, draft: _Draft) -> None:
-    """A residual add inside a step, too short a chain by itself, is better called nested."""
+    lost = {add: f"%{add.name} lies {where}" for i, where in nest.lost.items() for add in adds_of(pieces[i])}
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
     for i in nest.parent:
         where = f"lies inside a step of the chain that ends in %{adds_of(nest.pieces[i])[-1].name}"
-        found = (node for node in nodes_of(nest.pieces[i]) - kept if node in draft.sums)
-        draft.refusals |= {node: refuse("nested", node, f"%{node.name} {where}") for node in found}
+        lost |= {node: f"%{node.name} {where}" for node in nodes_of(nest.pieces[i]) - kept if node in graph.sums}
+    return nest, {add: refuse("nested", add, why) for add, why in lost.items()}
 
 
-def _order(nest: Nest, draft: _Draft) -> None:
+def _ordered(nest: Nest, graph: _Graph) -> tuple[Nest, Refusals]:
     """Where pieces need each other's values, compute these before the pieces, or else drop the shortest, until the graph can run, and
     within each step its code."""
-    while found := next(((level, stuck) for level in nest.levels() if (stuck := _stuck(level, nest, draft))), None):
-        level, stuck = found
-        if _hoist(stuck, level, nest, draft):
-            continue
-        worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
-        for add in adds_of(nest.pieces[worst]):
-            draft.refusals[add] = refuse(
-                "interleaved", add, f"something between the steps of the chain of %{add.name} has to run both after and before it"
-            )
-        nest.drop(worst)
+    refusals: Refusals = {}
+    for level, stuck in iter(lambda: _first_stuck(nest, graph), None):
+        pieces, why = _hoisted(stuck, level, nest, graph)
+        if pieces is None:
+            worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
+            nest.drop(worst)
+            found = "something between the steps of the chain of %{} has to run both after and before it"
+            why = {add: refuse("interleaved", add, found.format(add.name)) for add in adds_of(nest.pieces[worst])}
+        else:
+            nest.pieces = pieces
+        refusals |= why
+    return nest, refusals
 
 
-def _take_in_sides(nest: Nest, draft: _Draft) -> None:
-    """Let the steps compute what others make of their insides, where the graph can run so."""
-    level = sorted((i for i, parent in nest.parent.items() if parent is None), key=lambda i: draft.facts.index[nest.pieces[i][0].nodes[0]])
-    before = list(nest.pieces)
-    for i, piece in zip(level, with_side_outputs([nest.pieces[i] for i in level], draft.facts, draft.sums), strict=True):
-        nest.pieces[i] = piece
-    if nest.pieces != before and _stuck(level, nest, draft):
-        nest.pieces = before
+def _first_stuck(nest: Nest, graph: _Graph) -> tuple[list[int], set[int]] | None:
+    """The first level of which pieces have no place in an order, and these pieces."""
+    return next(((level, stuck) for level in nest.levels() if (stuck := _stuck(level, nest.pieces, graph))), None)
 
 
-def _hoist(stuck: set[int], level: list[int], nest: Nest, draft: _Draft) -> bool:
-    """Take out of the pieces what others read of their first steps; False where no piece gets unstuck by that."""
+def _stuck(level: list[int], pieces: Sequence[Piece], graph: _Graph) -> set[int]:
+    """The pieces of one level that have no place in an order."""
+    found = [pieces[i] for i in level]
+    copied = {node for piece in found for span in piece for node in span.copied_adds(graph.facts)}
+    return {level[i] for i in schedule(graph.facts, [nodes_of(piece) for piece in found], copied)[1]}
+
+
+def _hoisted(stuck: set[int], level: list[int], nest: Nest, graph: _Graph) -> tuple[list[Piece] | None, Refusals]:
+    """All pieces, some without what others read of their first steps; None where no piece gets unstuck by that."""
     held = {node for i, parent in nest.parent.items() if parent in stuck for node in nodes_of(nest.pieces[i])}
     before = {i: nest.pieces[i] for i in stuck}
-    after = {i: found for i in stuck if (found := hoisted(before[i], draft.facts)) and not (nodes_of(before[i]) - nodes_of(found)) & held}
-    nest.pieces = [after.get(i, piece) for i, piece in enumerate(nest.pieces)]
-    free = after.keys() - _stuck(level, nest, draft)
-    nest.pieces = [before[i] if i in before and i not in free else piece for i, piece in enumerate(nest.pieces)]
-    outside = {node for i in free for node in nodes_of(before[i]) - nodes_of(after[i])}
-    draft.refusals |= {
-        node: refuse("interleaved", node, f"%{node.name} is computed before a chain whose first step reads it, since others do too")
-        for node in outside
-        if node in draft.sums
-    }
-    return bool(free)
+    after = {i: found for i in stuck if (found := hoisted(before[i], graph.facts)) and not (nodes_of(before[i]) - nodes_of(found)) & held}
+    free = after.keys() - _stuck(level, [after.get(i, piece) for i, piece in enumerate(nest.pieces)], graph)
+    if not free:
+        return None, {}
+    outside = {node for i in free for node in nodes_of(before[i]) - nodes_of(after[i]) if node in graph.sums}
+    why = "%{} is computed before a chain whose first step reads it, since others do too"
+    refusals = {node: refuse("interleaved", node, why.format(node.name)) for node in outside}
+    return [after[i] if i in free else piece for i, piece in enumerate(nest.pieces)], refusals
 
 
-def _stuck(level: list[int], nest: Nest, draft: _Draft) -> set[int]:
-    """The pieces of one level that have no place in an order."""
-    pieces = [nest.pieces[i] for i in level]
-    copied = {node for piece in pieces for span in piece for node in span.copied_adds(draft.facts)}
-    return {level[i] for i in schedule(draft.facts, [nodes_of(piece) for piece in pieces], copied)[1]}
+def _with_sides(nest: Nest, graph: _Graph) -> Nest:
+    """With steps that compute what others make of their insides, where the graph can run so."""
+    first = {i: graph.facts.index[nest.pieces[i][0].nodes[0]] for i, parent in nest.parent.items() if parent is None}
+    level = sorted(first, key=first.__getitem__)
+    found = dict(zip(level, with_side_outputs([nest.pieces[i] for i in level], graph.facts, graph.sums), strict=True))
+    pieces = [found.get(i, piece) for i, piece in enumerate(nest.pieces)]
+    return replace(nest, pieces=pieces) if pieces != nest.pieces and not _stuck(level, pieces, graph) else nest
 
 
 def _names(gm: fx.GraphModule) -> Iterator[str]:

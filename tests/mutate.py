@@ -197,9 +197,13 @@ MUTANTS: list[tuple[str, str, str]] = [
     # Plans.
     ("passes/plan.py", "if inner and t > starts[-1]:", "if False:"),
     ("passes/plan.py", "if newest.get(node, -1) >= starts[-1]]", "if newest.get(node, -1) >= 0]"),
-    ("passes/plan.py", "return [piece for piece in pieces if len(piece) >= draft.min_steps]", "return pieces"),
+    (
+        "passes/plan.py",
+        "return [piece for piece in pieces if len(piece) >= graph.min_steps], reasons | cuts",
+        "return pieces, reasons | cuts",
+    ),
     ("passes/plan.py", "            if step >= 0:\n                newest[node] = step\n", "            pass\n"),
-    ("passes/plan.py", "        nest.drop(worst)\n", "        return\n"),
+    ("passes/plan.py", "            nest.drop(worst)\n", "            break\n"),
     ("passes/plan.py", "for level in nest.levels() if", "for level in nest.levels()[:1] if"),
     ("passes/plan.py", "worst = min(stuck, key", "worst = max(stuck, key"),
     (
@@ -208,7 +212,7 @@ MUTANTS: list[tuple[str, str, str]] = [
         'if (name := f"momentum_region_{number}"):',
     ),
     ("passes/plan.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
-    ("passes/plan.py", 'if granularity == "module" and not pieces:', "if False:"),
+    ("passes/plan.py", 'if granularity == "module" and not pieces else (pieces, refusals)', "if False else (pieces, refusals)"),
     # Chains within chains, and chains that need each other.
     ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if False:"),
     ("passes/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if most:"),
@@ -226,8 +230,12 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/hoisting.py", " | (set(facts.flow[node]) & set(first.nodes))", ""),
     ("passes/hoisting.py", "return None if check(rest, facts) is not None else (rest,", "return (rest,"),
     ("passes/plan.py", "and not (nodes_of(before[i]) - nodes_of(found)) & held}", "}"),
-    ("passes/plan.py", "free = after.keys() - _stuck(level, nest, draft)", "free = after.keys()"),
-    ("passes/plan.py", "if i in before and i not in free else piece", "if False else piece"),
+    (
+        "passes/plan.py",
+        "free = after.keys() - _stuck(level, [after.get(i, piece) for i, piece in enumerate(nest.pieces)], graph)",
+        "free = after.keys()",
+    ),
+    ("passes/plan.py", "[after[i] if i in free else piece", "[after.get(i, piece)"),
     ("passes/verify.py", "    _verify_nesting(plan)\n", ""),
     # Bodies and the new graph.
     ("passes/body.py", "            self.units.sort(key=lambda unit: position[unit.name])\n", "            pass\n"),
