@@ -42,7 +42,8 @@ from .network import Network
 from .previewed import Previewed, previewed
 from .region import ChainRegion
 from .replay import exported, transformed
-from .report import REPORT, Report
+from .reporting.build import REPORT
+from .reporting.report import Report
 from .settings import Settings
 from .stand_ins import stand_ins
 

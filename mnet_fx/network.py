@@ -16,7 +16,7 @@ import torch.fx as fx
 from passes import Plan, Step, joined, owner_stack
 
 from .errors import MnetError
-from .report import Report
+from .reporting.report import Report
 
 __all__ = ["Chain", "Graph", "Network", "graph_of"]
 
@@ -192,4 +192,6 @@ def merged(reports: Iterable[Report]) -> Report:
         tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
         tuple(part for report in found for part in report.captured),
         None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
+        tuple(add for report in found for add in report.adds),
+        tuple(stretch for report in found for stretch in report.stretches),
     )

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch.fx as fx
 
-__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode"]
+__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch"]
 
 Form = Literal["branch", "block"]
 Granularity = Literal["add", "module"]
@@ -150,6 +150,29 @@ class Plan:
     @property
     def rewritten_adds(self) -> tuple[str, ...]:
         return tuple(add for region in self.regions for add in region.adds)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a planned graph: one step of an outermost region, or nodes of one module between regions.
+
+    Attributes:
+        path: path of the module that owns it.
+        region: name of the region; empty between regions.
+        step: index of the step; None between regions.
+        operations: number of its nodes.
+        adds: names of the residual-looking adds in it, and of nodes that run a body with such adds.
+        saved: bytes that autograd saves for it in the original model, each storage where it is saved first; None where not known.
+        kept: likewise, without what the regions replace: 0 for a step.
+    """
+
+    path: str
+    region: str
+    step: int | None
+    operations: int
+    adds: tuple[str, ...]
+    saved: int | None
+    kept: int | None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .memory import Memory, measure
-from .momentumize import momentumize
-from .report import report
+from ..memory import Memory, measure
+from ..api import momentumize
+from ..reporting.build import report_of
 
 __all__ = ["demo"]
 
@@ -87,7 +87,7 @@ def demo(batch: int = 8, pixels: int = 128, gamma: float = 0.9) -> int:
             tick("counting bytes")
         stored.loss().backward()
         tick("proving")
-    print(report(ours.net), "\n")
+    print(report_of(ours.net), "\n")
     print(_figures(memory[plain], memory[ours], median(times[plain]), median(times[ours])), "\n")
     return _proof(ours, stored)
 
@@ -103,7 +103,7 @@ def _figures(plain: Memory, ours: Memory, plain_seconds: float, our_seconds: flo
 
 
 def _proof(ours: _Training, stored: _Training) -> int:
-    for region in report(ours.net).regions:  # had one failed, the backward would have raised InversionError
+    for region in report_of(ours.net).regions:  # had one failed, the backward would have raised InversionError
         how = (
             "came back to its input bit for bit" if region.storage == "reverse" else "kept its inputs, and every step repeated bit for bit"
         )

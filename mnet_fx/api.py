@@ -22,7 +22,8 @@ from .errors import MnetError, MnetWarning, SettingsError
 from .graph_modules import rewritten
 from .masks import unread_masks
 from .named import name_region, paths_of
-from .report import REPORT, Pending, Report, graph_report, named_report, report
+from .reporting.build import REPORT, graph_report, named_report, report_of
+from .reporting.report import Pending, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
 from .stand_ins import real_tensors
 from .unseen import check_unseen
@@ -104,15 +105,15 @@ def momentumize(
         named = [name_region(net, path, settings) for path in paths_of(regions)]
         _show(net, named_report([(region.path, len(region.layers)) for region in named], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
-        net, plan = rewritten(net, settings)
-        _show(net, graph_report(plan, "GraphModule", settings))
+        net, plan, stretches = rewritten(net, settings)
+        _show(net, graph_report(plan, "GraphModule", settings, stretches=stretches))
     else:
         _capture(net, settings, inner)
     if settings.velocity is not None:
         _add_velocity(net, settings.velocity)
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
         _capture_now(forward, example_inputs)
-    elif not isinstance(report(net), Pending) and not report(net).regions:
+    elif not isinstance(report_of(net), Pending) and not report_of(net).regions:
         warnings.warn(f"{type(model).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=2)
     return net
 
