@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch.fx as fx
 
 import passes
-from passes import Plan, Refusal
+from passes import Plan, Refusal, Stretch
 
 from .reporting.findings import AddReport
 
@@ -40,23 +40,30 @@ def holders(gm: fx.GraphModule, plans: Bodies) -> dict[str, str]:
     return {node.name: str(user.target) for node, user in _runs(gm, plans, "")}
 
 
-def with_bodies(gm: fx.GraphModule, own: Sequence[AddReport], plans: Bodies, inside: str = "") -> tuple[AddReport, ...]:
+def with_bodies(gm: fx.GraphModule, own: Sequence[AddReport], plans: Bodies, stretches: Sequence[Stretch]) -> tuple[AddReport, ...]:
     """The residual adds of a graph and of its bodies, in the order in which they run.
 
     Args:
         gm: the graph.
         own: its own residual adds.
         plans: of its bodies.
-        inside: path of `gm`, with a dot behind, where it is a body itself.
+        stretches: of the graph.
     """
+    at = {name: i for i, stretch in enumerate(stretches) for name in stretch.adds}
+    found = _in_order(gm, [(add.node, add) for add in own], plans, "")
+    return tuple(add if add.stretch is not None else replace(add, stretch=at.get(holder)) for holder, add in found)
+
+
+def _in_order(gm: fx.GraphModule, own: list[tuple[str, AddReport]], plans: Bodies, inside: str) -> list[tuple[str, AddReport]]:
+    """The adds of a graph and of its bodies, each with the name of the graph's node that it lies in or is."""
     at = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    found = [(at[add.node.removeprefix(inside)], add) for add in own]
+    found = list(own)
     for node, user in _runs(gm, plans, inside):
         path = f"{inside}{user.target}"
         body = gm.get_submodule(str(user.target))
         assert isinstance(body, fx.GraphModule)
-        found += [(at[node.name], add) for add in with_bodies(body, _left(path, plans[path]), plans, f"{path}.")]
-    return tuple(add for _, add in sorted(found, key=lambda pair: pair[0]))
+        found += [(node.name, add) for _, add in _in_order(body, _left(path, plans[path]), plans, f"{path}.")]
+    return sorted(found, key=lambda pair: at[pair[0]])
 
 
 def _runs(gm: fx.GraphModule, plans: Bodies, inside: str) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -68,11 +75,11 @@ def _runs(gm: fx.GraphModule, plans: Bodies, inside: str) -> Iterator[tuple[fx.N
             yield (node if node.op == "call_module" else next(iter(node.users), node)), node
 
 
-def _left(path: str, plan: Plan) -> list[AddReport]:
+def _left(path: str, plan: Plan) -> list[tuple[str, AddReport]]:
     """The residual adds of a body: none is rewritten."""
     hint = passes.CODES["lost_context"].hint
     owners = {add: step.path for region in plan.regions for step in region.steps for add in step.adds}
     left = {add: Refusal("lost_context", add, owner, f"it is {_FOUND}", hint) for add, owner in owners.items()}
     left |= {refusal.node: refusal for refusal in plan.refusals}
-    every = [replace(left[add], node=f"{path}.{add}") for add in plan.residual_adds]
-    return [AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint) for r in every]
+    every = [(add, replace(left[add], node=f"{path}.{add}")) for add in plan.residual_adds]
+    return [(add, AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint)) for add, r in every]

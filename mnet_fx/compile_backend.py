@@ -264,11 +264,12 @@ def _announce(report: Report) -> None:
 def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> Report:
     if isinstance(found, Refusal):
         return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
-    graph, plan = found.unlifted.graph_module, found.plan
+    graph = found.unlifted.graph_module
     plans = bodies(graph, partial(passes.plan, **_how(settings)))
+    plan = passes.with_stretches(graph, found.plan, holders(graph, plans))
     at_breaks = _at_breaks(gm, plan, {node.name: node for node in graph.graph.nodes})
-    report = graph_report(plan, "torch.compile", settings, stretches=passes.stretches(graph, plan, holders(graph, plans)))
-    adds = with_bodies(graph, add_reports(plan, (*report.refusals, *at_breaks)), plans)
+    report = graph_report(plan, "torch.compile", settings)
+    adds = with_bodies(graph, add_reports(plan, (*report.refusals, *at_breaks)), plans, plan.stretches)
     paths = found.unlifted.attributes
     return dataclasses.replace(
         report,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.node import _get_qualified_name
 
 import passes
-from passes import Plan, Refusal, RegionCode, Stretch
+from passes import Plan, Refusal, RegionCode
 from passes.layout import level_layouts
 
 from .region import MomentumRegion
@@ -35,7 +35,7 @@ _EXPORT = "torch.export"
 _ORIGINAL = "_mnet_fx_original"  # the graph before the rewrite
 
 
-def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Plan, tuple[Stretch, ...]]:
+def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Plan]:
     """Rewrite the residual chains of a GraphModule into momentum chains.
 
     Args:
@@ -43,8 +43,8 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
         settings: the recurrence, and options of the plan.
 
     Returns:
-        A GraphModule that shares every tensor, in which each region is a submodule without tensors of its own; the plan of the graph,
-        in which changes of layout may have been moved; and its stretches. Submodules are copies, live in the new module.
+        A GraphModule that shares every tensor, in which each region is a submodule without tensors of its own; and the plan of the graph,
+        with which changes of layout may have been moved. Submodules are copies, live in the new module.
     """
     net = _twin(original(gm), momentum=True)
     before = copy.deepcopy(net.graph)
@@ -53,9 +53,9 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
     plan = passes.plan(net, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
     if plan.regions and (call := passes.state_change(net.graph)) is not None:
         plan = _refused(plan, f"the graph calls {call}, which changes a state of torch's, so its order must stay as it is")
-    stretches = passes.stretches(net, plan)
+    plan = passes.with_stretches(net, plan)
     if not plan.regions:
-        return _twin(original(gm)), plan, stretches
+        return _twin(original(gm)), plan
 
     def build_region(code: RegionCode) -> nn.Module:
         region = MomentumRegion(code, settings, net)
@@ -64,7 +64,7 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
 
     net.graph = passes.rewrite(net, plan, build_region).graph_module.graph
     net.__dict__[_ORIGINAL] = before
-    return net, plan, stretches
+    return net, plan
 
 
 def _refused(plan: Plan, explanation: str) -> Plan:

@@ -37,7 +37,7 @@ def previewed(model: nn.Module, settings: Settings) -> Previewed:
     graphs = []
     for path, gm in seen.parts.items():
         plan = passes.plan(gm, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
-        report = graph_report(plan, "preview", settings, path, stretches=passes.stretches(gm, plan))
+        report = graph_report(passes.with_stretches(gm, plan), "preview", settings, path)
         graphs.append(graph_of(gm, plan, report, path))
     hint = passes.CODES["untraceable"].hint
     opaque = tuple(Refusal("untraceable", "", path, f"not read: {reason}", hint) for path, reason in seen.opaque.items())

@@ -17,7 +17,7 @@ from passes.plan import plan
 from passes.preview import Preview, preview
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
 from passes.rewrite import PassResult, rewrite
-from passes.stretches import stretches
+from passes.stretches import with_stretches
 from passes.verify import InvariantError
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
     "preview",
     "rewrite",
     "state_change",
-    "stretches",
     "unlift",
+    "with_stretches",
     "written_out",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import torch.fx as fx
 
@@ -10,13 +11,13 @@ from passes.effects import Effect, observed
 from passes.facts import owner_path
 from passes.regions import Plan, Stretch
 
-__all__ = ["stretches"]
+__all__ = ["with_stretches"]
 
 _Key = tuple[str, str, int]  # region, path, step
 
 
-def stretches(gm: fx.GraphModule, plan: Plan, marked: Collection[str] = ()) -> tuple[Stretch, ...]:
-    """The stretches of a graph, in the order in which the model runs: each step of an outermost region, and each run of nodes of one
+def with_stretches(gm: fx.GraphModule, plan: Plan, marked: Collection[str] = ()) -> Plan:
+    """A plan with the stretches of its graph, in the order in which the model runs: each step of an outermost region, and each run of nodes of one
     module between regions. A storage that autograd saves several times counts where it is saved first.
 
     Args:
@@ -25,22 +26,27 @@ def stretches(gm: fx.GraphModule, plan: Plan, marked: Collection[str] = ()) -> t
         marked: names of further nodes to be found again among the adds, such as those that run a body.
 
     Returns:
-        The stretches; they hold every residual-looking add of the graph once.
+        The plan; its stretches hold every residual-looking add of the graph once.
     """
     effects = observed(gm)
     own = {number for node, effect in effects.items() if node.op in ("placeholder", "get_attr") for number in effect.memory}
     plain, outside = set(own), set(own)
     adds, found = {*plan.residual_adds, *marked}, []
-    for (region, path, step), nodes in _runs(gm, plan):
+    where: dict[fx.Node, int] = {}
+    idle = {node for node in gm.graph.nodes if node.name not in adds and not (node in effects and effects[node].saved)}
+    for (region, path, step), nodes in _runs(gm, plan, idle):
         named = tuple(node.name for node in nodes if node.name in adds)
         saved = _saved(nodes, effects, plain)
+        where |= dict.fromkeys(nodes, len(found))
+        reads = {number for node in nodes for number in _sources(node, where) if number != len(found)}
         kept = (0 if effects else None) if region else _saved(nodes, effects, outside)
-        found.append(Stretch(path, region, step if region else None, len(nodes), named, saved, kept))
-    return tuple(found)
+        found.append(Stretch(path, region, step if region else None, len(nodes), named, saved, kept, tuple(sorted(reads))))
+    return replace(plan, stretches=tuple(found))
 
 
-def _runs(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[_Key, list[fx.Node]]]:
-    """The nodes that compute something, run by run. A step stands where its first node does."""
+def _runs(gm: fx.GraphModule, plan: Plan, idle: Collection[fx.Node]) -> Iterator[tuple[_Key, list[fx.Node]]]:
+    """The nodes that compute something, run by run. A step stands where its first node does; idle nodes between those of a step or of
+    two of its region, such as counters of batches, are left out."""
     steps = {
         name: (region.name, step.path, t)
         for region in plan.regions
@@ -48,6 +54,8 @@ def _runs(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[_Key, list[fx.Node]]
         for t, step in enumerate(region.steps)
         for name in step.nodes
     }
+    ends = {step.target for region in plan.regions if not region.within for step in region.steps[-1:]}
+    open_ = 0  # regions that have begun and not ended
     inside: dict[_Key, list[fx.Node]] = {}
     runs: list[tuple[_Key, list[fx.Node]]] = []
     for node in gm.graph.nodes:
@@ -55,14 +63,31 @@ def _runs(gm: fx.GraphModule, plan: Plan) -> Iterator[tuple[_Key, list[fx.Node]]
             continue
         key = steps.get(node.name, ("", owner_path(node), 0))
         if node.name in steps:
+            open_ += (key[2] == 0 and key not in inside) - (node.name in ends)
             if key not in inside:
                 runs.append((key, inside.setdefault(key, [])))
             inside[key].append(node)
+        elif open_ > 0 and node in idle:
+            continue
         elif runs and runs[-1][0] == key:
             runs[-1][1].append(node)
         else:
             runs.append((key, [node]))
     yield from runs
+
+
+def _sources(node: fx.Node, where: dict[fx.Node, int]) -> Iterator[int]:
+    """The stretches whose values a node reads, directly or through nodes that lie in none."""
+    stack, seen = list(node.all_input_nodes), set()
+    while stack:
+        source = stack.pop()
+        if source in where:
+            yield where[source]
+        elif source.op == "placeholder":
+            yield -1
+        elif source not in seen and source.op != "get_attr":
+            seen.add(source)
+            stack += source.all_input_nodes
 
 
 def _saved(nodes: list[fx.Node], effects: dict[fx.Node, Effect], known: set[int]) -> int | None:

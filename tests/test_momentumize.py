@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
+from mnet_fx.reporting.build import report_of
 from mnet_fx.__main__ import main
 from mnet_fx.settings import matched_weights, momentum_weights
 
@@ -473,9 +474,10 @@ def test_refusals_that_are_alike_share_a_line():
     assert any(line.startswith("0.0 and 4 more ") for line in lines)
 
 
-def test_a_model_that_was_not_rewritten_has_no_report():
+def test_a_model_that_was_not_rewritten_has_no_report_of_its_own_and_a_preview():
     with pytest.raises(mnet_fx.MnetError, match="Chain has no report"):
-        mnet_fx.report(Chain())
+        report_of(Chain())
+    assert mnet_fx.report(Chain()).captured[0].front_end == "preview"
 
 
 # ---- the result as a module

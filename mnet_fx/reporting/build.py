@@ -50,17 +50,15 @@ def graph_report(
     settings: Settings,
     path: str = "",
     dtype: torch.dtype | None = None,
-    stretches: Sequence[Stretch] = (),
 ) -> Report:
     """The report of one planned graph.
 
     Args:
-        plan: its plan.
+        plan: its plan, with stretches.
         front_end: as in `CapturedPart`.
         settings: the recurrence.
         path: of the module whose graph it is.
         dtype: of streams where the graph recorded none, by default torch's default.
-        stretches: of the graph, see `passes.stretches`.
     """
     known = [getattr(torch, region.dtype) if region.dtype else dtype or torch.get_default_dtype() for region in plan.regions]
     rows = tuple(region_report(r, joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
@@ -75,7 +73,7 @@ def graph_report(
         (CapturedPart(path, front_end, adds, rewritten),),
         plan.kept_outside,
         add_reports(plan, refusals, path),
-        tuple(_with_state(replace(s, path=joined(path, s.path)), shares) for s in stretches),
+        tuple(_with_state(replace(s, path=joined(path, s.path)), shares) for s in plan.stretches),
     )
 
 
@@ -88,7 +86,8 @@ def add_reports(plan: Plan, refusals: Sequence[Refusal], path: str = "") -> tupl
         for add in step.adds
     }
     left = {r.node: AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint) for r in refusals}
-    return tuple(rewritten.get(add) or left[add] for add in plan.residual_adds)
+    at = {add: i for i, stretch in enumerate(plan.stretches) for add in stretch.adds}
+    return tuple(replace(rewritten.get(add) or left[add], stretch=at.get(add)) for add in plan.residual_adds)
 
 
 def _shares(region: RegionReport, dtype: torch.dtype) -> list[int | None]:
@@ -122,10 +121,11 @@ def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtyp
     start = 0 if before is None else len(before.regions)
     rows = [row(f"named_region_{i}", path, n, n, "named", None, settings, dtype) for i, (path, n) in enumerate(containers, start)]
     captured = [CapturedPart(path, "named", n, n) for path, n in containers]
-    adds = [AddReport("", region.path, region.name, t) for region in rows for t in range(region.steps)]
     if before is not None:
-        rows, captured, adds = [*before.regions, *rows], [*before.captured, *captured], [*before.adds, *adds]
-    stretches = tuple(Stretch(add.path, add.region, add.step, 1, ("",), None, None) for add in adds)
+        rows, captured = [*before.regions, *rows], [*before.captured, *captured]
+    steps = [(region, t) for region in rows for t in range(region.steps)]
+    adds = [AddReport("", region.path, region.name, t, stretch=i) for i, (region, t) in enumerate(steps)]
+    stretches = tuple(Stretch(region.path, region.name, t, 1, ("",), None, None, (i - 1,)) for i, (region, t) in enumerate(steps))
     layers = sum(found.steps for found in rows)
     return Report(layers, layers, tuple(rows), (), tuple(captured), None, tuple(adds), stretches)
 

@@ -82,6 +82,7 @@ class AddReport:
         step: index of the step of that region; None where it was left.
         code: why it was left: a code of `passes.legality.CODES`; empty where it was rewritten.
         explanation, hint: what was found, and what can be done about it, one sentence each; empty where it was rewritten.
+        stretch: index of the stretch it lies in; None where there is none.
     """
 
     node: str
@@ -91,6 +92,7 @@ class AddReport:
     code: str = ""
     explanation: str = ""
     hint: str = ""
+    stretch: int | None = None
 
     @property
     def rewritten(self) -> bool:
