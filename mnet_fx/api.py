@@ -174,7 +174,8 @@ def capture_now(forward: CapturedForward, example_inputs: Any, modes: Sequence[b
     trained = flags if net.training else dict.fromkeys(flags, True)
     try:
         for train in modes:
-            for module, training in (trained if train else dict.fromkeys(flags, False)).items():  # not net.train(): people's own may do more, or return nothing
+            wanted = trained if train else dict.fromkeys(flags, False)
+            for module, training in wanted.items():  # not net.train(): people's own may do more, or return nothing
                 module.training = training
             with torch.set_grad_enabled(train):
                 whole = forward.capture(args, kwargs) is not None

@@ -17,8 +17,8 @@ _Key = tuple[str, str, int]  # region, path, step
 
 
 def with_stretches(gm: fx.GraphModule, plan: Plan, marked: Collection[str] = ()) -> Plan:
-    """A plan with the stretches of its graph, in the order in which the model runs: each step of an outermost region, and each run of nodes of one
-    module between regions. A storage that autograd saves several times counts where it is saved first.
+    """A plan with the stretches of its graph, in the order in which the model runs: each step of an outermost region, and each run of
+    nodes of one module between regions. A storage that autograd saves several times counts where it is saved first.
 
     Args:
         gm: the planned graph, as it was planned.

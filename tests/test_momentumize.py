@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
-from mnet_fx.reporting.build import report_of
 from mnet_fx.__main__ import main
+from mnet_fx.reporting.build import report_of
 from mnet_fx.settings import matched_weights, momentum_weights
 
 

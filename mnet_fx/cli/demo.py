@@ -12,9 +12,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..memory import Memory, measure
 from ..api import momentumize
+from ..memory import Memory, measure
 from ..reporting.build import report_of
+from .options import shown_progress
 
 __all__ = ["demo"]
 
@@ -68,7 +69,7 @@ def demo(batch: int = 8, pixels: int = 128, gamma: float = 0.9) -> int:
     plain = _Training(copy.deepcopy(model), images, labels)
     ours = _Training(momentumize(copy.deepcopy(model), gamma=gamma), images, labels)
     stored = _Training(momentumize(copy.deepcopy(model), gamma=gamma, backward="stored"), images, labels)
-    with tqdm(total=2 * ROUNDS + 5, desc="warming up", leave=False) as bar:
+    with tqdm(total=2 * ROUNDS + 5, desc="warming up", leave=False, disable=not shown_progress()) as bar:
 
         def tick(what: str) -> None:
             bar.set_description(what)

@@ -107,7 +107,8 @@ def plot_report(findings: Findings, path: str | Path | None = None) -> Any:
 
 
 def _curves(axes: Any, line: Road) -> None:
-    assert line.saved is not None and line.kept is not None
+    assert line.saved is not None
+    assert line.kept is not None
     ends, highest = (0, *line.ends), max(line.saved[-1], line.kept[-1], 1)
     axes.plot(ends, (0, *line.saved), color=PALE, linestyle="--", linewidth=1.8, label=f"original: {size_text(line.saved[-1])}")
     axes.plot(ends, (0, *line.kept), color=INK, linewidth=2.2, label=f"after the rewrite: {size_text(line.kept[-1])}")
@@ -124,16 +125,20 @@ def _labels(axes: Any, line: Road, findings: Findings) -> None:
     for name, start, end in line.spans:
         if end - start >= 0.05 * line.length:
             text = f"{steps[name]} steps"
-            axes.annotate(text, ((start + end) / 2, 0.06), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9, color=INK)
+            axes.annotate(
+                text, ((start + end) / 2, 0.06), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9, color=INK
+            )
     if line.left:
         at = [x for x, _ in line.left]
         label = f"{len(at)} add(s) left as they are"
         axes.plot(at, [0.02] * len(at), "x", color=INK, transform=axes.get_xaxis_transform(), label=label, markersize=6, clip_on=False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", frameon=False, fontsize=9)
+        axes.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
 
 
-def plot_estimate(estimate: Estimate, path: str | Path | None = None, against: str | None = None, values: Sequence[float] | None = None) -> Any:
+def plot_estimate(
+    estimate: Estimate, path: str | Path | None = None, against: str | None = None, values: Sequence[float] | None = None
+) -> Any:
     """See `Estimate.plot`."""
     if against is None:
         return written(_bars(estimate), path)
@@ -195,7 +200,9 @@ def _against(estimate: Estimate, what: str, values: list[float] | None) -> Any:
     for way in estimate.ways:
         colour, dash, marker = LINES[way.name]
         sizes = [next(w.total_bytes for w in one.ways if w.name == way.name) for one in found]
-        axes.plot(at, sizes, color=colour, linestyle=dash, marker=marker, linewidth=2, label=f"{way.name}: {shown(sizes[-1])} at {at[-1]:g}")
+        axes.plot(
+            at, sizes, color=colour, linestyle=dash, marker=marker, linewidth=2, label=f"{way.name}: {shown(sizes[-1])} at {at[-1]:g}"
+        )
     if estimate.memory is not None:
         axes.axhline(estimate.memory, color=INK, linestyle=":", linewidth=1.6, label=f"memory: {shown(estimate.memory)}")
     axes.set_ylim(0, highest * 1.08)

@@ -45,9 +45,9 @@ class Report(Findings):
         """One line for each residual-looking add, in the order in which the model runs, under a header."""
         return data.to_csv(self)
 
-    def to_html(self) -> str:
+    def to_html(self, title: str = "mnet_fx report") -> str:
         """A page that needs no other file: the model as a picture, the table, and every add."""
-        return html.page(self)
+        return html.page(self, title)
 
     def _repr_html_(self) -> str:
         return html.fragment(self)

@@ -34,7 +34,8 @@ def timeline(step: Step) -> list[tuple[float, int]]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() and torch.cuda.is_initialized() else [])]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         step()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     elsewhere = [event for event in events if event.device_type() != torch._C._autograd.DeviceType.CPU]
     events = sorted(elsewhere or events, key=lambda event: event.start_ns())

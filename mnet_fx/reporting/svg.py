@@ -42,7 +42,8 @@ def _x(line: Road, position: float) -> float:
 
 
 def _curves(line: Road, base: int) -> str:
-    assert line.saved is not None and line.kept is not None
+    assert line.saved is not None
+    assert line.kept is not None
     highest = max(line.saved[-1], line.kept[-1], 1)
 
     def points(sizes: tuple[int, ...]) -> str:
@@ -94,7 +95,7 @@ def _marks(line: Road, base: int) -> str:
             f'<path d="M{x - 4:.1f} {y - 4}l8 8m0 -8l-8 8" stroke="#1c2126" stroke-width="1.6" fill="none">'
             f"<title>left: {escape(code)}</title></path>"
         )
-    legend = "coloured: regions" + (f"; × : {len(line.left)} add(s) left as they are" if line.left else "")
+    legend = "coloured: regions" + (f"; cross: {len(line.left)} add(s) left as they are" if line.left else "")
     middle = (_x(line, 0) + _x(line, line.length)) / 2
     parts.append(f'<text x="{middle:.1f}" y="{base + 52}" fill="#5a646e" text-anchor="middle">{legend}</text>')
     return "".join(parts)
