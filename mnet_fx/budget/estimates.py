@@ -179,7 +179,7 @@ class Estimate:
         rows += [["peak of forward and backward", *(shown(way.peak_bytes) for way in ways)]]
         rows += [["total at the peak", *(shown(way.total_bytes) for way in ways)]]
         used = [name for name in PARTS if any(way.parts[name] for way in ways)]
-        rows += [[f"  {name}", *(shown(way.parts[name]) for way in ways)] for name in used]
+        rows += [[f"- {name}", *(shown(way.parts[name]) for way in ways)] for name in used]
         rows += [["operations / plain", *(f"{way.flops_ratio:.2f}" for way in ways)]]
         if self.gpu is not None:
             rows += [[f"seconds, {self.gpu}", *(_seconds(way.seconds) for way in ways)]]
