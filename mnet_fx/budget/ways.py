@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def taken(
     """
     places, work = Places(net), Work(gpu)
     count = Count(places, work)
-    with mode, torch._dynamo.config.patch(automatic_dynamic_shapes=False), _explained(net):  # else a second batch makes sizes symbols
+    with mode, torch._dynamo.config.patch(_config()), _explained(net):
         _hold_what_stays(count, net, call, stepper := _stepped(net, optimizer))
         base = count.peak = count.live
         with count:
@@ -91,6 +92,18 @@ def taken(
                 stepper.step()
     way = Way(name, kept, peak, count.peak, _parts(count.at_peak), _outside(tags), 1.0, None if gpu is None else seconds)
     return Taken(way, flops, tags)
+
+
+def _config() -> dict[str, Any]:
+    """Of Dynamo: sizes stay numbers at a second batch, and no log entry breaks a graph."""
+    found: dict[str, Any] = {"automatic_dynamic_shapes": False}
+    if hasattr(torch._dynamo.config, "ignore_logging_functions"):
+        entries = {f for name, f in vars(logging.Logger).items() if callable(f) and name.split("_")[0] in _LEVELS}
+        found["ignore_logging_functions"] = torch._dynamo.config.ignore_logging_functions | entries
+    return found
+
+
+_LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")  # also of Hugging Face, as warning_once
 
 
 def _stepped(net: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer | None]) -> torch.optim.Optimizer | None:
