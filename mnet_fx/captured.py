@@ -46,6 +46,7 @@ from .reporting.build import REPORT
 from .reporting.report import Report
 from .settings import Settings
 from .stand_ins import stand_ins
+from .valueless import valueless
 
 __all__ = ["CapturedForward"]
 
@@ -116,7 +117,7 @@ class CapturedForward:
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _check_caller(self.owner)
-        if transformed() or exported() or _get_current_dispatch_mode_stack():
+        if transformed() or exported() or _get_current_dispatch_mode_stack() or valueless(*args, *kwargs.values()):
             return self._program(args, kwargs)(self.owner, *args, **kwargs)
         with self.call() as call:
             result = self.compiled[1](self.owner, *args, **kwargs)

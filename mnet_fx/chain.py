@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .cost import storage
 from .errors import MnetError, StreamError
+from .fake_state import FakeState
 from .fixed_point import State
 from .fused import kernels
 from .guise import check_carried, plain
@@ -23,6 +24,7 @@ from .loops import Kernels
 from .replay import exported, transformed
 from .shear import Factors
 from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+from .valueless import valueless
 
 __all__ = ["LayerCall", "LayerStep", "checked_velocity", "start_tape"]
 
@@ -64,7 +66,8 @@ def start_tape(
     held = reduce(torch.promote_types, widest, x.dtype)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(factors))
-        state = State(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, arithmetic or kernels(), held)
+        kind_of_state = FakeState if valueless(x) else State
+        state = kind_of_state(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, arithmetic or kernels(), held)
     kind: type[Tape] = PlainTape
     if reversible:
         kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]

@@ -211,7 +211,7 @@ def _compiled(
     Filler(joined, compiler, Artifacts(compiler, static).fill).run(*inputs)
 
     def run(*inputs: Any) -> Any:
-        return joined(*inputs)
+        return joined.forward(*inputs)
 
     run.regions = list(regions.values())  # type: ignore[attr-defined]
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function

@@ -147,7 +147,7 @@ class Chain:
                 "the chain did: apply it to the whole model"
             )
         if isinstance(self.tape, PlainTape):
-            y, *extras = checked(module, self.x, sides, self.print, self.tape, self.t)
+            y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:
             step = Step(self.tape, self.t, module, sides, self.x, self.print)
             y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -136,6 +136,8 @@ class Estimate:
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     _at_batch: Callable[[int], Estimate] | None = field(default=None, repr=False, compare=False)
+    _at_gamma: Callable[[float], Estimate] | None = field(default=None, repr=False, compare=False)
+    _growing: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # bytes of each way that grow with depth
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -158,6 +160,49 @@ class Estimate:
             raise MnetError("the inputs have no dimension that could be the batch, or this estimate does not know its model any more")
         return self._at_batch(batch)
 
+    def at_gamma(self, gamma: float) -> Estimate:
+        """The same for another momentum.
+
+        Raises:
+            MnetError: the estimate is of a rewritten model, which has its own, or was read from a file.
+        """
+        if self._at_gamma is None:
+            from ..errors import MnetError
+
+            raise MnetError("this estimate is of a model with a gamma of its own, or does not know its model any more")
+        return self._at_gamma(gamma)
+
+    def total_at_depth(self, factor: float) -> dict[str, int]:
+        """`total_bytes` of each way if the residual chains were so many times as long: what their steps need grows in proportion.
+
+        Raises:
+            MnetError: the model has no chain.
+        """
+        if not self._growing:
+            from ..errors import MnetError
+
+            raise MnetError("the model has no residual chain whose depth could vary")
+        return {way.name: round(way.total_bytes + (factor - 1) * self._growing[way.name]) for way in self.ways}
+
+    def plot(self, path: str | None = None, against: str | None = None, values: Sequence[float] | None = None) -> Any:
+        """The ways as a picture: each as a bar of its parts, or its total as one quantity varies.
+
+        Args:
+            path: where to write it; the suffix (.png, .svg, .pdf) decides how. None: nowhere.
+            against: None for bars; or "batch", "depth" (how many times as long the chains are), "gamma".
+            values: of that quantity; by default a few around those of the estimate.
+
+        Returns:
+            The matplotlib Figure.
+
+        Raises:
+            SettingsError: `against` is none of these, or the path cannot be written.
+            MnetError: the model has no batch dimension, chain, or free gamma; or matplotlib is not installed (`pip install 'mnet-fx[plot]'`).
+        """
+        from ..reporting.estimates import plot_estimate
+
+        return plot_estimate(self, path, against, values)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json.dumps takes. "schema" is raised by one when a key changes its meaning or goes; new keys may come."""
         ways = {way.name: _way_dict(way) for way in self.ways}
@@ -179,7 +224,7 @@ class Estimate:
         rows += [["peak of forward and backward", *(shown(way.peak_bytes) for way in ways)]]
         rows += [["total at the peak", *(shown(way.total_bytes) for way in ways)]]
         used = [name for name in PARTS if any(way.parts[name] for way in ways)]
-        rows += [[f"  {name}", *(shown(way.parts[name]) for way in ways)] for name in used]
+        rows += [[f"- {name}", *(shown(way.parts[name]) for way in ways)] for name in used]
         rows += [["operations / plain", *(f"{way.flops_ratio:.2f}" for way in ways)]]
         if self.gpu is not None:
             rows += [[f"seconds, {self.gpu}", *(_seconds(way.seconds) for way in ways)]]

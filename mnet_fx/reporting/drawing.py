@@ -21,6 +21,7 @@ __all__ = ["Box", "boxes", "draw"]
 
 _MOST = 8  # steps of a region that are drawn one by one
 _WIDE, _HIGH, _GAP = 5.6, 0.42, 0.22  # of a box and between two, in inches
+_TITLE = 0.28  # of a cluster
 
 
 @dataclass
@@ -114,11 +115,12 @@ def draw(net: nn.Module, path: str | Path | None = None) -> Any:
         raise MnetError(f"nothing of {type(net).__name__} was read as a graph: call it once, or momentumize it with example_inputs")
     found = boxes(report)
     tops = _tops(found)
-    height = -tops[-1] + _HIGH + 0.9
-    drawn, axes = figure(_WIDE + 3.4, max(2.0, height))
+    right = _WIDE + (3.0 if any(box.left for box in found) else 0.9)
+    low, high = tops[-1] - _HIGH - 0.2, 0.2
+    drawn, axes = figure(right + 0.3, high - low)
     axes.set_axis_off()
-    axes.set_xlim(-0.4, _WIDE + 3.0)
-    axes.set_ylim(tops[-1] - _HIGH - 0.3, 0.6)
+    axes.set_xlim(-0.3, right)
+    axes.set_ylim(low, high)
     colours = {region.name: COLOURS[i % len(COLOURS)] for i, region in enumerate(report.regions)}
     _clusters(axes, report, found, tops, colours)
     for box, top in zip(found, tops, strict=True):
@@ -143,7 +145,7 @@ def _clusters(axes: Any, findings: Findings, found: list[Box], tops: list[float]
         inside = [top for box, top in zip(found, tops, strict=True) if box.region == region.name]
         if not inside:
             continue  # it lies in a step of another
-        low, high = min(inside) - _HIGH - 0.07, max(inside) + 0.28
+        low, high = min(inside) - _HIGH - 0.07, max(inside) + _TITLE
         colour = colours[region.name]
         shape = FancyBboxPatch((-0.14, low), _WIDE + 0.28, high - low, boxstyle="round,pad=0.03,rounding_size=0.1")
         shape.set(facecolor=colour, alpha=0.14, edgecolor="none")
@@ -177,8 +179,11 @@ def _arrows(axes: Any, found: list[Box], tops: list[float]) -> None:
     for i, box in enumerate(found):
         for source in box.reads:
             if source == i - 1:
-                start, end = (_WIDE / 2, tops[source] - _HIGH), (_WIDE / 2, tops[i])
-                axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, color=INK, linewidth=1.1))
+                enters = box.region != "" and box.region != found[source].region
+                start, end = (_WIDE / 2, tops[source] - _HIGH), (_WIDE / 2, tops[i] + (_TITLE + 0.03 if enters else 0))
+                axes.add_patch(
+                    FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, color=INK, linewidth=1.1)
+                )
             else:
                 start, end = (_WIDE, tops[source] - 0.7 * _HIGH), (_WIDE, tops[i] - 0.3 * _HIGH)
                 bow = min(0.45, 0.9 / max(0.5, start[1] - end[1]))
