@@ -197,7 +197,7 @@ class Estimate:
 
         Raises:
             SettingsError: `against` is none of these, or the path cannot be written.
-            MnetError: the model has no batch dimension, chain, or free gamma; or matplotlib is not installed (`pip install 'mnet-fx[plot]'`).
+            MnetError: the model has no batch dimension, chain, or free gamma; or matplotlib is missing (`pip install 'mnet-fx[plot]'`).
         """
         from ..reporting.estimates import plot_estimate
 

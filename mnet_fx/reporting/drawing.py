@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ["Box", "boxes", "draw"]
 _MOST = 8  # steps of a region that are drawn one by one
 _WIDE, _HIGH, _GAP = 5.6, 0.42, 0.22  # of a box and between two, in inches
 _TITLE = 0.28  # of a cluster
+_TOUCHING = {"shrinkA": 0, "shrinkB": 0}  # arrows end at what they point at
 
 
 @dataclass
@@ -132,7 +134,7 @@ def draw(net: nn.Module, path: str | Path | None = None) -> Any:
 def _tops(found: list[Box]) -> list[float]:
     """The upper edge of each box; regions have some room around them."""
     tops, y = [0.0], 0.0
-    for before, box in zip(found, found[1:], strict=False):
+    for before, box in pairwise(found):
         y -= _HIGH + _GAP + (0.42 if box.region and box.region != before.region else 0.16 if before.region != box.region else 0.0)
         tops.append(y)
     return tops
@@ -181,11 +183,9 @@ def _arrows(axes: Any, found: list[Box], tops: list[float]) -> None:
             if source == i - 1:
                 enters = box.region != "" and box.region != found[source].region
                 start, end = (_WIDE / 2, tops[source] - _HIGH), (_WIDE / 2, tops[i] + (_TITLE + 0.03 if enters else 0))
-                axes.add_patch(
-                    FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, color=INK, linewidth=1.1)
-                )
+                axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, **_TOUCHING, color=INK, linewidth=1.1))
             else:
                 start, end = (_WIDE, tops[source] - 0.7 * _HIGH), (_WIDE, tops[i] - 0.3 * _HIGH)
                 bow = min(0.45, 0.9 / max(0.5, start[1] - end[1]))
-                style = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={-bow}"}
+                style = {"arrowstyle": "-|>", "mutation_scale": 9, **_TOUCHING, "connectionstyle": f"arc3,rad={-bow}"}
                 axes.add_patch(FancyArrowPatch(start, end, color=PALE, linewidth=1.0, **style))

@@ -67,12 +67,12 @@ def plot_step(step: Step | Mapping[str, Step], path: str | Path | None = None) -
         raise SettingsError(f"step must be a callable that runs a training step, or a mapping of names to such, got {step!r}")
     drawn, axes = figure(8.0, 4.4)
     lines = [timeline(run) for run in steps.values()]
-    spare = [style for name, style in LINES.items() if name not in steps] + [("#cc79a7", "-", ""), ("#e69f00", "--", "")]
+    spare = [style for name, style in LINES.items() if name not in steps] + [("#cc79a7", "", "v"), ("#e69f00", "", "D")]
     for name, line in zip(steps, lines, strict=True):
-        colour, dash, _ = LINES[name] if name in LINES else spare.pop(0) if spare else ("#444c54", ":", "")
+        colour, _, marker = LINES[name] if name in LINES else spare.pop(0) if spare else ("#444c54", "", "d")
         peak = max((size for _, size in line), default=0)
         label = f"{name}: peak {shown(peak)}" if name else f"peak {shown(peak)}"
-        axes.plot(*_stairs(line), color=colour, linestyle=dash, linewidth=1.6, label=label)
+        axes.plot(*_stairs(line), color=colour, linewidth=1.4, marker=marker, markevery=0.07, markersize=5, label=label)
     highest = max((size for line in lines for _, size in line), default=1)
     axes.set_ylim(0, highest * 1.12)
     bytes_axis(axes.yaxis, highest)
