@@ -31,7 +31,7 @@ def with_stretches(gm: fx.GraphModule, plan: Plan, marked: Collection[str] = ())
     effects = observed(gm)
     own = {number for node, effect in effects.items() if node.op in ("placeholder", "get_attr") for number in effect.memory}
     plain, outside = set(own), set(own)
-    adds, found = {*plan.residual_adds, *marked}, []
+    adds, found = {*plan.residual_adds, *marked}, list[Stretch]()
     where: dict[fx.Node, int] = {}
     idle = {node for node in gm.graph.nodes if node.name not in adds and not (node in effects and effects[node].saved)}
     for (region, path, step), nodes in _runs(gm, plan, idle):

@@ -133,13 +133,13 @@ def _forward(net: nn.Module, call: Call, loss: Callable[[Any], Tensor]) -> Calla
 
 
 def _step(forward: Callable[[], Tensor]) -> Callable[[], None]:
-    return lambda: forward().backward()  # type: ignore[no-untyped-call]
+    return lambda: forward().backward()
 
 
 def _seconds(forward: Callable[[], Tensor]) -> float:
     begin = time.perf_counter()
     result = forward()
-    result.backward()  # type: ignore[no-untyped-call]
+    result.backward()
     if result.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - begin

@@ -52,13 +52,16 @@ def _add(index: int, add: Any) -> dict[str, Any]:
 
 
 def _part(row: Row) -> dict[str, Any]:
-    found = asdict(row)
-    return {**found, "saved_bytes": found.pop("saved"), "kept_bytes": found.pop("kept")}
+    return _in_bytes(asdict(row))
 
 
 def _stretch(found: dict[str, Any]) -> dict[str, Any]:
-    found["adds"] = len(found["adds"])
-    return {**found, "region": found["region"] or None, "saved_bytes": found.pop("saved"), "kept_bytes": found.pop("kept")}
+    return _in_bytes(found | {"adds": len(found["adds"]), "region": found["region"] or None, "reads": list(found["reads"])})
+
+
+def _in_bytes(found: dict[str, Any]) -> dict[str, Any]:
+    """With the unit in the names of sizes."""
+    return {f"{key}_bytes" if key in ("saved", "kept") else key: value for key, value in found.items()}
 
 
 def to_json(findings: Findings, indent: int | None = 2) -> str:

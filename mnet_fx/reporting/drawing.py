@@ -23,7 +23,7 @@ __all__ = ["Box", "boxes", "draw"]
 _MOST = 8  # steps of a region that are drawn one by one
 _WIDE, _HIGH, _GAP = 5.6, 0.42, 0.22  # of a box and between two, in inches
 _TITLE = 0.28  # of a cluster
-_TOUCHING = {"shrinkA": 0, "shrinkB": 0}  # arrows end at what they point at
+_TOUCHING: dict[str, Any] = {"shrinkA": 0, "shrinkB": 0}  # arrows end at what they point at
 
 
 @dataclass
@@ -187,5 +187,5 @@ def _arrows(axes: Any, found: list[Box], tops: list[float]) -> None:
             else:
                 start, end = (_WIDE, tops[source] - 0.7 * _HIGH), (_WIDE, tops[i] - 0.3 * _HIGH)
                 bow = min(0.45, 0.9 / max(0.5, start[1] - end[1]))
-                style = {"arrowstyle": "-|>", "mutation_scale": 9, **_TOUCHING, "connectionstyle": f"arc3,rad={-bow}"}
+                style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9, **_TOUCHING, "connectionstyle": f"arc3,rad={-bow}"}
                 axes.add_patch(FancyArrowPatch(start, end, color=PALE, linewidth=1.0, **style))
