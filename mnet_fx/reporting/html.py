@@ -30,19 +30,21 @@ _STYLE = """
 def page(findings: Findings, title: str = "mnet_fx report") -> str:
     """A whole HTML document."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = f'<body style="margin: 32px; background: #fff">\n{fragment(findings, closed=False)}\n</body>'
+    body = f'<body style="margin: 32px; background: #fff">\n{fragment(findings, closed=False, title=title)}\n</body>'
     return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n{body}\n</html>\n'
 
 
-def fragment(findings: Findings, closed: bool = True) -> str:
+def fragment(findings: Findings, closed: bool = True, title: str = "") -> str:
     """A part of a document, as notebooks show it.
 
     Args:
         findings: what to show.
         closed: whether the list of all adds is folded away.
+        title: stands above all.
     """
     colour = {region.name: COLOURS[i % len(COLOURS)] for i, region in enumerate(r for r in findings.regions if r.storage != "nested")}
     parts = [
+        f'<p class="note">{escape(title)}</p>' if title else "",
         f"<h1>{escape(summary(findings))}</h1>",
         _figures(findings),
         road(findings, colour),
