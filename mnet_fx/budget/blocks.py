@@ -62,7 +62,9 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for owner in owners:
         listed = _list_of(model, owner)
-        elements = [owner] if listed is None else [f"{listed}.{name}".lstrip(".") for name, _ in model.get_submodule(listed).named_children()]
+        elements = (
+            [owner] if listed is None else [f"{listed}.{name}".lstrip(".") for name, _ in model.get_submodule(listed).named_children()]
+        )
         found |= dict.fromkeys(path for path in elements if path)
     return tuple(path for path in found if not any(path.startswith(f"{outer}.") for outer in found))
 

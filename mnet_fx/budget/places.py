@@ -1,8 +1,8 @@
 """What a storage is for, told from the Python frames in which it is made.
 
-    State.__init__, widening     "stream state"        steps and checkpointed blocks    "one step's activations"
-    spill                        "spilled bits"        all else in a backward pass      "temporaries"
-    copies of buffers, drawn     "kept for steps"      all else in a forward pass       "outside of chains", with the module's path
+State.__init__, widening     "stream state"        steps and checkpointed blocks    "one step's activations"
+spill                        "spilled bits"        all else in a backward pass      "temporaries"
+copies of buffers, drawn     "kept for steps"      all else in a forward pass       "outside of chains", with the module's path
 """
 
 from __future__ import annotations
