@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,18 @@ class GPT2(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        self.lm = GPT2LMHeadModel(GPT2Config(n_embd=256, n_head=8, n_positions=256, vocab_size=8192, use_cache=False, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"))
+        self.lm = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=256,
+                n_head=8,
+                n_positions=256,
+                vocab_size=8192,
+                use_cache=False,
+                bos_token_id=0,
+                eos_token_id=0,
+                loss_type="ForCausalLM",
+            )
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm(input_ids=ids, labels=ids).loss
@@ -58,8 +70,8 @@ class UNet(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(3, channels[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Sequential(*(Residual(c) for _ in range(blocks))) for c in channels)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:], strict=False))
-        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(channels, channels[1:], strict=False))
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels))
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(channels))
         self.up = nn.ModuleList(nn.Sequential(*(Residual(c) for _ in range(blocks))) for c in channels[:-1])
         self.leave = nn.Conv2d(channels[0], 3, 1)
 

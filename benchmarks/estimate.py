@@ -58,7 +58,10 @@ def rows_of(name: str, bar: tqdm) -> list[dict]:
         if gamma == 0.9:
             net(*inputs)
             owners = [path for chain in net.__dict__["forward"].network.chains for path in chain]
-            runs = {"plain": (estimate.plain, model), "checkpoint": (estimate.checkpoint, checkpointed(model, block_paths(model, owners)))} | runs
+            runs = {
+                "plain": (estimate.plain, model),
+                "checkpoint": (estimate.checkpoint, checkpointed(model, block_paths(model, owners))),
+            } | runs
         for way, (expected, net) in runs.items():
             memory = measured(net, inputs, loss)
             rows.append(_row(name, kind, way, expected, memory, seconds))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any
 
@@ -26,9 +27,11 @@ from .shear import Factors
 from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
 from .valueless import valueless
 
-__all__ = ["LayerCall", "LayerStep", "checked_velocity", "start_tape"]
+__all__ = ["FLOATING", "LayerCall", "LayerStep", "checked_velocity", "start_tape"]
 
 log = logging.getLogger("mnet_fx")
+FLOATING: ContextVar[bool] = ContextVar("mnet_fx_floating", default=False)
+"""Whether chains run as the recurrence in floating point: for `mnet_fx.verify`, which compares with it."""
 
 
 def start_tape(
@@ -57,7 +60,7 @@ def start_tape(
         StreamError: x is a tensor that wraps others, or of another layout.
     """
     reversible = torch.is_grad_enabled() and backward == "reversible"
-    floats = transformed() or exported()
+    floats = transformed() or exported() or FLOATING.get()
     if not floats:
         check_carried(name, x)
     if floats or x.numel() == 0:

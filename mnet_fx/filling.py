@@ -60,8 +60,8 @@ class Filler(FakeRun):
 
 
 class Unseen(nn.Module):
-    """A module whose calls no hooks see: it is none of the user's, and gets parameters as inputs. A hook that waits for the gradients of all
-    inputs, as those of torch's module trackers do, would gather these until the last one is there.
+    """A module whose calls no hooks see: it is none of the user's, and gets parameters as inputs. A hook that waits for the gradients of
+    all inputs, as those of torch's module trackers do, would gather these until the last one is there.
     """
 
     @property

@@ -19,7 +19,6 @@ from torch._dynamo.utils import counters
 from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
-from mnet_fx.__main__ import main
 from mnet_fx.reporting.build import report_of
 from mnet_fx.settings import matched_weights, momentum_weights
 
@@ -271,24 +270,6 @@ def test_an_input_on_meta_is_an_error():
     for run in (model, mnet_fx.momentumize(model)):
         with pytest.raises(RuntimeError, match="meta"):
             run(tokens().to("meta"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch", "0"], "must be a whole number, 1 or more, got '0'"),
-        (["--pixels", "3"], "must be a whole number, 33 or more, got '3'"),
-        (["--threads", "two"], "must be a whole number, 1 or more, got 'two'"),
-        (["--gamma", "1"], r"must be a number in \[0, 1\), got '1'"),
-        (["--gamma", "high"], r"must be a number in \[0, 1\), got 'high'"),
-    ],
-    ids=str,
-)
-def test_the_command_line_says_what_it_takes(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["demo", *arguments])
-    assert caught.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
 
 
 def test_something_else_than_a_tensor_is_the_error_of_the_original():

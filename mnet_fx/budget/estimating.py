@@ -10,12 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..api import momentumize
 from ..copies import copied
 from ..errors import MnetError, MnetWarning, SettingsError
+from ..graph_modules import original
 from ..named import NamedLayer
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from .advice import advice, notes
@@ -112,7 +114,8 @@ class _Request:
 
     @cached_property
     def original(self) -> nn.Module:
-        return fake_model(copied(self.model), self.mode, self.device)
+        model = original(self.model) if isinstance(self.model, fx.GraphModule) else self.model
+        return fake_model(copied(model), self.mode, self.device)
 
     @cached_property
     def momentum(self) -> nn.Module:
