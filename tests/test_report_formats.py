@@ -27,11 +27,11 @@ GOLDEN = Path(__file__).parent / "golden"
 class Bottleneck(nn.Module):
     def __init__(self, given, width):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(given, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.narrow, self.conv, self.norm = nn.Conv2d(given, width, 1), nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
         self.project = nn.Conv2d(given, width, 1) if given != width else None
 
     def forward(self, x):
-        return torch.relu((x if self.project is None else self.project(x)) + self.norm(self.conv(x)))
+        return torch.relu((x if self.project is None else self.project(x)) + self.norm(self.conv(self.narrow(x))))
 
 
 class Stages(nn.Module):

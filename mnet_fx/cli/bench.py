@@ -86,7 +86,8 @@ class Bench:
             colalign=("left", *["right"] * 4),
         )
         where = f"{self.steps} residual steps, {self.device}, {self.threads} thread(s), median of {self.rounds} round(s)"
-        return f"{table}\n\n{where}"
+        without = "" if any(r.way == "checkpoint" for r in self.rows) else "; no list of blocks was found to put checkpoints around"
+        return f"{table}\n\n{where}{without}"
 
     def plot(self, path: str) -> Any:
         """Live bytes over one step of each way."""

@@ -88,6 +88,7 @@ def _setting(message: str) -> click.BadParameter:
     """An option of mnet_fx that cannot work, by its name on the command line."""
     first = message.replace("=", " ").split()[0].strip(":,'\"()")
     name = "--input" if first == "example_inputs" else f"--{first.replace('_', '-')}" if first in _NAMED else None
+    name = "--regions" if name is None and "container" in message else name
     return click.BadParameter(message, param_hint=name)
 
 

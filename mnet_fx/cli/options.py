@@ -105,7 +105,7 @@ def said(
     write: Callable[[str], str],
     draw: Callable[[str], Any] | None = None,
 ) -> None:
-    """Says a result, on the terminal or in a file.
+    """Says a result, on the terminal or in a file; where the file is a picture, on the terminal as well.
 
     Args:
         fmt, output, formats: as of `output_options`.
@@ -119,6 +119,7 @@ def said(
         if draw is None:
             raise click.BadParameter(f"{output!r} is a picture, which this command does not draw", param_hint="--output")
         draw(output)
+        click.echo(write("text").rstrip("\n"))
     else:
         of_suffix = next((name for name, known in formats.items() if known and known == suffix), "text")
         text = write(fmt or of_suffix)
