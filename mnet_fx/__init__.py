@@ -1,17 +1,57 @@
-"""mnet_fx: residual networks rewritten into exactly reversible momentum networks (Sander et al., ICML 2021)."""
+"""mnet_fx: residual networks rewritten into exactly reversible momentum networks (Sander et al., ICML 2021).
 
-from . import toy_datasets
-from .compile_backend import backend, reports, reset_reports
-from .cost import state_bits, state_bytes, step_bits
-from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
-from .momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
-from .momentumize import momentumize
-from .report import CapturedPart, RegionReport, Report, report
+Names are imported when they are first asked for (PEP 562): `mnet-fx --help` and shell completion need no torch, and `import mnet_fx` takes
+no longer than `import torch`. A public name is never that of a module of ours, which would take its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import toy_datasets
+    from .api import momentumize
+    from .budget.estimates import Estimate, Limits, Way
+    from .budget.estimating import estimate
+    from .compile_backend import backend, reports, reset_reports
+    from .cost import state_bits, state_bytes, step_bits
+    from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
+    from .memory import Memory, measure
+    from .momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
+    from .reporting.ask import report
+    from .reporting.drawing import draw
+    from .reporting.report import AddReport, CapturedPart, RegionReport, Report, Stretch
+    from .reporting.steps import plot_step
+    from .verification import Check, Verification, verify
+
+_HOME = {
+    "api": ["momentumize"],
+    "budget.estimates": ["Estimate", "Limits", "Way"],
+    "budget.estimating": ["estimate"],
+    "compile_backend": ["backend", "reports", "reset_reports"],
+    "cost": ["state_bits", "state_bytes", "step_bits"],
+    "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
+    "memory": ["Memory", "measure"],
+    "momentum_net": ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"],
+    "reporting.ask": ["report"],
+    "reporting.drawing": ["draw"],
+    "reporting.report": ["AddReport", "CapturedPart", "RegionReport", "Report", "Stretch"],
+    "reporting.steps": ["plot_step"],
+    "toy_datasets": ["toy_datasets"],
+    "verification": ["Check", "Verification", "verify"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AddReport",
     "CapturedPart",
+    "Check",
+    "Estimate",
     "FinalVelocity",
     "InversionError",
+    "Limits",
+    "Memory",
     "MnetError",
     "MnetWarning",
     "MomentumNet",
@@ -19,9 +59,16 @@ __all__ = [
     "Report",
     "SettingsError",
     "StreamError",
+    "Stretch",
+    "Verification",
+    "Way",
     "backend",
     "convert_momentumnet_state_dict",
+    "draw",
+    "estimate",
+    "measure",
     "momentumize",
+    "plot_step",
     "report",
     "reports",
     "reset_reports",
@@ -30,4 +77,18 @@ __all__ = [
     "step_bits",
     "toy_datasets",
     "transform_to_momentumnet",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULE_OF[name]}", __name__)
+    found = module if name == _MODULE_OF[name] else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

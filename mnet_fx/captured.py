@@ -42,9 +42,11 @@ from .network import Network
 from .previewed import Previewed, previewed
 from .region import ChainRegion
 from .replay import exported, transformed
-from .report import REPORT, Report
+from .reporting.build import REPORT
+from .reporting.report import Report
 from .settings import Settings
 from .stand_ins import stand_ins
+from .valueless import valueless
 
 __all__ = ["CapturedForward"]
 
@@ -115,7 +117,7 @@ class CapturedForward:
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _check_caller(self.owner)
-        if transformed() or exported() or _get_current_dispatch_mode_stack():
+        if transformed() or exported() or _get_current_dispatch_mode_stack() or valueless(*args, *kwargs.values()):
             return self._program(args, kwargs)(self.owner, *args, **kwargs)
         with self.call() as call:
             result = self.compiled[1](self.owner, *args, **kwargs)

@@ -16,7 +16,7 @@ from .calls import PREFIX
 from .compile_backend import Backend, Found, Inner
 from .network import Graph, graph_of
 from .region import ChainRegion
-from .report import Report
+from .reporting.report import Report
 from .settings import Settings
 
 __all__ = ["Capture", "cut", "said"]
@@ -166,5 +166,7 @@ def _from(prefix: str, report: Report) -> Report:
         report,
         regions=tuple(dataclasses.replace(region, path=joined(prefix, region.path)) for region in report.regions),
         refusals=tuple(dataclasses.replace(refusal, path=joined(prefix, refusal.path)) for refusal in report.refusals),
+        adds=tuple(dataclasses.replace(add, path=joined(prefix, add.path)) for add in report.adds),
+        stretches=tuple(dataclasses.replace(stretch, path=joined(prefix, stretch.path)) for stretch in report.stretches),
         captured=tuple(dataclasses.replace(part, path=joined(prefix, part.path), front_end="Dynamo") for part in report.captured),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .cost import storage
 from .errors import MnetError, StreamError
+from .fake_state import FakeState
 from .fixed_point import State
 from .fused import kernels
 from .guise import check_carried, plain
@@ -23,10 +25,13 @@ from .loops import Kernels
 from .replay import exported, transformed
 from .shear import Factors
 from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+from .valueless import valueless
 
-__all__ = ["LayerCall", "LayerStep", "checked_velocity", "start_tape"]
+__all__ = ["FLOATING", "LayerCall", "LayerStep", "checked_velocity", "start_tape"]
 
 log = logging.getLogger("mnet_fx")
+FLOATING: ContextVar[bool] = ContextVar("mnet_fx_floating", default=False)
+"""Whether chains run as the recurrence in floating point: for `mnet_fx.verify`, which compares with it."""
 
 
 def start_tape(
@@ -55,7 +60,7 @@ def start_tape(
         StreamError: x is a tensor that wraps others, or of another layout.
     """
     reversible = torch.is_grad_enabled() and backward == "reversible"
-    floats = transformed() or exported()
+    floats = transformed() or exported() or FLOATING.get()
     if not floats:
         check_carried(name, x)
     if floats or x.numel() == 0:
@@ -64,7 +69,8 @@ def start_tape(
     held = reduce(torch.promote_types, widest, x.dtype)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(factors))
-        state = State(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, arithmetic or kernels(), held)
+        kind_of_state = FakeState if valueless(x) else State
+        state = kind_of_state(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, arithmetic or kernels(), held)
     kind: type[Tape] = PlainTape
     if reversible:
         kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]

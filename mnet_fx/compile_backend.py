@@ -14,6 +14,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ import passes
 from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
 
 from .artifacts import Artifacts
+from .bodies import bodies, holders, refusals, with_bodies
 from .compiled_region import CompiledRegion, Reading
 from .compiler import Compile, Compiler
 from .errors import MnetError, MnetWarning, SettingsError
 from .filling import Filler
 from .fused import FUSED, fusing
 from .loops import Kernels
-from .report import CapturedPart, Report, graph_report
+from .reporting.build import add_reports, graph_report
+from .reporting.report import CapturedPart, Report
 from .settings import Settings
 
 __all__ = ["Backend", "Found", "Inner", "backend", "checked_inner", "mnet_fx", "reports", "reset_reports"]
@@ -208,7 +211,7 @@ def _compiled(
     Filler(joined, compiler, Artifacts(compiler, static).fill).run(*inputs)
 
     def run(*inputs: Any) -> Any:
-        return joined(*inputs)
+        return joined.forward(*inputs)
 
     run.regions = list(regions.values())  # type: ignore[attr-defined]
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
@@ -261,28 +264,21 @@ def _announce(report: Report) -> None:
 def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> Report:
     if isinstance(found, Refusal):
         return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
-    plan, nodes = found.plan, {node.name: node for node in found.unlifted.graph_module.graph.nodes}
+    graph = found.unlifted.graph_module
+    plans = bodies(graph, partial(passes.plan, **_how(settings)))
+    plan = passes.with_stretches(graph, found.plan, holders(graph, plans))
+    at_breaks = _at_breaks(gm, plan, {node.name: node for node in graph.graph.nodes})
     report = graph_report(plan, "torch.compile", settings)
+    adds = with_bodies(graph, add_reports(plan, (*report.refusals, *at_breaks)), plans, plan.stretches)
     paths = found.unlifted.attributes
-    regions = tuple(dataclasses.replace(r, copied=tuple(paths.get(name, name) for name in r.copied)) for r in report.regions)
-    hidden, in_bodies = _in_bodies(found.unlifted.graph_module, settings)
-    adds, part = report.residual_adds + hidden, report.captured[0]
-    refusals = (*report.refusals, *in_bodies, *_at_breaks(gm, plan, nodes))
-    captured = (dataclasses.replace(part, residual_adds=adds),)
-    return dataclasses.replace(report, residual_adds=adds, regions=regions, refusals=refusals, captured=captured)
-
-
-def _in_bodies(gm: fx.GraphModule, settings: Settings) -> tuple[int, list[Refusal]]:
-    """How many adds could be rewritten that are inside of blocks under a context, or of bodies of higher-order operations; and refusals."""
-    bodies = {name: body for name, body in gm.named_modules() if name and isinstance(body, fx.GraphModule)}
-    plans = {name: passes.plan(body, **_how(settings)) for name, body in bodies.items()}
-    hidden = {name: len(plan.rewritten_adds) for name, plan in plans.items() if plan.regions}
-    found = "inside of a block under torch.autocast or torch.no_grad, or of the body of a torch.utils.checkpoint or the like"
-    refusals = [
-        Refusal("lost_context", name, plans[name].regions[0].path, f"{number} residual adds are {found}", passes.CODES["lost_context"].hint)
-        for name, number in hidden.items()
-    ]
-    return sum(hidden.values()), refusals
+    return dataclasses.replace(
+        report,
+        residual_adds=len(adds),
+        regions=tuple(dataclasses.replace(r, copied=tuple(paths.get(name, name) for name in r.copied)) for r in report.regions),
+        refusals=(*report.refusals, *refusals(plans), *at_breaks),
+        captured=(dataclasses.replace(report.captured[0], residual_adds=len(adds)),),
+        adds=adds,
+    )
 
 
 def _at_breaks(gm: fx.GraphModule, plan: Plan, nodes: dict[str, fx.Node]) -> list[Refusal]:

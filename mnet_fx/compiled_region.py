@@ -17,6 +17,7 @@ from passes import RegionCode, StepCode
 
 from .artifacts import Artifact, Artifacts
 from .errors import MnetError
+from .filling import Unseen
 from .loops import Kernels
 from .region import ChainRegion
 from .settings import Settings
@@ -111,7 +112,7 @@ class _Step(nn.Module):
         return tuple(self._artifact.run(*inputs))
 
 
-class CompiledRegion(ChainRegion):
+class CompiledRegion(Unseen, ChainRegion):
     """A region of a Dynamo graph. Its call gets the parameters and buffers of its steps, and all symbolic sizes, after the side inputs.
 
     Args:

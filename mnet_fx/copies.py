@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import MnetError, SettingsError
 from .masks import read_masks
-from .report import REPORT
+from .reporting.build import REPORT
 
 __all__ = ["copied"]
 

@@ -13,7 +13,7 @@ from passes import is_hook
 from .compiler import Compiler, faking
 from .region import ChainRegion
 
-__all__ = ["FakeRun", "Filler"]
+__all__ = ["FakeRun", "Filler", "Unseen"]
 
 
 class FakeRun(fx.Interpreter):
@@ -59,7 +59,17 @@ class Filler(FakeRun):
         return result
 
 
-class _Piece(nn.Module):
+class Unseen(nn.Module):
+    """A module whose calls no hooks see: it is none of the user's, and gets parameters as inputs. A hook that waits for the gradients of
+    all inputs, as those of torch's module trackers do, would gather these until the last one is there.
+    """
+
+    @property
+    def _compiled_call_impl(self) -> Any:  # torch's slot for what runs in place of the call with hooks
+        return self.forward
+
+
+class _Piece(Unseen):
     """A compiled function as a module."""
 
     def __init__(self, run: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .loops import flat, is_dense
 from .native import NativeError, hashes
+from .valueless import valueless
 
 __all__ = ["fingerprint", "fingerprints"]
 
@@ -34,7 +35,11 @@ def fingerprint(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """A number for each tensor, of any dtype, strides and device; one synchronisation for each device."""
+    """A number for each tensor, of any dtype, strides and device; one synchronisation for each device. 0 where there are no values."""
+    if valueless(*tensors):
+        for t in tensors:
+            _dense(t)  # for the memory that it takes
+        return [0] * len(tensors)
     native = _native()
     by_device: dict[torch.device, list[int]] = {}
     found, in_c = [0] * len(tensors), list[int]()

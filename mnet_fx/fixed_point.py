@@ -124,6 +124,10 @@ class State:
             bound = max_abs(t.masked_fill(bad, 0.0))
         return t, bound
 
+    def _largest(self, T: Tensor) -> float:
+        """max|T| of X or U."""
+        return max_abs(T)
+
     def _aligned(self, t: Tensor) -> Tensor:
         """t with the strides of X, copied only where it has others."""
         return t if strides(t) == strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
@@ -222,8 +226,8 @@ class State:
     def _make_room(self, record: Record, gamma: float, increment: float) -> None:
         """Brings the bounds and the ratio to after the step, spilling what would outgrow X or U."""
         if self.x_bound + gamma * self.v_bound + increment >= self.format.limit * self.unit:
-            self.x_bound = min(self.x_bound, max_abs(self.X) * self.unit)
-            self.v_bound = min(self.v_bound, max_abs(self.U) * self.ratio * self.unit)
+            self.x_bound = min(self.x_bound, self._largest(self.X) * self.unit)
+            self.v_bound = min(self.v_bound, self._largest(self.U) * self.ratio * self.unit)
         v_bound = gamma * self.v_bound + increment
         x_bound = self.x_bound + v_bound
         held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|

@@ -53,6 +53,7 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
     plan = passes.plan(net, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
     if plan.regions and (call := passes.state_change(net.graph)) is not None:
         plan = _refused(plan, f"the graph calls {call}, which changes a state of torch's, so its order must stay as it is")
+    plan = passes.with_stretches(net, plan)
     if not plan.regions:
         return _twin(original(gm)), plan
 

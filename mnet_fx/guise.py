@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import StreamError
 
@@ -76,7 +77,7 @@ def check_carried(region: str, x: Tensor) -> None:
         StreamError: x has no numbers in memory of its own: it wraps other tensors, or keeps them in another layout.
     """
     wrapped = (
-        type(x) not in (Tensor, nn.Parameter) and not _is_dressed(x) and not hasattr(x, "trigger_wait")
+        type(x) not in (Tensor, nn.Parameter, FakeTensor) and not _is_dressed(x) and not hasattr(x, "trigger_wait")
     )  # of a collective: numbers, soon
     if x.is_nested:
         found, remedy = "is a nested tensor, whose rows differ in length", "pad it (torch.nested.to_padded_tensor) and mask the padding"

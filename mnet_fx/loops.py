@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "EAGER",
@@ -96,7 +97,11 @@ def _chunk_size() -> int:
 
 
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU."""
+    """Flat chunks of dense tensors of equal strides, side by side; sized to stay in cache on a CPU. None of fake tensors on one, where work
+    buffers are there already and chunks take no memory.
+    """
+    if isinstance(tensors[0], FakeTensor) and tensors[0].device.type == "cpu":
+        return ()
     size = _chunk_size() if tensors[0].device.type == "cpu" else CHUNK_DEVICE
     whole = [flat(t) for t in tensors]
     return [tuple(whole)] if tensors[0].numel() <= size else zip(*(t.split(size) for t in whole), strict=True)

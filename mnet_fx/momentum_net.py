@@ -19,7 +19,7 @@ from .chain import LayerCall, LayerStep, checked_velocity, start_tape
 from .errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from .named import layers_of, name_region, paths_of
 from .own_copies import Learnt, OwnCopies
-from .report import REPORT, note_transform
+from .reporting.build import REPORT, note_transform
 from .settings import Settings
 from .steps import Chain
 from .tape import ReversingTape

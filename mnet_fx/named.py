@@ -188,7 +188,7 @@ class NamedLayer:
 
 def _place(x: Tensor) -> tuple[Any, ...]:
     """Where the values of a tensor are, and how to read them."""
-    return x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_neg()
+    return x.untyped_storage()._cdata, x.storage_offset(), x.dtype, x.shape, x.stride(), x.is_neg()
 
 
 def layers_of(net: nn.Module, path: str, skip: int = 0) -> dict[str, nn.Module]:

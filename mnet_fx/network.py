@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.fx as fx
 
 from passes import Plan, Step, joined, owner_stack
 
 from .errors import MnetError
-from .report import Report
+from .reporting.report import AddReport, Report, Stretch
 
 __all__ = ["Chain", "Graph", "Network", "graph_of"]
 
@@ -192,4 +192,24 @@ def merged(reports: Iterable[Report]) -> Report:
         tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
         tuple(part for report in found for part in report.captured),
         None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
+        _numbered(found),
+        _renumbered(found),
     )
+
+
+def _numbered(reports: Sequence[Report]) -> tuple[AddReport, ...]:
+    """The adds of several graphs, each with the number of its stretch among those of all."""
+    adds, before = [], 0
+    for report in reports:
+        adds += [add if add.stretch is None else replace(add, stretch=add.stretch + before) for add in report.adds]
+        before += len(report.stretches)
+    return tuple(adds)
+
+
+def _renumbered(reports: Sequence[Report]) -> tuple[Stretch, ...]:
+    """The stretches of several graphs; what one reads of its graph's inputs is taken to come from the graph before."""
+    found: list[Stretch] = []
+    for report in reports:
+        before = len(found)
+        found += [replace(s, reads=tuple(max(n, -1) + before for n in s.reads)) for s in report.stretches]
+    return tuple(found)

@@ -11,7 +11,8 @@ from passes import Refusal
 
 from .copies import copied
 from .network import graph_of, merged
-from .report import Report, graph_report
+from .reporting.build import graph_report
+from .reporting.report import Report
 from .settings import Settings
 
 __all__ = ["Previewed", "previewed"]
@@ -36,7 +37,8 @@ def previewed(model: nn.Module, settings: Settings) -> Previewed:
     graphs = []
     for path, gm in seen.parts.items():
         plan = passes.plan(gm, granularity=settings.granularity, min_steps=settings.min_steps, nested=True)
-        graphs.append(graph_of(gm, plan, graph_report(plan, "preview", settings, path), path))
+        report = graph_report(passes.with_stretches(gm, plan), "preview", settings, path)
+        graphs.append(graph_of(gm, plan, report, path))
     hint = passes.CODES["untraceable"].hint
     opaque = tuple(Refusal("untraceable", "", path, f"not read: {reason}", hint) for path, reason in seen.opaque.items())
     report = merged([*(graph.report for graph in graphs), Report(0, 0, (), opaque)])

@@ -4,8 +4,8 @@
 
 - torch's switches: see `surroundings`;
 - random numbers: the states of the default generators, and of those that are attributes, kept only if the step draws from them;
-- parameters: the very tensors the first run used, also if the module has others by now (`torch.func.functional_call` with the backward
-  after the call); a fingerprint shows whether their values changed since, whatever changed them;
+- parameters: the very tensors the first run used, also if the module has others by now (swapped in for the time of the rerun, as by
+  `torch.func.functional_call`); a fingerprint shows whether their values changed since, whatever changed them;
 - side inputs: likewise; lists and dictionaries of them hold what they held before the step;
 - side inputs and buffers that are overwritten after the step: copies, in named regions (`own_copies`);
 - which of these tensors require gradients;
@@ -20,7 +20,7 @@ no module holds, global variables) is not restored; if that changes a result, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from .attributes import STANDARD, Attributes
@@ -37,6 +37,7 @@ from .guise import is_ordinary, plain
 from .own_copies import OwnCopies, is_copyable
 from .surroundings import surrounded, surroundings
 from .turns import Turns
+from .valueless import Drawn, Effects, valueless
 
 __all__ = ["Conditions", "exported", "transformed", "undisturbed"]
 
@@ -94,13 +95,19 @@ class Conditions:
         All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
         """
         with _TURNS:
-            self.random = [(source, source.get_state()) for source in self._generators()]
+            fake = valueless(x)
+            self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
             sides, self.live = self.live, ()
-            result = self.module(x, *sides)
-            self.random = [(source, state) for source, state in self.random if not torch.equal(state, source.get_state())]
+            with Effects() if fake else nullcontext() as effects:
+                result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
             self.attributes.let_go()
+            if effects is not None:
+                self.random = [(source, source.get_state()) for source in map(Drawn, effects.drew)]
+                self.buffers = {n: c for n, c in copies.items() if effects.wrote(before[n]) or self._tensors().get(n) is not before[n]}
+                return result
+            self.random = [(source, state) for source, state in self.random if not torch.equal(state, source.get_state())]
             if before:
                 self._note_buffers(before, copies)
             return result
@@ -145,8 +152,9 @@ class Conditions:
             named = self._sides() if own else {}
             sides = _rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
             if not swapped:
-                return self.module(x, *sides)
-            return functional_call(self.module, swapped, (x, *sides), tie_weights=False)  # each of several names is in `swapped`
+                return self.module.forward(x, *sides)
+            with _reparametrize_module(self.module, swapped):  # without tie_weights: each of several names is in `swapped`
+                return self.module.forward(x, *sides)
 
     def _members(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors in the dictionaries `kind` of the step's modules, each once: what is swapped twice would not be put back."""
@@ -202,9 +210,9 @@ def transformed() -> bool:
 
 
 def exported() -> bool:
-    """Whether torch.export, torch.jit.trace or make_fx records the call, or its tensors are fake: what loops write would not be seen."""
+    """Whether torch.export, torch.jit.trace or make_fx records the call: what loops write would not be seen."""
     keys = torch._C._TorchDispatchModeKey
-    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
     return modes or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

@@ -16,7 +16,10 @@ from .guise import is_ordinary, plain
 from .replay import Conditions, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Print, Rerun, Tape
 
-__all__ = ["Chain", "run_chain"]
+__all__ = ["WATCHERS", "Chain", "run_chain"]
+
+WATCHERS: list[Callable[[str, int, Tensor], None]] = []
+"""Called with the name of the region, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original."""
 
 
 class Step:
@@ -148,12 +151,14 @@ class Chain:
                 "the chain did: apply it to the whole model"
             )
         if isinstance(self.tape, PlainTape):
-            y, *extras = checked(module, self.x, sides, self.print, self.tape, self.t)
+            y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:
             step = Step(self.tape, self.t, module, sides, self.x, self.print)
             y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
         self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
         self.t += 1
+        for watch in WATCHERS:
+            watch(self.tape.region, self.t, self.x)
         self.print = stream_print(self.tape, self.x) if self.t < len(self.tape.factors) else ()
         return extras
 

@@ -15,8 +15,9 @@ from passes.memory import is_hook
 from passes.pieces import pieces
 from passes.plan import plan
 from passes.preview import Preview, preview
-from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode
+from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
 from passes.rewrite import PassResult, rewrite
+from passes.stretches import with_stretches
 from passes.verify import InvariantError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ResidualAdd",
     "Step",
     "StepCode",
+    "Stretch",
     "Unlifted",
     "checkpoints",
     "is_hook",
@@ -48,5 +50,6 @@ __all__ = [
     "rewrite",
     "state_change",
     "unlift",
+    "with_stretches",
     "written_out",
 ]

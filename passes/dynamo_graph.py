@@ -195,6 +195,9 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 def _module_path(name: str) -> str:
+    name = name.replace(".forward.args[0]", "")  # where the forward is a partial of the module's
+    while name != (name := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", name)):  # where a name is no identifier
+        pass
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", name)
     path = re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).strip(".")

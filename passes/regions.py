@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch.fx as fx
 
-__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode"]
+__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch"]
 
 Form = Literal["branch", "block"]
 Granularity = Literal["add", "module"]
@@ -133,6 +133,31 @@ class PlannedRegion:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A part of a planned graph: one step of an outermost region, or nodes of one module between regions.
+
+    Attributes:
+        path: path of the module that owns it.
+        region: name of the region; empty between regions.
+        step: index of the step; None between regions.
+        operations: number of its nodes.
+        adds: names of the residual-looking adds in it, and of nodes that run a body with such adds.
+        saved: bytes that autograd saves for it in the original model, each storage where it is saved first; None where not known.
+        kept: likewise, without what the regions replace: 0 for a step.
+        reads: indices of the stretches before whose values it reads; -1 for an input of the graph.
+    """
+
+    path: str
+    region: str
+    step: int | None
+    operations: int
+    adds: tuple[str, ...]
+    saved: int | None
+    kept: int | None
+    reads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be rewritten and what will not; regions and refusals together account for every residual-looking add.
 
@@ -141,12 +166,14 @@ class Plan:
         regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
         kept_outside: bytes that autograd keeps for what lies outside of all regions, see `passes.kept`; None where they are not known.
+        stretches: the graph from input to output, where `passes.with_stretches` has added it.
     """
 
     residual_adds: tuple[str, ...]
     regions: tuple[PlannedRegion, ...]
     refusals: tuple[Refusal, ...]
     kept_outside: int | None = None
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def rewritten_adds(self) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, momentumize
 from mnet_fx.network import Graph, Network
-from mnet_fx.report import Report
+from mnet_fx.reporting import Report
 
 WIDTH = 6
 

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from zoo import Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
-from mnet_fx.__main__ import main
+from mnet_fx.reporting.build import report_of
 from mnet_fx.settings import matched_weights, momentum_weights
 
 
@@ -272,24 +272,6 @@ def test_an_input_on_meta_is_an_error():
             run(tokens().to("meta"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch", "0"], "must be a whole number, 1 or more, got '0'"),
-        (["--pixels", "3"], "must be a whole number, 33 or more, got '3'"),
-        (["--threads", "two"], "must be a whole number, 1 or more, got 'two'"),
-        (["--gamma", "1"], r"must be a number in \[0, 1\), got '1'"),
-        (["--gamma", "high"], r"must be a number in \[0, 1\), got 'high'"),
-    ],
-    ids=str,
-)
-def test_the_command_line_says_what_it_takes(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["demo", *arguments])
-    assert caught.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
 def test_something_else_than_a_tensor_is_the_error_of_the_original():
     model = Chain()
     with pytest.raises(TypeError) as expected:
@@ -473,9 +455,10 @@ def test_refusals_that_are_alike_share_a_line():
     assert any(line.startswith("0.0 and 4 more ") for line in lines)
 
 
-def test_a_model_that_was_not_rewritten_has_no_report():
+def test_a_model_that_was_not_rewritten_has_no_report_of_its_own_and_a_preview():
     with pytest.raises(mnet_fx.MnetError, match="Chain has no report"):
-        mnet_fx.report(Chain())
+        report_of(Chain())
+    assert mnet_fx.report(Chain()).captured[0].front_end == "preview"
 
 
 # ---- the result as a module

@@ -12,9 +12,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .memory import Memory, measure
-from .momentumize import momentumize
-from .report import report
+from ..api import momentumize
+from ..memory import Memory, measure
+from ..reporting.build import report_of
+from .options import shown_progress
 
 __all__ = ["demo"]
 
@@ -68,7 +69,7 @@ def demo(batch: int = 8, pixels: int = 128, gamma: float = 0.9) -> int:
     plain = _Training(copy.deepcopy(model), images, labels)
     ours = _Training(momentumize(copy.deepcopy(model), gamma=gamma), images, labels)
     stored = _Training(momentumize(copy.deepcopy(model), gamma=gamma, backward="stored"), images, labels)
-    with tqdm(total=2 * ROUNDS + 5, desc="warming up", leave=False) as bar:
+    with tqdm(total=2 * ROUNDS + 5, desc="warming up", leave=False, disable=not shown_progress()) as bar:
 
         def tick(what: str) -> None:
             bar.set_description(what)
@@ -87,7 +88,7 @@ def demo(batch: int = 8, pixels: int = 128, gamma: float = 0.9) -> int:
             tick("counting bytes")
         stored.loss().backward()
         tick("proving")
-    print(report(ours.net), "\n")
+    print(report_of(ours.net), "\n")
     print(_figures(memory[plain], memory[ours], median(times[plain]), median(times[ours])), "\n")
     return _proof(ours, stored)
 
@@ -103,7 +104,7 @@ def _figures(plain: Memory, ours: Memory, plain_seconds: float, our_seconds: flo
 
 
 def _proof(ours: _Training, stored: _Training) -> int:
-    for region in report(ours.net).regions:  # had one failed, the backward would have raised InversionError
+    for region in report_of(ours.net).regions:  # had one failed, the backward would have raised InversionError
         how = (
             "came back to its input bit for bit" if region.storage == "reverse" else "kept its inputs, and every step repeated bit for bit"
         )

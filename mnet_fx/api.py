@@ -22,12 +22,13 @@ from .errors import MnetError, MnetWarning, SettingsError
 from .graph_modules import rewritten
 from .masks import unread_masks
 from .named import name_region, paths_of
-from .report import REPORT, Pending, Report, graph_report, named_report, report
+from .reporting.build import REPORT, graph_report, named_report, report_of
+from .reporting.report import Pending, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
 from .stand_ins import real_tensors
 from .unseen import check_unseen
 
-__all__ = ["momentumize"]
+__all__ = ["capture_now", "momentumize"]
 
 
 def momentumize(
@@ -111,8 +112,8 @@ def momentumize(
     if settings.velocity is not None:
         _add_velocity(net, settings.velocity)
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
-        _capture_now(forward, example_inputs)
-    elif not isinstance(report(net), Pending) and not report(net).regions:
+        capture_now(forward, example_inputs, (True, False))
+    elif not isinstance(report_of(net), Pending) and not report_of(net).regions:
         warnings.warn(f"{type(model).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=2)
     return net
 
@@ -148,8 +149,14 @@ def _add_velocity(net: nn.Module, velocity: nn.Module) -> None:
     net.add_module("initial_velocity", velocity)
 
 
-def _capture_now(forward: CapturedForward, example_inputs: Any) -> None:
-    """Captures a model in both modes, for one kind of call."""
+def capture_now(forward: CapturedForward, example_inputs: Any, modes: Sequence[bool]) -> None:
+    """Captures a model for one kind of call, without running it.
+
+    Args:
+        forward: that of the model.
+        example_inputs: as for `momentumize`.
+        modes: the modes to capture, in order: True for train mode with gradients, False for eval mode without.
+    """
     net = forward.owner
     by_name = isinstance(example_inputs, Mapping)  # also what a tokenizer of Hugging Face returns, which is no dict
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
@@ -164,12 +171,13 @@ def _capture_now(forward: CapturedForward, example_inputs: Any) -> None:
         ) from error
     args, kwargs = real_tensors(net, (args, kwargs))
     flags = {module: module.training for module in net.modules()}
-    kinds = [(flags if net.training else dict.fromkeys(flags, True), torch.enable_grad), (dict.fromkeys(flags, False), torch.no_grad)]
+    trained = flags if net.training else dict.fromkeys(flags, True)
     try:
-        for modes, grad in kinds:
-            for module, training in modes.items():  # not net.train(): people's own may do more, or return nothing
+        for train in modes:
+            wanted = trained if train else dict.fromkeys(flags, False)
+            for module, training in wanted.items():  # not net.train(): people's own may do more, or return nothing
                 module.training = training
-            with grad():
+            with torch.set_grad_enabled(train):
                 whole = forward.capture(args, kwargs) is not None
             if not whole:
                 break  # what the first call makes of this mode decides

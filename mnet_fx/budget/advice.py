@@ -1,0 +1,70 @@
+"""What an estimate means, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..reporting.report import Report
+from .estimates import Estimate, Way
+from .sizes import shown
+
+__all__ = ["advice", "notes"]
+
+_FIXED = ("parameters", "gradients", "optimizer state")
+
+
+def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
+    """Sentences: what dominates the momentum network's step, and what to do about it."""
+    way = estimate.momentum
+    found = [_what_dominates(way)]
+    fixed = sum(way.parts[part] for part in _FIXED)
+    if fixed > way.total_bytes / 2:
+        found.append(
+            "Activations are the smaller part, so no way of recomputing them saves much: shard parameters and optimizer state (FSDP2), "
+            "train fewer of them (LoRA), or hold them in fewer bits."
+        )
+    found += _outside(estimate)
+    if not report.regions:
+        found.append("No residual chain was found: print(mnet_fx.momentumize(model).report) says why.")
+    elif any(region.storage == "inputs" for region in report.regions):
+        short = sum(region.storage == "inputs" for region in report.regions)
+        found.append(
+            f"{short} of {len(report.regions)} chains are so short that their inputs are kept, as a checkpoint does: longer runs of blocks "
+            "of one shape, or gamma nearer to 1, gain more."
+        )
+    if way.parts["spilled bits"] > way.total_bytes / 10:
+        found.append("Much of it is spilled bits, log2(1/gamma) for each element and step: gamma nearer to 1 keeps fewer.")
+    if estimate.plain.total_bytes <= way.total_bytes:
+        found.append("Plain training takes no more: there is nothing to gain here at this batch and depth.")
+    return tuple(found)
+
+
+def _what_dominates(way: Way) -> str:
+    part, size = max(way.parts.items(), key=lambda item: item[1])
+    return f"momentum: {part} are the largest part, {shown(size)} of {shown(way.total_bytes)} ({size / max(way.total_bytes, 1):.0%})."
+
+
+def _outside(estimate: Estimate) -> list[str]:
+    """About what is kept outside of chains, where that is much."""
+    way = estimate.momentum
+    outside = sum(way.outside.values())
+    if outside <= way.kept_bytes / 2 or outside <= way.total_bytes / 20:
+        return []
+    first = [f"{path or 'the root'} {shown(size)}" for path, size in list(way.outside.items())[:3]]
+    return [
+        f"Of {shown(way.kept_bytes)} kept after the forward, {shown(outside)} lie outside of chains, most in {', '.join(first)}: a head "
+        "whose logits are large (give the loss to torch.utils.checkpoint, or in chunks), or projections and stages between the chains "
+        "(torch.utils.checkpoint around them)."
+    ]
+
+
+def notes(estimate: Estimate, said: Sequence[str]) -> tuple[str, ...]:
+    """Sentences: what the figures suppose or leave out."""
+    found = list(dict.fromkeys(said))
+    if estimate.gpu is not None:
+        found.append("Seconds are a lower bound by the roofline; work space of cuDNN and fragmentation come on top of the bytes.")
+    if estimate.checkpoint is None:
+        found.append("There are no blocks to put a checkpoint around, so that way is left out.")
+    if estimate.momentum.parts["spilled bits"]:
+        found.append("Spilled bits are those of a stream that keeps its magnitude: a byte per element of a chain more or less.")
+    return tuple(found)

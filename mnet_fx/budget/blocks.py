@@ -1,0 +1,79 @@
+"""The usual way to save memory, to compare with: `torch.utils.checkpoint` around each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..copies import copied
+
+__all__ = ["Block", "block_paths", "checkpointed"]
+
+
+class Block:
+    """The forward of a module under a checkpoint.
+
+    Args:
+        forward: what it was.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own code, the first time and again."""
+        return self.forward(*args, **kwargs)
+
+
+def checkpointed(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """A copy of a model, sharing its tensors, with a checkpoint around each of some modules.
+
+    Args:
+        model: the original, or a rewritten model, whose original is meant.
+        paths: of the modules, as from `block_paths`.
+    """
+    net = copied(model)
+    for path in paths:
+        module = net.get_submodule(path)
+        module.__dict__["forward"] = Block(module.forward)
+    return net
+
+
+def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
+    """The blocks that people put checkpoints around: elements of the lists of like layers that the steps of chains lie in.
+
+    Args:
+        model: the model.
+        owners: paths of the modules that own steps.
+
+    Returns:
+        Paths: for each owner that lies in a ModuleList or Sequential of several modules of one class, all of these (also such as change
+        the shape and are in no chain); for any other, its own, where it is not the root. None lies in another.
+    """
+    found: dict[str, None] = {}
+    for owner in owners:
+        listed = _list_of(model, owner)
+        elements = (
+            [owner] if listed is None else [f"{listed}.{name}".lstrip(".") for name, _ in model.get_submodule(listed).named_children()]
+        )
+        found |= dict.fromkeys(path for path in elements if path)
+    return tuple(path for path in found if not any(path.startswith(f"{outer}.") for outer in found))
+
+
+def _list_of(model: nn.Module, path: str) -> str | None:
+    """Path of the innermost list of several modules of one class that a module is an element of, or lies in an element of."""
+    parts = path.split(".") if path else []
+    for i in range(len(parts) - 1, -1, -1):
+        parent = model.get_submodule(".".join(parts[:i]))
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
+            return ".".join(parts[:i])
+    return None

@@ -1,0 +1,107 @@
+"""Counts the memory of tensors while operations run: each storage from the operation that made it until it is freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .workspace import workspace
+
+__all__ = ["Count", "Tag"]
+
+Tag = tuple[str, str]
+"""What a storage is for, one of `estimates.PARTS`, and the path of the module that made it."""
+
+_BLOCK = 512  # bytes, to which torch's allocator for GPUs rounds
+_WORKSPACE: Tag = ("temporaries", "")
+
+
+class Count(TorchDispatchMode):
+    """A dispatch mode that counts bytes of storages, by tags.
+
+    Args:
+        tag: called where an operation makes a storage; gives what it is for.
+        after: called with each operation, its arguments and its result.
+
+    Attributes:
+        live: bytes now.
+        peak: the largest `live` so far, work space that operations take meanwhile included.
+        by_tag: bytes now of each tag.
+    """
+
+    def __init__(self, tag: Callable[[], Tag], after: Callable[..., None]) -> None:
+        super().__init__()
+        self.tag, self.after = tag, after
+        self.live = self.peak = 0
+        self.by_tag: Counter[Tag] = Counter()
+        self._then: Counter[Tag] | None = None  # by_tag at the peak; None while that is now
+        self._known: dict[int, _Counted] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.hold(tree_leaves(result))
+        extra = workspace(func, args, kwargs)
+        if extra and self.live + extra > self.peak:
+            self.peak, self._then = self.live + extra, self.by_tag.copy()
+            self._then[_WORKSPACE] += extra
+        self.after(func, args, kwargs, result)
+        return result
+
+    @property
+    def at_peak(self) -> Counter[Tag]:
+        """`by_tag` as it was at the peak, with work space among the temporaries."""
+        return self.by_tag if self._then is None else self._then
+
+    def hold(self, values: Iterable[Any], tag: Tag | None = None) -> None:
+        """Counts the storages of tensors that are not known yet."""
+        for t in values:
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self._known:
+                    counted = _Counted(self, storage, t.device.type, tag or self.tag())
+                    self._known[storage._cdata] = counted
+                    self._add(counted)
+
+    def retag(self, new: Callable[[Tag], Tag]) -> None:
+        """Gives all storages of now other tags."""
+        if self._then is None:
+            self._then = self.by_tag.copy()
+        for counted in self._known.values():
+            self.by_tag[counted.tag] -= counted.size
+            counted.tag = new(counted.tag)
+            self.by_tag[counted.tag] += counted.size
+
+    def _add(self, counted: _Counted) -> None:
+        self.live += counted.size
+        self.by_tag[counted.tag] += counted.size
+        if self.live > self.peak:
+            self.peak, self._then = self.live, None
+
+    def _free(self, key: int) -> None:
+        counted = self._known.pop(key)
+        if self._then is None and counted.size:
+            self._then = self.by_tag.copy()
+        self.live -= counted.size
+        self.by_tag[counted.tag] -= counted.size
+
+
+class _Counted:
+    """One storage that is counted until it is freed."""
+
+    def __init__(self, count: Count, storage: torch.UntypedStorage, device: str, tag: Tag) -> None:
+        size = storage.nbytes()
+        self.size, self.tag = -(-size // _BLOCK) * _BLOCK if device == "cuda" else size, tag
+        weakref.finalize(storage, _freed, weakref.ref(count), storage._cdata).atexit = False
+
+
+def _freed(count: weakref.ref[Count], key: int) -> None:
+    if (found := count()) is not None:
+        found._free(key)

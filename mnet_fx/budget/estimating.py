@@ -1,0 +1,241 @@
+"""`estimate`: what a training step will take, in three ways, before it runs."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..api import momentumize
+from ..copies import copied
+from ..errors import MnetError, MnetWarning, SettingsError
+from ..graph_modules import original
+from ..named import NamedLayer
+from ..reporting.build import REPORT, TRANSFORMED, report_of
+from .advice import advice, notes
+from .blocks import block_paths, checkpointed
+from .estimates import Estimate, Way
+from .faking import Call, batch_of, call_of, fake_model, fake_optimizer, resized
+from .fitting import limits
+from .sizes import parsed
+from .ways import Taken, default_loss, taken
+from .work import checked_gpu
+
+__all__ = ["estimate"]
+
+Loss = Callable[[Any], Tensor]
+
+
+def estimate(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    optimizer: Any = None,
+    memory: str | int | None = None,
+    loss: Loss | None = None,
+    gpu: str | None = None,
+    **options: Any,
+) -> Estimate:
+    """What a training step of a model will take: plain, with a checkpoint around each block, and as a momentum network.
+
+    The model runs once in each way on tensors without memory (torch's FakeTensorMode): nothing is computed, nothing is allocated, and the
+    model is left as it was. What is counted is what torch's allocator would be asked for. Against the allocator of a CPU: bytes kept to
+    the byte for most models; the peak within a percent for transformers, and a few for convolutional networks, whose operations take work
+    space that only sizes tell (`budget.workspace`). For GPUs, work space of cuDNN and fragmentation come on top.
+
+    Args:
+        model: any module, on any device (also "meta"); the original, or a network that `momentumize` returned, whose options then count.
+        example_inputs: a call of the model, as a tuple of positional arguments or a dict of keyword arguments. Only shapes, dtypes and
+            constants count: tensors may be real, fake or on the meta device. The first dimension of the first is taken for the batch.
+        optimizer: a class such as torch.optim.AdamW, a function that makes one of parameters, or an optimizer of the model's parameters.
+        memory: bytes that there are, as a number or a text such as "16GiB". With it, `largest_batch` and `largest_depth_factor` are found.
+        loss: a function (output) -> scalar tensor; default the output's own `.loss`, or else the sum of all floating tensors in it.
+        gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline, and the ways are run on fake
+            tensors of a CUDA device.
+        options: those of `momentumize` for the momentum way: gamma, granularity, regions, ...
+
+    Returns:
+        An `Estimate`; print it.
+
+    What it supposes: that the stream keeps its magnitude and residuals are a quarter of it, so that a byte for each element of a chain
+    may be spilled a step earlier or later; that `.grad` of all parameters is there. `inner` has no meaning: steps are counted as eager.
+
+    Raises:
+        SettingsError: an argument cannot be used; the message names it.
+        MnetError: the model asks for values of tensors, or Dynamo breaks its graph (then give `regions`), or it cannot be copied.
+    """
+    began = time.perf_counter()
+    if loss is not None and not callable(loss):
+        raise SettingsError(f"loss must be a function (output) -> scalar tensor, got {loss!r}")
+    request = _Request(model, call_of(example_inputs), optimizer, loss or default_loss, checked_gpu(gpu), options)
+    size = None if memory is None else parsed(memory)
+    found = request.at(None)
+    if size is not None:
+        found = request.limited(found, size)
+    return replace(found, seconds_taken=time.perf_counter() - began)
+
+
+@dataclass
+class _Request:
+    """An estimate that was asked for, to be made for any batch."""
+
+    model: nn.Module
+    call: Call
+    optimizer: Any
+    loss: Loss
+    gpu: str | None
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise SettingsError(f"estimate takes an nn.Module, got {type(self.model).__name__}")
+        if TRANSFORMED in self.model.__dict__ and REPORT not in self.model.__dict__:
+            raise MnetError("transform_to_momentumnet changed this model in place: estimate the original, with regions=[...]")
+        if self.rewritten and self.options:
+            raise SettingsError(
+                f"the model is a momentum network already, with options of its own: leave out {', '.join(self.options)}, or estimate the "
+                "original"
+            )
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.said: list[str] = []
+        self.known: dict[tuple[str, int | None], Taken] = {}
+
+    @property
+    def rewritten(self) -> bool:
+        return REPORT in self.model.__dict__
+
+    @cached_property
+    def original(self) -> nn.Module:
+        model = original(self.model) if isinstance(self.model, fx.GraphModule) else self.model
+        return fake_model(copied(model), self.mode, self.device)
+
+    @cached_property
+    def momentum(self) -> nn.Module:
+        if self.rewritten:
+            return fake_model(self.model, self.mode, self.device)
+        with self._noted():
+            return momentumize(self.original, **self.options)
+
+    @property
+    def device(self) -> str | None:
+        return None if self.gpu is None else "cuda"
+
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules that own the steps of chains; to be asked after the momentum network ran."""
+        forward = self.momentum.__dict__.get("forward")
+        network = getattr(forward, "network", None)
+        chains = [] if network is None else sorted(network.chains)
+        named = [m.__dict__["forward"].owner for m in self.momentum.modules() if isinstance(m.__dict__.get("forward"), NamedLayer)]
+        paths = {id(m): path for path, m in self.momentum.named_modules()}
+        return tuple(dict.fromkeys([*(path for chain in chains for path in chain), *(paths[id(m)] for m in named)]))
+
+    @cached_property
+    def blocks(self) -> nn.Module | None:
+        paths = block_paths(self.original, self.owners)
+        return checkpointed(self.original, paths) if paths else None
+
+    def taken(self, name: str, batch: int | None) -> Taken | None:
+        """One step in one way."""
+        net = {"plain": lambda: self.original, "checkpoint": lambda: self.blocks, "momentum": lambda: self.momentum}[name]()
+        if net is None:
+            return None
+        if (name, batch) not in self.known:
+            call = resized(self.call, batch, self.mode, self.device)
+            with self._noted():
+                self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
+        return self.known[name, batch]
+
+    def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer | None:
+        return fake_optimizer(self.optimizer, self.model, net)
+
+    def at(self, batch: int | None) -> Estimate:
+        momentum, plain = self.taken("momentum", batch), self.taken("plain", batch)
+        other = self.taken("checkpoint", batch)
+        assert momentum is not None
+        assert plain is not None
+        found = Estimate(
+            model=type(self.model).__name__,
+            plain=plain.way,
+            checkpoint=None if other is None else _related(other, plain),
+            momentum=_related(momentum, plain),
+            batch=batch_of(self.call) if batch is None else batch,
+            steps=sum(region.steps for region in report_of(self.momentum).regions if region.storage != "nested"),
+            gamma=self._gamma(),
+            gpu=self.gpu,
+            optimizer=None if self.optimizer is None else _name(self.optimizer),
+            _at_batch=None if batch_of(self.call) is None else self.at,
+            _at_gamma=None if self.rewritten else self.at_gamma,
+            _growing={t.way.name: t.growing(self.owners) for t in (plain, other, momentum) if t is not None} if self.owners else {},
+        )
+        return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
+
+    def at_gamma(self, gamma: Any) -> Estimate:
+        """The estimate for another momentum."""
+        return _Request(self.model, self.call, self.optimizer, self.loss, self.gpu, {**self.options, "gamma": gamma}).at(None)
+
+    def limited(self, found: Estimate, memory: int) -> Estimate:
+        """The estimate with what fits."""
+
+        def within(way: Way | None) -> Way | None:
+            if way is None:
+                return None
+            taken_ = self.taken(way.name, None)
+            assert taken_ is not None
+            growing = taken_.growing(self.owners) if self.owners else None
+            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, growing, memory))
+
+        plain, momentum = within(found.plain), within(found.momentum)
+        assert plain is not None
+        assert momentum is not None
+        found = replace(found, plain=plain, checkpoint=within(found.checkpoint), momentum=momentum, memory=memory)
+        return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
+
+    def _total(self, name: str, batch: int) -> int:
+        found = self.taken(name, batch)
+        assert found is not None
+        return found.way.total_bytes
+
+    def _gamma(self) -> str:
+        gammas = dict.fromkeys(str(region.gamma) for region in report_of(self.momentum).regions)
+        return ", ".join(gammas) or str(self.options.get("gamma", 0.9))
+
+    def _noted(self) -> Any:
+        return _Noted(self.said)
+
+
+class _Noted(warnings.catch_warnings):
+    """Turns our warnings into notes."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(record=True)
+        self.said = said
+
+    def __enter__(self) -> Any:
+        self.found = super().__enter__()
+        warnings.simplefilter("always", MnetWarning)
+        return self.found
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for warning in self.found or ():
+            if issubclass(warning.category, MnetWarning):
+                self.said.append(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _related(found: Taken, plain: Taken) -> Way:
+    return replace(found.way, flops_ratio=found.flops / plain.flops if plain.flops else 1.0)
+
+
+def _name(optimizer: Any) -> str:
+    return getattr(optimizer, "__name__", None) or type(optimizer).__name__

@@ -1,0 +1,132 @@
+"""A model, its inputs and its optimizer on tensors without memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from ..errors import MnetError, SettingsError
+
+__all__ = ["Call", "batch_of", "call_of", "fake_model", "fake_optimizer", "resized"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def call_of(example_inputs: Any) -> Call:
+    """Positional and keyword arguments of a call, from what was given as example_inputs.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
+        raise SettingsError(
+            "example_inputs must be a call of the model: a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+            f"of which one is a tensor (real, fake or on the meta device); got {example_inputs!r:.80}"
+        )
+    return args, {}
+
+
+def resized(call: Call, batch: int | None, mode: FakeTensorMode, device: str | None = None) -> Call:
+    """A call with fake tensors, and where `batch` is given, with that in place of the first dimension of the first tensor everywhere."""
+    before = batch_of(call)
+
+    def fake(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        shape, stride = list(t.shape), list(t.stride())
+        if batch is not None and before is not None and shape and shape[0] == before:
+            shape[0] = batch  # strides stay, as the first dimension is mostly the outermost; else they are made anew
+            if stride[0] != max(stride):
+                stride = list(torch.empty(shape, device="meta").stride())
+        return _empty(shape, stride, t, mode, device)
+
+    return pytree.tree_map(fake, call)  # type: ignore[no-any-return]
+
+
+def batch_of(call: Call) -> int | None:
+    """The first dimension of the first tensor of a call; None for a scalar."""
+    first = next(t for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+    return int(first.shape[0]) if first.dim() else None
+
+
+def fake_model(model: nn.Module, mode: FakeTensorMode, device: str | None = None) -> nn.Module:
+    """A copy of a model with fake parameters, buffers and other tensors, nothing of which takes memory; on another device, if one is given.
+
+    Raises:
+        SettingsError: it is no module.
+        MnetError: it cannot be copied, or holds tensors that are more than numbers with strides.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"estimate takes an nn.Module, got {type(model).__name__}")
+    memo: dict[int, Any] = {}
+    for t in _tensors(model):
+        if id(t) not in memo:
+            memo[id(t)] = _fake_of(t, mode, device)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise MnetError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); estimate works on a copy") from error
+
+
+def fake_optimizer(optimizer: Any, model: nn.Module, net: nn.Module) -> torch.optim.Optimizer | None:
+    """An optimizer of the fake parameters of `net`.
+
+    Args:
+        optimizer: a class of optimizers, another callable that makes one of parameters, an optimizer of parameters of `model`, or None.
+        model, net: the model, and its fake copy.
+
+    Raises:
+        SettingsError: it is none of these.
+    """
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, torch.optim.Optimizer):
+        twins = {id(p): twin for (_, p), (_, twin) in zip(model.named_parameters(), net.named_parameters(), strict=False)}
+        groups = [{**group, "params": [twins[id(p)] for p in group["params"] if id(p) in twins]} for group in optimizer.param_groups]
+        if sum(len(group["params"]) for group in groups) < sum(len(group["params"]) for group in optimizer.param_groups):
+            raise SettingsError("optimizer has parameters that are not the model's: give one of this model, or its class")
+        made = copy.copy(optimizer)
+        made.__dict__ = {**optimizer.__dict__, "param_groups": groups, "state": type(optimizer.state)(dict)}
+        return made
+    try:
+        found = optimizer([p for p in net.parameters() if p.requires_grad]) if callable(optimizer) else None
+    except TypeError as error:
+        raise SettingsError(f"optimizer={optimizer!r} cannot be made of parameters alone ({error}): give a function of them") from error
+    if not isinstance(found, torch.optim.Optimizer):
+        raise SettingsError(f"optimizer must be a class as torch.optim.AdamW, a function of parameters, or an optimizer; got {optimizer!r}")
+    return found
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and tensors that are attributes of modules."""
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return [*chain(model.parameters(), model.buffers()), *own]
+
+
+def _fake_of(t: Tensor, mode: FakeTensorMode, device: str | None) -> Tensor:
+    if is_lazy(t):
+        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
+    if t.layout is not torch.strided or t.is_nested or t.is_quantized or type(t).__torch_dispatch__ not in _ORDINARY:
+        raise MnetError(f"the model holds a {type(t).__name__} of layout {t.layout}, whose memory cannot be told from its shape")
+    made = _empty(list(t.shape), list(t.stride()), t, mode, device)
+    return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+
+
+_ORDINARY: tuple[Callable[..., Any], ...] = (Tensor.__torch_dispatch__, FakeTensor.__torch_dispatch__)
+
+
+def _empty(shape: list[int], stride: list[int], t: Tensor, mode: FakeTensorMode, device: str | None) -> Tensor:
+    own: str | torch.device = "cpu" if t.is_meta and not isinstance(t, FakeTensor) else t.device
+    with mode:
+        return torch.empty_strided(shape, stride, dtype=t.dtype, device=device or own).requires_grad_(t.requires_grad and t.is_leaf)

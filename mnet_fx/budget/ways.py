@@ -1,0 +1,186 @@
+"""One training step on fake tensors, with everything that it allocates noted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from ..errors import MnetError, SettingsError
+from .counting import Count, Tag
+from .estimates import PARTS, Way
+from .faking import Call
+from .places import ACTIVATIONS, OUTSIDE, SPILLED, STATE, STEPS, Places
+from .work import Work
+
+__all__ = ["Taken", "default_loss", "taken"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step took.
+
+    Attributes:
+        way: the figures.
+        flops: floating point operations of forward and backward.
+        kept: bytes after the forward by tag, what is there between steps included.
+    """
+
+    way: Way
+    flops: int
+    kept: Counter[Tag]
+
+    def growing(self, owners: Iterable[str]) -> int:
+        """Bytes that grow with the number of steps of the chains, whose steps these modules own."""
+        inside = [f"{path}." if path else "" for path in owners]
+        return sum(size for (part, path), size in self.kept.items() if _grows(part) and f"{path}.".startswith(tuple(inside)))
+
+
+def _grows(part: str) -> bool:
+    return part in ("parameters", "buffers", "gradients", "optimizer state", OUTSIDE, SPILLED, STEPS, _STORED)
+
+
+_STORED = "stored inputs"  # of checkpoints, until the parts are named
+
+
+def taken(
+    name: str,
+    net: nn.Module,
+    call: Call,
+    mode: FakeTensorMode,
+    loss: Callable[[Any], Tensor],
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer | None],
+    gpu: str | None,
+) -> Taken:
+    """Runs a training step of a fake model in one way.
+
+    Args:
+        name: of the way.
+        net: the model, with fake tensors.
+        call: of it, with fake tensors.
+        mode: their mode.
+        loss: output -> scalar.
+        optimizer: makes one of the fake model's parameters.
+        gpu: as in `Work`.
+
+    Raises:
+        MnetError: the model or the loss needs the values of tensors.
+        SettingsError: the loss is no scalar that depends on the parameters.
+    """
+    places, work = Places(net), Work(gpu)
+    count = Count(places, work)
+    with mode, torch._dynamo.config.patch(_config()), _explained(net):
+        _hold_what_stays(count, net, call, stepper := _stepped(net, optimizer))
+        base = count.peak = count.live
+        with count:
+            value = _checked(loss(net(*call[0], **call[1])), loss)
+            count.retag(_after_forward(name))
+            kept, tags = count.live - base, count.by_tag.copy()
+            places.backward = True
+            value.backward()
+            del value
+            peak, flops, seconds = count.peak - base, work.flops, work.seconds
+            if stepper is not None:
+                stepper.step()
+    way = Way(name, kept, peak, count.peak, _parts(count.at_peak), _outside(tags), 1.0, None if gpu is None else seconds)
+    return Taken(way, flops, tags)
+
+
+def _config() -> dict[str, Any]:
+    """Of Dynamo: sizes stay numbers at a second batch, and no log entry breaks a graph."""
+    found: dict[str, Any] = {"automatic_dynamic_shapes": False}
+    if hasattr(torch._dynamo.config, "ignore_logging_functions"):
+        entries = {f for name, f in vars(logging.Logger).items() if callable(f) and name.split("_")[0] in _LEVELS}
+        found["ignore_logging_functions"] = torch._dynamo.config.ignore_logging_functions | entries
+    return found
+
+
+_LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")  # also of Hugging Face, as warning_once
+
+
+def _stepped(net: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer | None]) -> torch.optim.Optimizer | None:
+    """The optimizer, with its state made by a first step; and gradients for all parameters."""
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad = torch.empty_like(p, requires_grad=False)
+    made = optimizer(net)
+    if made is not None:
+        made.step()
+    return made
+
+
+def _hold_what_stays(count: Count, net: nn.Module, call: Call, optimizer: torch.optim.Optimizer | None) -> None:
+    for part, named in (("parameters", net.named_parameters()), ("buffers", net.named_buffers())):
+        for path, t in named:
+            count.hold([t], (part, path))
+    for path, p in net.named_parameters():
+        count.hold([p.grad], ("gradients", path))
+        if optimizer is not None and p in optimizer.state:
+            count.hold(pytree.tree_leaves(dict(optimizer.state[p])), ("optimizer state", path))
+    count.hold(pytree.tree_leaves(call), ("inputs", ""))
+
+
+def _after_forward(name: str) -> Callable[[Tag], Tag]:
+    """What is left of a step after the forward is stored input under a checkpoint; else something outside saves it, or gets it."""
+    part = _STORED if name == "checkpoint" else OUTSIDE
+    return lambda tag: (part, tag[1]) if tag[0] == ACTIVATIONS else tag
+
+
+def _parts(tags: Counter[Tag]) -> dict[str, int]:
+    parts = dict.fromkeys(PARTS, 0)
+    for (part, _), size in tags.items():
+        parts[STATE if part == _STORED else part] += size
+    return parts
+
+
+def _outside(tags: Counter[Tag]) -> dict[str, int]:
+    found = {path: size for (part, path), size in tags.items() if part == OUTSIDE and size}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def default_loss(output: Any) -> Tensor:
+    """The output's own `loss` where it has one, else the sum of all floating tensors in it."""
+    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    parts = [t.sum() for t in _leaves(output) if t.is_floating_point() and t.requires_grad]
+    if not parts:
+        raise SettingsError("the model's output has no floating tensor with a gradient: give loss, a function (output) -> scalar tensor")
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _leaves(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, dict):  # also those of Hugging Face, which torch knows under no fixed name
+        output = list(output.values())
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, dict):
+            yield from _leaves(leaf)
+
+
+def _checked(value: Any, loss: Callable[[Any], Tensor]) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise SettingsError(f"loss must be a function (output) -> scalar tensor with a gradient; {loss!r} gave {found}")
+    return value
+
+
+@contextmanager
+def _explained(net: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise MnetError(
+            f"{type(net).__name__} asks for the values of tensors ({error}), as in an if on a tensor, .item() or x[mask], and an estimate "
+            "has none: take that out of the model (for a transformer of Hugging Face, leave out the attention mask), or measure a step "
+            "with mnet_fx.measure"
+        ) from error
