@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -58,8 +59,7 @@ def estimate(
         optimizer: a class such as torch.optim.AdamW, a function that makes one of parameters, or an optimizer of the model's parameters.
         memory: bytes that there are, as a number or a text such as "16GiB". With it, `largest_batch` and `largest_depth_factor` are found.
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or else the sum of all floating tensors in it.
-        gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline, and the ways are run on fake
-            tensors of a CUDA device.
+        gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline: a lower bound.
         options: those of `momentumize` for the momentum way: gamma, granularity, regions, ...
 
     Returns:
@@ -115,18 +115,14 @@ class _Request:
     @cached_property
     def original(self) -> nn.Module:
         model = original(self.model) if isinstance(self.model, fx.GraphModule) else self.model
-        return fake_model(copied(model), self.mode, self.device)
+        return fake_model(copied(model), self.mode)
 
     @cached_property
     def momentum(self) -> nn.Module:
         if self.rewritten:
-            return fake_model(self.model, self.mode, self.device)
+            return fake_model(self.model, self.mode)
         with self._noted():
             return momentumize(self.original, **self.options)
-
-    @property
-    def device(self) -> str | None:
-        return None if self.gpu is None else "cuda"
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
@@ -149,7 +145,7 @@ class _Request:
         if net is None:
             return None
         if (name, batch) not in self.known:
-            call = resized(self.call, batch, self.mode, self.device)
+            call = resized(self.call, batch, self.mode)
             with self._noted():
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
@@ -184,8 +180,8 @@ class _Request:
                 return None
             taken_ = self.taken(way.name, None)
             assert taken_ is not None
-            growing = taken_.growing(self.owners) if self.owners else None
-            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, growing, memory))
+            deeper = (lambda factor: taken_.deeper(factor, self.owners)) if self.owners else None
+            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, deeper, memory))
 
         plain, momentum = within(found.plain), within(found.momentum)
         assert plain is not None
@@ -194,7 +190,15 @@ class _Request:
         return replace(found, advice=advice(found, report(self.momentum)), notes=notes(found, self.said))
 
     def _total(self, name: str, batch: int) -> int:
-        found = self.taken(name, batch)
+        try:
+            found = self.taken(name, batch)
+        except MnetError:
+            raise
+        except Exception as error:  # the model's own, which this batch does not suit, as batch norm a single row
+            self.said.append(
+                f"With a batch of {batch} the model fails ({type(error).__name__}: {str(error)[:100]}); so it counts as too large."
+            )
+            return sys.maxsize
         assert found is not None
         return found.way.total_bytes
 
