@@ -159,7 +159,7 @@ def test_other_things_are_refused_in_words():
 def test_where_nothing_was_rewritten_nothing_is_verified():
     with pytest.warns(mnet_fx.MnetWarning):
         net = mnet_fx.momentumize(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8))
-        found = mnet_fx.verify(net, points())
+    found = mnet_fx.verify(net, points())
     assert not found.ok
     assert found.checks[0].ok is None
 

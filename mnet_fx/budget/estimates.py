@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -166,7 +167,8 @@ class Estimate:
         return {"schema": SCHEMA, **rest, "advice": list(self.advice), "notes": list(self.notes), "ways": ways}
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._title(), self._table(), "\n".join(self.advice), "\n".join(self.notes)) if part)
+        words = ["\n".join(textwrap.fill(sentence, 99) for sentence in part) for part in (self.advice, self.notes)]
+        return "\n\n".join(part for part in (textwrap.fill(self._title(), 99), self._table(), *words) if part)
 
     def _title(self) -> str:
         batch = "" if self.batch is None else f", batch {self.batch}"

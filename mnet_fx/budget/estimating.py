@@ -65,8 +65,9 @@ def estimate(
     Returns:
         An `Estimate`; print it.
 
-    What it supposes: that the stream keeps its magnitude and residuals are a quarter of it, so that a byte for each element of a chain
-    may be spilled a step earlier or later; that `.grad` of all parameters is there. `inner` has no meaning: steps are counted as eager.
+    What it supposes: that the stream keeps its magnitude and residuals are as large, so that with a small gamma a byte for each element
+    of a chain may be spilled a step earlier or later, and is missing for a stream that grows; that `.grad` of all parameters is there.
+    `inner` has no meaning: steps are counted as eager.
 
     Raises:
         SettingsError: an argument cannot be used; the message names it.

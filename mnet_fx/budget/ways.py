@@ -47,13 +47,15 @@ class Taken:
     def deeper(self, factor: float, owners: Iterable[str]) -> float:
         """Bytes of a step if the chains, whose steps these modules own, were so many times as long."""
         inside = tuple(f"{path}." if path else "" for path in owners)
-        growing = sum(size for (part, path), size in self.kept.items() if part in _GROWING and f"{path}.".startswith(inside))
+        growing = sum(size for (part, path), size in self.kept.items() if part in _OF_STEPS)
+        growing += sum(size for (part, path), size in self.kept.items() if part in _OF_MODULES and f"{path}.".startswith(inside))
         stored = sum(chain.kept(factor) - chain.kept(1.0) for chain in self.chains)
         return self.way.total_bytes + (factor - 1) * growing + stored
 
 
 _STORED = "stored inputs"  # of checkpoints, until the parts are named
-_GROWING = frozenset(["parameters", "buffers", "gradients", "optimizer state", OUTSIDE, STEPS, _STORED])
+_OF_STEPS = frozenset([STEPS, _STORED])
+_OF_MODULES = frozenset(["parameters", "buffers", "gradients", "optimizer state", OUTSIDE])
 
 
 @dataclass(frozen=True)

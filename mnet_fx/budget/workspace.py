@@ -88,6 +88,15 @@ def _forward(c: _Convolution, y: int) -> int:
 
 def _backward(c: _Convolution, gy: Tensor, mask: list[bool]) -> int:
     gx, gw = _bytes(c.x) if mask[0] else 0, _bytes(c.w) if mask[1] else 0
+    return _copied(gy) + _backward_of(c, gy, gx, gw, mask)
+
+
+def _copied(gy: Tensor) -> int:
+    """Bytes of a copy, where a gradient lies in no order of its own, as that of a sum."""
+    return _bytes(gy) if gy.numel() > 1 and 0 in gy.stride() else 0
+
+
+def _backward_of(c: _Convolution, gy: Tensor, gx: int, gw: int, mask: list[bool]) -> int:
     if not c.in_blocks:
         return 0 if c.kernel == 1 or c.groups > 1 else _bytes(gy) * c.x.shape[1] * c.kernel // max(c.w.shape[0], 1)
     if c.last or c.apart:
