@@ -102,7 +102,7 @@ class Subject:
             output = net(*args, **kwargs)
             found: dict[str, Tensor | None] = {}
             if gradients:
-                wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}
+                wanted: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad}
                 wanted |= {f"input {i}": t for i, t in enumerate(pytree.tree_leaves(inputs)) if isinstance(t, Tensor) and t.requires_grad}
                 given = torch.autograd.grad(self.loss(output), list(wanted.values()), allow_unused=True)
                 found = dict(zip(wanted, given, strict=True))

@@ -51,7 +51,7 @@ def resized(call: Call, batch: int | None, mode: FakeTensorMode) -> Call:
                 stride = list(torch.empty(shape, device="meta").stride())
         return _empty(shape, stride, t, mode)
 
-    return pytree.tree_map(fake, call)  # type: ignore[no-any-return]
+    return pytree.tree_map(fake, call)
 
 
 def batch_of(call: Call) -> int | None:
