@@ -8,7 +8,7 @@ from .fixed_point import State
 
 __all__ = ["RESIDUAL", "FakeState"]
 
-RESIDUAL = 0.25  # supposed: the largest |f(x)| and |v|, relative to the largest |x|
+RESIDUAL = 1.0  # supposed: the largest |f(x)| and |v|, relative to the largest |x|
 
 
 class FakeState(State):

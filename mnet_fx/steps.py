@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from .guise import is_ordinary, plain
 from .replay import Conditions, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Print, Rerun, Tape
 
-__all__ = ["WATCHERS", "Chain", "run_chain"]
+__all__ = ["Chain", "run_chain", "watched"]
 
-WATCHERS: list[Callable[[str, int, Tensor], None]] = []
-"""Called with the name of the region, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original."""
+_WATCHERS: list[Callable[[Tape, int, Tensor], None]] = []
+"""Called with the tape, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original, and `estimate`."""
+
+
+@contextmanager
+def watched(watch: Callable[[Tape, int, Tensor], None]) -> Iterator[None]:
+    """Has `watch` called after each step, for a time."""
+    _WATCHERS.append(watch)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watch)
 
 
 class Step:
@@ -157,8 +168,8 @@ class Chain:
             y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
         self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
         self.t += 1
-        for watch in WATCHERS:
-            watch(self.tape.region, self.t, self.x)
+        for watch in _WATCHERS:
+            watch(self.tape, self.t, self.x)
         self.print = stream_print(self.tape, self.x) if self.t < len(self.tape.factors) else ()
         return extras
 

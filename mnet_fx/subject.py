@@ -24,7 +24,7 @@ from .named import NamedLayer, NamedRegion
 from .region import ChainRegion, MomentumRegion
 from .reporting.build import REPORT
 
-__all__ = ["Outcome", "Subject", "off_by"]
+__all__ = ["Outcome", "Subject", "off_by", "undone"]
 
 _SEED = 20211
 Region = ChainRegion | NamedRegion
@@ -97,12 +97,12 @@ class Subject:
     def run(self, net: nn.Module | None = None, gradients: bool = True) -> Outcome:
         """Runs the net (or another on the same call), and leaves buffers, random states and `.grad` as they were."""
         net = net or self.net
-        with _undone(net, self.call), torch.enable_grad():
+        with undone(net, self.call), torch.enable_grad():
             args, kwargs = inputs = pytree.tree_map(_leaf, self.call)
             output = net(*args, **kwargs)
             found: dict[str, Tensor | None] = {}
             if gradients:
-                wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}
+                wanted: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad}
                 wanted |= {f"input {i}": t for i, t in enumerate(pytree.tree_leaves(inputs)) if isinstance(t, Tensor) and t.requires_grad}
                 given = torch.autograd.grad(self.loss(output), list(wanted.values()), allow_unused=True)
                 found = dict(zip(wanted, given, strict=True))
@@ -193,7 +193,7 @@ def _leaf(t: Any) -> Any:
 
 
 @contextmanager
-def _undone(net: nn.Module, call: Any) -> Iterator[None]:
+def undone(net: nn.Module, call: Any) -> Iterator[None]:
     """Seeds torch, Python and numpy, and afterwards puts buffers, random states and the call's tensors back."""
     tensors = [t for t in (*net.buffers(), *pytree.tree_leaves(call)) if isinstance(t, Tensor)]
     before = [t.detach().clone() for t in tensors]

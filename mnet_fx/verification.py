@@ -20,8 +20,8 @@ from .fingerprints import fingerprint
 from .guise import plain
 from .memory import measure
 from .reporting.build import report_of
-from .steps import WATCHERS
-from .subject import Outcome, Subject, off_by
+from .steps import watched
+from .subject import Outcome, Subject, off_by, undone
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -151,7 +151,7 @@ def _from_original(subject: Subject) -> tuple[float, float]:
 def _departure(subject: Subject) -> str:
     """The first step after which the stream, with gamma=0, is no value that the original computes."""
     seen: list[tuple[str, int, Tensor]] = []
-    with _watched(lambda region, t, x: seen.append((region, t, x.detach().clone()))), subject.set(gamma=0.0, backward="stored"):
+    with watched(lambda tape, t, x: seen.append((tape.region, t, x.detach().clone()))), subject.set(gamma=0.0, backward="stored"):
         subject.run(gradients=False)
     with _Values({x.shape for _, _, x in seen}) as values:
         subject.run(subject.original(), gradients=False)
@@ -175,15 +175,6 @@ class _Values(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def _watched(watch: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    WATCHERS.append(watch)
-    try:
-        yield
-    finally:
-        WATCHERS.remove(watch)
-
-
 def _exact(subject: Subject) -> Check:
     with subject.set(backward="reversible", on_drift="raise"):
         subject.run()
@@ -197,7 +188,7 @@ def _gradients(subject: Subject) -> Check:
     runs = []
     with subject.set(backward="stored"):
         for seen in prints:
-            with _watched(lambda region, t, x, seen=seen: seen.append((region, t, fingerprint(plain(x.detach()))))):  # type: ignore[misc]
+            with watched(lambda tape, t, x, seen=seen: seen.append((tape.region, t, fingerprint(plain(x.detach()))))):  # type: ignore[misc]
                 runs.append(subject.run())
     stored, again = runs
     if unsteady := _unlike(again, stored):
@@ -270,8 +261,9 @@ def _saves(subject: Subject) -> Check:
     model = subject.original()
     sizes = []
     for net in (subject.net, model):
-        subject.step(net)
-        sizes.append(measure(lambda net=net: subject.step(net)).kept)  # type: ignore[misc]
+        with undone(net, subject.call):
+            subject.step(net)
+            sizes.append(measure(lambda net=net: subject.step(net)).kept)  # type: ignore[misc]
     kept, plain = sizes
     try:
         args, kwargs = subject.call
