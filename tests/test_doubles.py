@@ -155,11 +155,12 @@ def test_a_call_that_changes_its_argument_is_run_each_time():
     x = graph.placeholder("x")
     with mode:
         x.meta["example_value"] = torch.empty(4)
-    for _ in range(2):
+    for asks in (False, True, True):
         w = graph.call_function(torch.zeros_like, (x,))
-        graph.call_method("requires_grad_", (w,))
-        x = graph.call_function(torch.exp, (w,))
-    graph.output(x)
+        if asks:
+            graph.call_method("requires_grad_", (w,))
+        y = graph.call_function(torch.exp, (w,))
+    graph.output(y)
     assert_same_effects(torch.fx.GraphModule({}, graph))
 
 
