@@ -308,9 +308,9 @@ class _configured:
 
     def __enter__(self) -> None:
         config = torch._dynamo.config
-        self.before = {name: getattr(config, name) for name in _CONFIG}
-        for name, value in _CONFIG.items():
-            setattr(config, name, value)
+        self.before = {name: known for name, value in _CONFIG.items() if (known := getattr(config, name)) != value}
+        for name in self.before:
+            setattr(config, name, _CONFIG[name])
 
     def __exit__(self, *error: object) -> None:
         for name, value in self.before.items():

@@ -92,10 +92,11 @@ class _Step(nn.Module):
     def bound(self, tensors: Sequence[Any], sizes: tuple[int, ...]) -> _Step:
         """A copy that holds the tensors and sizes of one call, without the detours of Module.__init__, which would take longer than it."""
         step = _Step.__new__(_Step)
-        parameters, buffers = dict[str, Any](), dict[str, Any]()
-        for key, tensor in zip(self._keys, tensors, strict=True):
-            (parameters if isinstance(tensor, nn.Parameter) else buffers)[key] = tensor
-        step.__dict__ = self.__dict__ | {"_parameters": parameters, "_buffers": buffers, "_sizes": sizes}
+        parameters, buffers = dict(zip(self._keys, tensors, strict=True)), dict[str, Any]()
+        if {*map(type, tensors)} != {nn.Parameter}:
+            buffers = {key: tensor for key, tensor in parameters.items() if not isinstance(tensor, nn.Parameter)}
+            parameters = {key: tensor for key, tensor in parameters.items() if key not in buffers}
+        step.__dict__.update(self.__dict__, _parameters=parameters, _buffers=buffers, _sizes=sizes)
         return step
 
     def path_of(self, name: str) -> str:
@@ -160,21 +161,20 @@ class CompiledRegion(Unseen, ChainRegion):
         return (x, *escaped, *extras) if escaped or extras else x
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-        inputs, sizes = self._split(sides)
-        steps: list[tuple[nn.Module, tuple[Any, ...]]] = []
-        for code, paths, step in self._steps:
-            steps.append((step.bound([inputs[path] for path in paths], sizes), tuple(sides[i] for i in code.sides)))
-        return steps
+        sizes = sides[self.sides + len(self.reads) :]
+        return [
+            (step.bound([sides[i] for i in places], sizes), tuple([sides[i] for i in code.sides])) for code, places, step in self._steps
+        ]
 
     def dtypes(self, step: nn.Module) -> Iterable[torch.dtype]:
-        return (parameter.dtype for parameter in step._parameters.values() if parameter is not None)  # but for v[0], it has none inside
+        return [parameter.dtype for parameter in step._parameters.values() if parameter is not None]  # but for v[0], it has none inside
 
     @cached_property
-    def _steps(self) -> list[tuple[StepCode, list[str], _Step]]:
-        """For each step its code, the names of the attributes that it reads, and the step without these."""
-        found = []
+    def _steps(self) -> list[tuple[StepCode, list[int], _Step]]:
+        """For each step its code, the places of what it reads among the inputs of the region after x, and the step without these."""
+        found, places = [], {path: self.sides + i for i, path in enumerate(self.reads)}
         for code, artifact in zip(self.code, self.artifacts, strict=True):
             paths = self._own(code)
             velocity = self.velocity if artifact.has_regions else None
-            found.append((code, paths, _Step(artifact, [self.attributes[path] for path in paths], velocity)))
+            found.append((code, [places[path] for path in paths], _Step(artifact, [self.attributes[path] for path in paths], velocity)))
         return found

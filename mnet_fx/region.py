@@ -175,8 +175,8 @@ class ChainRegion(nn.Module):
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         v0 = None if self.velocity is None else checked_velocity(self.name, self.velocity(x), x)
-        widest = {dtype for step, _ in steps for dtype in self.dtypes(step) if dtype.is_floating_point}
-        widest |= set() if self.held is None else {self.held}
+        dtypes = {dtype for step, _ in steps for dtype in self.dtypes(step)}
+        widest = {dtype for dtype in dtypes if dtype.is_floating_point} | (set() if self.held is None else {self.held})
         tape = start_tape(self.name, x, v0, self.factors, backward, self.on_drift, widest, self.arithmetic)
         last, escaped, extras = run_chain(tape, x, v0, steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last

@@ -4,17 +4,17 @@
     y.mul_(2)            overwrites that storage           as the schemas of the aten operations say that the node makes
     z = torch.exp(y)     autograd saves the storage of z   as `saved_tensors_hooks` see it
 
-Nothing is computed, and the capture's own fake tensors are not touched. What a node did is noted in its meta data, as numbers of storages,
-so that copies of the graph know it too. A node that cannot be run so is taken to return and to overwrite all memory that it was given.
+Nothing is computed, an operation that repeats an earlier one is not run (`doubles`), and the capture's own fake tensors are not touched.
+What a node did is noted in its meta data, as numbers of storages, so that copies of the graph know it too. A node that cannot be run so is
+taken to return and to overwrite all memory that it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from typing import Any
 
 import torch
@@ -25,15 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from passes.doubles import NUMBERS, Double, Doubles, UnlikeError, form_of, fresh, made_of, repeats
 from passes.memory import is_hook
 
 __all__ = ["Effect", "forget_effect", "noted", "observed"]
 
 _NOTE = "mnet_fx_effect"
-_NUMBERS = count()  # of all storages of all graphs, so that notes of two runs never seem to be about one storage
 _RUNS_GRAPHS = frozenset(
     {"autograd_function_apply", "tag_activation_checkpoint", "wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "checkpoint"}
 )
+
+_PLAIN = (Double, bool, int, float, str, torch.dtype, torch.device, type(None))  # in what a node gives: the same for whoever repeats it
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
         if mode is None:
             return {}
         try:
-            effects = _Run(gm, mode).effects()
+            effects = _effects(gm, mode)
         except Exception:  # inputs without a storage, such as sparse ones
             return {}
         for node, effect in effects.items():
@@ -72,6 +74,13 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
 def noted(node: fx.Node) -> Effect | None:
     """The effect of a node if its graph, or the one it was copied from, has been observed."""
     return node.meta.get(_NOTE)
+
+
+def _effects(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.Node, Effect]:
+    try:
+        return _Run(gm, mode).effects()
+    except UnlikeError:
+        return _Run(gm, mode, sharing=False).effects()
 
 
 def forget_effect(node: fx.Node) -> None:
@@ -116,17 +125,38 @@ def _written_places(func: Any) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
-class _Run:
-    """One run of a graph on fresh fake tensors."""
+@dataclass(frozen=True)
+class _Known:
+    """What one node did, for all that repeat it. Storages are those it was given, by their places, and -1, -2, ... for those it made.
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        self.gm, self.mode, self.watch = gm, mode, _Watch()
-        self.values: dict[fx.Node, Any] = {}
-        self.numbers: dict[int, int] = {}  # by the address of a storage
-        self.alive: list[Any] = []  # all storages, as an address is only its own while it lives
-        self.inputs: dict[int, int] = {}  # numbers by the storages of the recorded inputs
+    Attributes:
+        value: what it gave.
+        effect: what it did.
+    """
+
+    value: Any
+    effect: Effect
+
+
+class _Run:
+    """One run of a graph on doubles of its tensors, in which an operation that repeats an earlier one is not run again.
+
+    Args:
+        gm: the graph.
+        mode: of its fake tensors.
+        sharing: False to run every operation.
+    """
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, sharing: bool = True) -> None:
+        self.gm, self.mode, self.sharing, self.watch = gm, mode, sharing, _Watch()
+        self.doubles = Doubles(self._again)
+        self.values = self.doubles.values
         self.saved: dict[int, int | None] = {}
         self.equal: dict[int, int] = {}  # numbers of storages that were exchanged
+        self.known: dict[Hashable, _Known] = {}
+        self.ran = 0  # how many operations were run
+        self.states = 0  # how many calls may have changed a state of torch's, such as the grad mode
+        self.grad: dict[fx.Node, bool] = {}  # the grad mode in which a node ran
 
     def effects(self) -> dict[fx.Node, Effect]:
         with ExitStack() as stack:
@@ -145,49 +175,94 @@ class _Run:
         if node.op == "output":
             return Effect()
         if node.op in ("placeholder", "get_attr"):
-            self.values[node] = self._input(node)
-            return Effect(tuple(self._memory(self.values[node])))
+            self.values[node] = self.doubles.of_input(node, self._input(node))
+            return Effect(self.doubles.memory(node))
         if is_hook(node):
             self.values[node] = self.values[node.all_input_nodes[0]]
-            memory = tuple(self._memory(self.values[node]))
-            return Effect(memory, memory)
+            return Effect(self.doubles.memory(node), self.doubles.memory(node))
         if _is_number(node):
             self.values[node] = _value(node)  # also where it was read from the values of a tensor
             return Effect()
-        self.watch, self.saved = _Watch(), {}
-        given = self._given(node)
+        given, self.grad[node] = self.doubles.memory(*node.all_input_nodes), torch.is_grad_enabled()
+        key = self._key(node, given)
+        if key is not None and key in self.known:
+            return self._repeated(node, given, self.known[key])
+        return self._run(node, given, key)
+
+    def _key(self, node: fx.Node, given: tuple[int, ...]) -> Hashable:
+        """Equal for operations that do the same to what they are given; None for one of which that cannot be told."""
+        if not (self.sharing and repeats(node)):
+            return None
+        places = {number: i for i, number in enumerate(given)}
+        key = (self.states, node.op, node.target, *(form_of(values, self.values, places) for values in (node.args, dict(node.kwargs))))
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+    def _repeated(self, node: fx.Node, given: tuple[int, ...], known: _Known) -> Effect:
+        made: dict[int, int] = {}
+
+        def number(place: int) -> int:
+            return given[place] if place >= 0 else made.setdefault(place, next(NUMBERS))
+
+        self.values[node] = self.doubles.repeated(node, known.value, number, given)
+        effect = known.effect
+        return Effect(tuple(map(number, effect.memory)), (), tuple((number(place), size) for place, size in effect.saved))
+
+    def _run(self, node: fx.Node, given: tuple[int, ...], key: Hashable) -> Effect:
+        self.doubles.make_waiting(given)
+        self.watch, self.saved, newest = _Watch(), {}, next(NUMBERS)
+        before = self.doubles.kinds(*node.all_input_nodes)
         try:
             with self.watch:
-                self.values[node] = self._call(node)
-            return self._seen(node, given)
+                value = self._call(node)
+            known = True
         except Exception:
-            self.values[node] = tree_map_only(Tensor, self._fresh, _value(node))
-            memory = tuple(dict.fromkeys([*given, *self._memory(self.values[node])]))
-            return Effect(memory, tuple(given), tuple(self.saved.items()), known=False)
+            value, known = tree_map_only(Tensor, fresh, _value(node)), False
+        self.ran += 1
+        self.doubles.changed(given)
+        self.values[node] = self.doubles.of_result(node, value, newest)
+        if not known:
+            memory = tuple(dict.fromkeys([*given, *self.doubles.memory(node)]))
+            return Effect(memory, given, tuple(self.saved.items()), known=False)
+        effect = self._seen(node, given)
+        if not given and not effect.memory:
+            self.states += 1
+        own = all(self.doubles.number(value) > newest for value in self.watch.written)
+        if key is not None and own and before == self.doubles.kinds(*node.all_input_nodes):
+            self._learn(key, node, given, newest, effect)
+        return effect
+
+    def _learn(self, key: Hashable, node: fx.Node, given: tuple[int, ...], newest: int, effect: Effect) -> None:
+        """Notes what a node did, unless that has to do with storages of others, or with objects that are no tensors."""
+        value = self.values[node]
+        made = dict.fromkeys((*effect.memory, *(number for number, _ in effect.saved)))
+        places = {number: -1 - i for i, number in enumerate(made)} | {number: i for i, number in enumerate(given)}
+        if not effect.memory or any(places[number] < 0 and number < newest for number in made):
+            return
+        if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value)):
+            saved = tuple((places[number], size) for number, size in effect.saved)
+            value = self.doubles.template(value, places)
+            self.known[key] = _Known(value, Effect(tuple(places[number] for number in effect.memory), (), saved))
 
     def _call(self, node: fx.Node) -> Any:
         target: Any = node.target
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() not in _RUNS_GRAPHS:
             raise NotImplementedError  # it may run any code
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: made_of(self.values[source]))
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return (self.gm.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
 
-    def _given(self, node: fx.Node) -> list[int]:
-        """The storages that a node is given, without those of the graphs it may be given."""
-        return list(dict.fromkeys(number for source in node.all_input_nodes for number in self._memory(self.values[source])))
-
-    def _seen(self, node: fx.Node, given: list[int]) -> Effect:
-        written = {number for value in self.watch.written for number in self._memory(value)}
+    def _seen(self, node: fx.Node, given: tuple[int, ...]) -> Effect:
+        written = {self.doubles.number(value) for value in self.watch.written}
         if self.watch.exchanged:
-            after = set(self._given(node)) | written
-            self.equal |= dict.fromkeys(after | set(given), min(after | set(given)))
-        return Effect(
-            tuple(dict.fromkeys(self._memory(self.values[node]))),
-            tuple(number for number in given if number in written),
-            tuple(self.saved.items()),
-        )
+            after = {*self.doubles.memory(*node.all_input_nodes), *written, *given}
+            self.equal |= dict.fromkeys(after, min(after))
+        overwritten = tuple(number for number in given if number in written)
+        return Effect(self.doubles.memory(node), overwritten, tuple(self.saved.items()))
 
     def _joined(self, effect: Effect) -> Effect:
         """The effect with one number for storages that were exchanged."""
@@ -203,42 +278,22 @@ class _Run:
             number = self.equal[number]
         return number
 
-    def _memory(self, value: Any) -> Iterator[int]:
-        """Numbers of the storages of the tensors in a value."""
-        for tensor in (value,) if isinstance(value, Tensor) else tree_leaves(value):
-            if isinstance(tensor, Tensor):
-                yield self._number(tensor.untyped_storage())
-
-    def _number(self, storage: Any) -> int:
-        if storage._cdata not in self.numbers:
-            self.numbers[storage._cdata] = next(_NUMBERS)
-            self.alive.append(storage)
-        return self.numbers[storage._cdata]
-
     def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        self.saved[self._number(storage)] = size if isinstance(size, int) else _hint(size)
+        size = tensor.untyped_storage().nbytes()
+        self.saved[self.doubles.number(tensor)] = size if isinstance(size, int) else _hint(size)
         return tensor
 
+    def _again(self, node: fx.Node) -> Any:
+        """What a node gives, without a note of what it does."""
+        saved, self.saved = self.saved, {}
+        with torch.set_grad_enabled(self.grad[node]):
+            value = self._call(node)
+        self.saved, self.ran = saved, self.ran + 1
+        return value
+
     def _input(self, node: fx.Node) -> Any:
-        """A fresh value like a recorded one; values that shared memory share the number of their storage."""
         value = _value(node)
-        if value is None and node.op == "get_attr":
-            value = _attribute(self.gm, str(node.target))
-        return self._like(value) if isinstance(value, Tensor) else tree_map_only(Tensor, self._like, value)
-
-    def _like(self, recorded: Tensor) -> Tensor:
-        made, storage = self._fresh(recorded), recorded.untyped_storage()
-        self.alive += (storage, made.untyped_storage())
-        self.numbers[made.untyped_storage()._cdata] = self.inputs.setdefault(storage._cdata, next(_NUMBERS))
-        return made
-
-    def _fresh(self, recorded: Tensor) -> Tensor:
-        made = torch.empty_strided(recorded.size(), recorded.stride(), dtype=recorded.dtype, device=recorded.device)
-        if not recorded.requires_grad:
-            return made
-        return made.requires_grad_() if recorded.is_leaf else made.requires_grad_().clone()
+        return _attribute(self.gm, str(node.target)) if value is None and node.op == "get_attr" else value
 
 
 def _is_number(node: fx.Node) -> bool:

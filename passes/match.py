@@ -10,6 +10,7 @@ graph order, and a walk back from a branch jumps over each residual add it meets
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -93,7 +94,7 @@ def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> R
     plain = _plain_terms(add)
     if plain is not None:
         for skip, branch in ((skip, branch) for term, branch in (plain, plain[::-1]) for skip in _same_values(term, facts)):
-            walk = _branch(skip, branch, facts, sums)
+            walk = _branch(skip, branch, _filled(branch, [add], facts), facts, sums)
             if walk is not None:
                 return ResidualSum(add, skip, branch, walk.frontier)
     terms = _terms(add, facts)
@@ -112,7 +113,8 @@ def _other_residual(node: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum
 
 def _whole(add: fx.Node, skip: fx.Node, terms: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> ResidualSum | None:
     """A sum of which only the whole is known, if one of its terms is a residual branch."""
-    if all(_branch(skip, term, facts, sums, mixes=facts.kinds[add] in MIXING) is None for term in terms):
+    mixes, readers = facts.kinds[add] in MIXING, [add, *_inner_adds(add, facts)]
+    if all(_branch(skip, term, _filled(term, readers, facts), facts, sums, mixes) is None for term in terms):
         return None
     return ResidualSum(add, skip, None, _walk(add, skip, facts, sums).frontier)
 
@@ -159,16 +161,33 @@ def _terms(add: fx.Node, facts: Facts) -> list[fx.Node]:
     return [term for node in (add, *inner) for term in operands(node)[:2] if term not in inner]
 
 
-def _branch(skip: fx.Node, branch: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], mixes: bool = False) -> _Walk | None:
-    """The walk from `branch` back to `skip`, if that makes a residual branch; `mixes` where the sum itself mixes, as addmm does."""
-    if skip.op == "get_attr" or skip not in facts.varies or facts.index[skip] >= facts.index[branch]:
+def _filled(term: fx.Node, readers: list[fx.Node], facts: Facts) -> list[fx.Node]:
+    """The writes to a term of a sum between where it was made and where it is read: y = zeros_like(x); y[m] = f(x[m]); x + y."""
+    memory, index = set(facts.shares[term]), facts.index
+    writes = [node for reader in readers if term in reader.all_input_nodes for node in facts.flow[reader] if index[node] > index[term]]
+    return [node for node in writes if not memory.isdisjoint(facts.writes.get(node, ()))]
+
+
+def _branch(
+    skip: fx.Node, branch: fx.Node, filled: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum], mixes: bool = False
+) -> _Walk | None:
+    """The walk from `branch` back to `skip`, if that makes a residual branch.
+
+    Args:
+        skip, branch: the terms.
+        filled: the writes to `branch` since it was made.
+        facts, sums: of the graph.
+        mixes: whether the sum itself mixes, as addmm does.
+    """
+    if skip.op == "get_attr" or skip not in facts.varies or facts.index[skip] >= max(map(facts.index.__getitem__, (branch, *filled))):
         return None
-    walk = _walk(branch, skip, facts, sums)
+    walk = _walk(branch, skip, facts, sums, filled)
     mixes = mixes or any(facts.kinds[node] in MIXING or node in sums for node in walk.between)
     return walk if branch in walk.between and mixes and not _enters(walk, skip, facts, sums) else None
 
 
-def _walk(start: fx.Node, skip: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> _Walk:
+def _walk(start: fx.Node, skip: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], filled: Sequence[fx.Node] = ()) -> _Walk:
+    """The walk back from what `start` holds after the writes `filled`."""
     lowest = facts.index[skip]
     visited: dict[fx.Node, tuple[fx.Node, ...]] = {}
     frontier: dict[fx.Node, None] = {}
@@ -180,12 +199,14 @@ def _walk(start: fx.Node, skip: fx.Node, facts: Facts, sums: dict[fx.Node, Resid
         known = sums.get(node)
         jumps = known is not None and node is not start and facts.index[known.skip] >= lowest
         visited[node] = (known.skip, *known.frontier) if known is not None and jumps else facts.values[node]
+        if node is start:
+            visited[node] = (*visited[node], *filled)
         for source in visited[node]:
             if facts.index[source] > lowest:
                 stack.append(source)
             else:
                 frontier[source] = None
-    in_order = sorted(visited, key=facts.index.__getitem__)
+    in_order = sorted(visited, key=lambda node: (node is start, facts.index[node]))
     between: set[fx.Node] = set()
     for node in in_order:
         if any(source is skip or source in between for source in visited[node]):
@@ -208,11 +229,12 @@ def _projection(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) ->
         common = [source for node in short for source in facts.values[node] if source in facts.varies]
         if not common or other in short or other.op in ("placeholder", "get_attr"):
             continue
-        walk = _walk(other, common[-1], facts, sums)
+        filled = _filled(other, [add], facts)
+        walk = _walk(other, common[-1], facts, sums, filled)
         reached = [node for node in common if node in walk.visited or node in walk.frontier]
         if not reached:
             continue
-        walk = _walk(other, reached[0], facts, sums)
+        walk = _walk(other, reached[0], facts, sums, filled)
         longer = _mixings(walk, facts) > sum(facts.kinds[node] in MIXING for node in short)
         if longer and not any(node in sums for node in walk.between):  # a merge of stages, as in a feature pyramid, spans blocks
             return Projection(add, reached[0], tuple(short[: common.index(reached[0]) + 1]))

@@ -29,7 +29,7 @@ MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "pla
 CAPTURED = ["tests/test_captured.py", "tests/test_momentumize.py"]
 PREVIEW = ["tests/test_passes_preview.py", "tests/test_torch_layers.py"]
 BACKEND = ["tests/test_backend.py"]
-EFFECTS = ["tests/test_effects.py", "tests/test_side_outputs.py"]
+EFFECTS = ["tests/test_doubles.py", "tests/test_effects.py", "tests/test_side_outputs.py"]
 TESTS = {
     "passes/layout.py": ["tests/test_passes_layout.py", "tests/test_backend_layouts.py"],
     "passes/layout_ops.py": ["tests/test_passes_layout.py", "tests/test_backend_layouts.py"],
@@ -39,6 +39,7 @@ TESTS = {
     "passes/facts.py": [*MATCHER, *EFFECTS],
     "passes/rewrite.py": [*MATCHER, *EFFECTS],
     "passes/effects.py": EFFECTS,
+    "passes/doubles.py": EFFECTS,
     "passes/own_copies.py": EFFECTS,
     "passes/side_outputs.py": EFFECTS,
     "passes/kept.py": EFFECTS,
@@ -178,7 +179,14 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/facts.py", "_find_memory(facts, observed(gm))", "_find_memory(facts, {})"),
     ("passes/facts.py", "facts.unknown.add(node)", "pass"),
     ("passes/effects.py", "self.written += [value for", "_ = [value for"),
-    ("passes/effects.py", "tuple(dict.fromkeys(self._memory(self.values[node]))),", "(),"),
+    ("passes/effects.py", "return Effect(self.doubles.memory(node), overwritten", "return Effect((), overwritten"),
+    ("passes/effects.py", "self.states += 1", "pass"),
+    ("passes/effects.py", "self.doubles.make_waiting(given)", "pass"),
+    ("passes/effects.py", "if key is not None and own and before ==", "if key is not None and before =="),
+    ("passes/effects.py", "own and before == self.doubles.kinds(*node.all_input_nodes):", "own:"),
+    ("passes/doubles.py", "return argument.kind, places[argument.number]", "return argument.kind"),
+    ("passes/doubles.py", "return argument.kind, places[argument.number]", "return places[argument.number]"),
+    ("passes/doubles.py", "double.version != self._version(double.number):", "False:"),
     ("passes/memory.py", "return () if _makes_fresh(node.target, word) else tuple(node.all_input_nodes)", "return ()"),
     # Copies of what is overwritten later, and what steps give to others.
     ("passes/own_copies.py", "and facts.index[writer] > when", "and False"),
