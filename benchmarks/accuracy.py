@@ -19,7 +19,7 @@ from tables import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mnet_fx.fixed_point import State
+from mnet_fx.arithmetic.fixed_point import State
 
 D = 24
 COLUMNS = {"chain": "chain", "runs": "runs", "median": "median ratio", "worst": "worst ratio", "beyond": "runs beyond 2"}

@@ -24,9 +24,9 @@ import torch
 from tables import save
 from tqdm import trange
 
-from mnet_fx.fixed_point import State
-from mnet_fx.fused import FUSED
-from mnet_fx.loops import EAGER, Kernels
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels.choice import FUSED
+from mnet_fx.arithmetic.kernels.eager import EAGER, Kernels
 
 COLUMNS = {"name": "loop", "milliseconds": "ms", "ratio": "ratio to float"}
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 MIB = 2.0**20
 COLUMNS = {"model": "model", "layers": "layers", "compiler": "compiler"}

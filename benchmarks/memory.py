@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnet_fx import momentumize
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 MIB = 2.0**20
 COLUMNS = {"layers": "layers", "model": "model", "kept": "kept, MiB", "peak": "peak, MiB", "time": "time / plain"}

@@ -27,7 +27,7 @@ class Refusal:
     """Why one residual-looking add, or one module, was not rewritten. Falsy, so that a failed match can be returned as a value.
 
     Attributes:
-        code: one of the fixed codes of `passes.legality.CODES`, such as "projection_shortcut".
+        code: one of the fixed codes of `passes.planning.rules.CODES`, such as "projection_shortcut".
         node: name of the add in the captured graph; empty where a whole module is refused.
         path: path of the module that owns the add, such as "layer1.0".
         explanation: what was found, in one sentence.
@@ -165,7 +165,8 @@ class Plan:
         residual_adds: names of all residual-looking adds of the graph, in graph order.
         regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
-        kept_outside: bytes that autograd keeps for what lies outside of all regions, see `passes.kept`; None where they are not known.
+        kept_outside: bytes that autograd keeps for what lies outside of all regions, see
+            `passes.planning.kept`; None where they are not known.
         stretches: the graph from input to output, where `passes.with_stretches` has added it.
     """
 

@@ -16,7 +16,7 @@ from zoo import one_thread  # noqa: F401  (a fixture)
 
 import mnet_fx
 from mnet_fx import InversionError, SettingsError
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 # Dynamo looks at .grad of what flows into a graph after a break, and torch warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

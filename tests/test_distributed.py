@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 RANKS, BATCH, WIDTH = 2, 8, 16
 KINDS = {"traced": {}, "named": {"regions": ["layers"]}}

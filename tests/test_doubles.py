@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import passes
-from passes.effects import _mode_of, _Run
+from passes.graphs.effects import _mode_of, _Run
 
 
 def graphs_of(model, *args, dynamic=False, read=lambda gm: passes.unlift(gm).graph_module):

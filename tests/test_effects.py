@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 # A name for the same memory, by operations that no table lists, or that only some shapes or modes make share it.
 SHARING = {

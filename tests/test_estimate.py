@@ -16,9 +16,9 @@ import mnet_fx
 from mnet_fx.budget.blocks import block_paths, checkpointed
 from mnet_fx.budget.estimates import PARTS
 from mnet_fx.budget.faking import fake_model
+from mnet_fx.budget.measured import measure
 from mnet_fx.budget.sizes import parsed, shown
 from mnet_fx.budget.workspace import workspace
-from mnet_fx.memory import measure
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch.fx as fx
 from torch import nn
 
 import mnet_fx
-from mnet_fx.subject import Subject
+from mnet_fx.verifying.subject import Subject
 
 COUNT = [0]
 

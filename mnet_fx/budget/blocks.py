@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..copies import copied
-from ..valueless import Drawn, valueless
+from ..arithmetic.valueless import Drawn, valueless
+from ..captured.copies import copied
 
 __all__ = ["Block", "block_paths", "checkpointed"]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..api import momentumize
-from ..copies import copied
+from ..captured.copies import copied
+from ..captured.graph_modules import original
 from ..errors import MnetError, MnetWarning, SettingsError
-from ..graph_modules import original
-from ..named import NamedLayer
+from ..named.layers import NamedLayer
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from .advice import advice, notes
 from .blocks import block_paths, checkpointed

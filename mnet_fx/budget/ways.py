@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..cost import state_bytes, step_bits
+from ..arithmetic.cost import state_bytes, step_bits
+from ..arithmetic.formats import Format
 from ..errors import MnetError, SettingsError
-from ..formats import Format
-from ..steps import watched
-from ..tape import ReversingTape, StoringTape, Tape
+from ..runtime.steps import watched
+from ..runtime.tape import ReversingTape, StoringTape, Tape
 from .counting import Count, Tag
 from .estimates import PARTS, Way
 from .faking import Call

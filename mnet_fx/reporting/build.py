@@ -11,9 +11,9 @@ from torch import nn
 
 from passes import Plan, PlannedRegion, Refusal, Stretch, joined
 
-from ..cost import storage
+from ..arithmetic.cost import storage
+from ..arithmetic.formats import Format
 from ..errors import MnetError
-from ..formats import Format
 from ..settings import Settings
 from .findings import AddReport, CapturedPart, RegionReport
 from .report import Report

@@ -95,7 +95,7 @@ class AddReport:
         path: path of the module that owns it, "" for the whole model.
         region: name of the region it was rewritten into; empty where it was left as it is.
         step: index of the step of that region; None where it was left.
-        code: why it was left: a code of `passes.legality.CODES`; empty where it was rewritten.
+        code: why it was left: a code of `passes.planning.rules.CODES`; empty where it was rewritten.
         explanation, hint: what was found, and what can be done about it, one sentence each; empty where it was rewritten.
         stretch: index of the stretch it lies in; None where there is none.
     """
@@ -125,7 +125,7 @@ class Findings:
         refusals: why each other add, or a whole module, was left as it was.
         captured: which parts of the model were captured, and how.
         kept_outside: bytes that ordinary autograd saves for what lies outside of all chains, for the inputs of the capture: see
-            `passes.kept` for what is counted. None where that is not known, as in a preview and for named containers.
+            `passes.planning.kept` for what is counted. None where that is not known, as in a preview and for named containers.
         adds: every residual-looking add, once, in the order in which the model runs.
         stretches: the model from input to output: each step, and what lies between regions, with what autograd saves for it in the
             original model (`saved`), and what is kept after the rewrite (`kept`: of a step, its share of the state of its region).
