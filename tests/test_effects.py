@@ -1,5 +1,7 @@
 """What a model does to memory is seen, by whatever operation: at gamma = 0 the momentum network computes what the model computes."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -208,6 +210,28 @@ def test_a_write_before_the_chain_makes_no_copy():
     for want, got in both(model, net, x):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert net.report.regions[0].copied == ()
+
+
+def test_a_graph_that_cannot_be_run_leaves_no_transform():
+    """An exported vmap begins and ends in nodes of their own; between them are tensors without a storage."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(torch.vmap(torch.tanh)(x))
+            return x
+
+    x = torch.randn(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mnet_fx.MnetWarning)  # nothing is rewritten
+        net = mnet_fx.momentumize(torch.export.export(Net(), (x,)).module())
+    torch.rand(3)  # raises within a vmap
+    assert not torch._C._functorch.get_interpreter_stack()
+    assert net(x).shape == x.shape
 
 
 class SideLayer(nn.Module):

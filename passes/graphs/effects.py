@@ -11,8 +11,8 @@ taken to return and to overwrite all memory that it was given.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -74,6 +74,17 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
 def noted(node: fx.Node) -> Effect | None:
     """The effect of a node if its graph, or the one it was copied from, has been observed."""
     return node.meta.get(_NOTE)
+
+
+@contextmanager
+def _no_transform_left() -> Iterator[None]:
+    """A graph may begin transforms of torch.func, as vmap does, and be given up before it ends them: they would go on for everybody."""
+    before = len(torch._C._functorch.get_interpreter_stack() or ())
+    try:
+        yield
+    finally:
+        for _ in range(len(torch._C._functorch.get_interpreter_stack() or ()) - before):
+            torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def _effects(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.Node, Effect]:
@@ -160,6 +171,7 @@ class _Run:
 
     def effects(self) -> dict[fx.Node, Effect]:
         with ExitStack() as stack:
+            stack.enter_context(_no_transform_left())
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # back to what it is, whatever the graph sets
             if (shapes := self.mode.shape_env) is not None:
                 stack.enter_context(shapes.suppress_guards())
