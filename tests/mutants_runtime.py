@@ -8,26 +8,41 @@ into it again), `.to(dtype)` in `Shear.backward` (autograd casts by itself), `ga
 
 from __future__ import annotations
 
-TAPE = ["tests/test_tape.py", "tests/test_replay.py", "tests/test_everyday.py", "tests/test_memory.py", "tests/test_transforms.py"]
-TAPE += ["tests/test_oracles.py", "tests/test_graph.py", "tests/test_streams.py", "tests/test_inner_gradients.py"]
-TAPE += ["tests/test_attributes.py", "tests/test_surroundings.py", "tests/test_effects.py"]
-ARITHMETIC = ["tests/test_fixed_point.py", "tests/test_dtypes.py"]
+TAPE = [
+    "tests/runtime/test_tape.py",
+    "tests/runtime/test_replay.py",
+    "tests/captured/test_everyday.py",
+    "tests/runtime/test_memory.py",
+    "tests/runtime/test_transforms.py",
+]
+TAPE += [
+    "tests/runtime/test_oracles.py",
+    "tests/runtime/test_graph.py",
+    "tests/runtime/test_streams.py",
+    "tests/runtime/test_inner_gradients.py",
+]
+TAPE += ["tests/runtime/test_attributes.py", "tests/runtime/test_surroundings.py", "tests/passes/test_effects.py"]
+ARITHMETIC = ["tests/arithmetic/test_fixed_point.py", "tests/arithmetic/test_dtypes.py"]
 TESTS = {
     "mnet_fx/runtime/tape.py": TAPE,
     "mnet_fx/runtime/shear.py": TAPE,
     "mnet_fx/runtime/steps.py": TAPE,
-    "mnet_fx/runtime/replay.py": [*TAPE, "tests/test_threads.py"],
-    "mnet_fx/runtime/surroundings.py": ["tests/test_surroundings.py"],
-    "mnet_fx/runtime/attributes.py": ["tests/test_attributes.py"],
-    "mnet_fx/runtime/guise.py": ["tests/test_streams.py", "tests/test_replay.py"],
-    "mnet_fx/runtime/own_copies.py": ["tests/test_effects.py"],
-    "mnet_fx/runtime/turns.py": ["tests/test_threads.py"],
+    "mnet_fx/runtime/replay.py": [*TAPE, "tests/runtime/test_threads.py"],
+    "mnet_fx/runtime/surroundings.py": ["tests/runtime/test_surroundings.py"],
+    "mnet_fx/runtime/attributes.py": ["tests/runtime/test_attributes.py"],
+    "mnet_fx/runtime/guise.py": ["tests/runtime/test_streams.py", "tests/runtime/test_replay.py"],
+    "mnet_fx/runtime/own_copies.py": ["tests/passes/test_effects.py"],
+    "mnet_fx/runtime/turns.py": ["tests/runtime/test_threads.py"],
     "mnet_fx/arithmetic/fixed_point.py": ARITHMETIC,
     "mnet_fx/arithmetic/formats.py": ARITHMETIC,
     "mnet_fx/arithmetic/kernels/eager.py": ARITHMETIC,
-    "mnet_fx/arithmetic/fingerprints.py": ["tests/test_fingerprints.py"],
-    "mnet_fx/arithmetic/kernels/choice.py": ["tests/test_fused.py"],
-    "mnet_fx/arithmetic/kernels/c.py": ["tests/test_native.py", "tests/test_fused.py", "tests/test_fingerprints.py"],
+    "mnet_fx/arithmetic/fingerprints.py": ["tests/arithmetic/test_fingerprints.py"],
+    "mnet_fx/arithmetic/kernels/choice.py": ["tests/arithmetic/test_fused.py"],
+    "mnet_fx/arithmetic/kernels/c.py": [
+        "tests/arithmetic/test_native.py",
+        "tests/arithmetic/test_fused.py",
+        "tests/arithmetic/test_fingerprints.py",
+    ],
 }
 
 # File, what stands there once, what the mutant has in its place.

@@ -25,16 +25,19 @@ import torchvision  # noqa: F401  # takes seconds, which its children save
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-MATCHER = [f"tests/test_passes_{name}.py" for name in ("legality", "match", "plan", "nesting", "hoisting", "rewrite", "programs", "layout")]
-CAPTURED = ["tests/test_captured.py", "tests/test_momentumize.py"]
-PREVIEW = ["tests/test_passes_preview.py", "tests/test_torch_layers.py"]
-BACKEND = ["tests/test_backend.py"]
-EFFECTS = ["tests/test_doubles.py", "tests/test_effects.py", "tests/test_side_outputs.py"]
+MATCHER = [
+    f"tests/passes/test_{name}.py"
+    for name in ("rules", "matching", "planner", "nesting", "hoisting", "rewriter", "passes_programs", "layouts")
+]
+CAPTURED = ["tests/captured/test_captured.py", "tests/captured/test_momentumize.py"]
+PREVIEW = ["tests/passes/test_previewing.py", "tests/passes/test_torch_layers.py"]
+BACKEND = ["tests/compiled/test_backend.py"]
+EFFECTS = ["tests/passes/test_doubles.py", "tests/passes/test_effects.py", "tests/passes/test_side_outputs.py"]
 TESTS = {
-    "passes/capturing/layouts.py": ["tests/test_passes_layout.py", "tests/test_backend_layouts.py"],
-    "passes/capturing/layout_ops.py": ["tests/test_passes_layout.py", "tests/test_backend_layouts.py"],
+    "passes/capturing/layouts.py": ["tests/passes/test_layouts.py", "tests/compiled/test_backend_layouts.py"],
+    "passes/capturing/layout_ops.py": ["tests/passes/test_layouts.py", "tests/compiled/test_backend_layouts.py"],
     "passes/capturing/torch_layers.py": PREVIEW,
-    "passes/capturing/leftovers.py": ["tests/test_passes_standins.py"],
+    "passes/capturing/leftovers.py": ["tests/passes/test_leftovers.py"],
     "passes/graphs/writes.py": [*BACKEND, *EFFECTS],
     "passes/graphs/facts.py": [*MATCHER, *EFFECTS],
     "passes/rewriting/rewriter.py": [*MATCHER, *EFFECTS],
@@ -50,12 +53,12 @@ TESTS = {
     "mnet_fx/captured/capturing.py": CAPTURED,
     "mnet_fx/captured/network.py": CAPTURED,
     "mnet_fx/captured/doors.py": CAPTURED,
-    "mnet_fx/captured/stand_ins.py": [*CAPTURED, "tests/test_transforms.py"],
+    "mnet_fx/captured/stand_ins.py": [*CAPTURED, "tests/runtime/test_transforms.py"],
     "mnet_fx/captured/unseen.py": CAPTURED,
     "mnet_fx/api.py": CAPTURED,
-    "mnet_fx/regions/region.py": ["tests/test_nested.py"],
-    "mnet_fx/captured/copies.py": ["tests/test_graph_modules.py"],
-    "mnet_fx/captured/graph_modules.py": ["tests/test_graph_modules.py"],
+    "mnet_fx/regions/region.py": ["tests/runtime/test_nested.py"],
+    "mnet_fx/captured/copies.py": ["tests/captured/test_graph_modules.py"],
+    "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],
     **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"

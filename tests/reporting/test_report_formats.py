@@ -1,6 +1,6 @@
 """Reports in every format: golden files of three models, the JSON schema, and that each residual-looking add is there once, in order.
 
-`MNET_FX_GOLDEN=write pytest tests/test_report_formats.py` writes the golden files anew.
+`MNET_FX_GOLDEN=write pytest tests/reporting/test_report_formats.py` writes the golden files anew.
 """
 
 import csv
@@ -21,7 +21,7 @@ import mnet_fx
 from mnet_fx.reporting import data
 from mnet_fx.reporting.report import Report
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 class Bottleneck(nn.Module):

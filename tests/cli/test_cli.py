@@ -367,7 +367,7 @@ def test_inputs_that_cannot_be_read(folder, texts, words):
 
 
 def program(*arguments, **more):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", **more.pop("env", {})}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1", **more.pop("env", {})}
     return subprocess.run(
         [sys.executable, "-m", "mnet_fx", *arguments], capture_output=True, text=True, env=environment, timeout=120, **more
     )
@@ -408,7 +408,7 @@ def in_terminal(command, folder):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(folder)
-        os.environ |= {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
+        os.environ |= {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
         os.execv(sys.executable, [sys.executable, *command])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     sent = b""
@@ -449,7 +449,7 @@ def test_progress_is_shown_in_a_terminal_once_it_takes_long(folder):
 
 
 def test_progress_is_not_shown_where_the_output_is_no_terminal():
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
     code = WAIT.format(delay=0.1, sleep=0.5)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert (done.stdout, done.stderr) == ("done\n", "")

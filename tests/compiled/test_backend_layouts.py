@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 import zoo
-from test_passes_layout import Windows, images
+from test_layouts import Windows, images
 from torch import nn
 from torchvision.models.maxvit import MaxVit
 from zoo import one_thread  # noqa: F401  (a fixture)

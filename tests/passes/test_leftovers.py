@@ -93,9 +93,9 @@ TABLE_MAKERS = [by_lru, by_dict, by_inner_dict, by_variable, by_list, by_object,
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch):
-    monkeypatch.setattr("test_passes_standins.TABLES", {"old": {}})
-    monkeypatch.setattr("test_passes_standins.LOG", [1])
-    monkeypatch.setattr("test_passes_standins.CURRENT", None)
+    monkeypatch.setattr("test_leftovers.TABLES", {"old": {}})
+    monkeypatch.setattr("test_leftovers.LOG", [1])
+    monkeypatch.setattr("test_leftovers.CURRENT", None)
     HOLDER.__init__()
     Own.tables.clear()
     by_lru.cache_clear()

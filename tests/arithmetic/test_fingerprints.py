@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mnet_fx import fingerprints as module
-from mnet_fx import native
+from mnet_fx.arithmetic import fingerprints as module
 from mnet_fx.arithmetic.fingerprints import fingerprint, fingerprints
+from mnet_fx.arithmetic.kernels import c as native
 
 MASK = (1 << 64) - 1
 

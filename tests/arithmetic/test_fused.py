@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from mnet_fx import MnetWarning, fused, native
+from mnet_fx import MnetWarning
 from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels import c as native
+from mnet_fx.arithmetic.kernels import choice as fused
 from mnet_fx.arithmetic.kernels.eager import EAGER
 from mnet_fx.runtime.steps import Chain, run_chain
 from mnet_fx.runtime.tape import PlainTape, ReversingTape

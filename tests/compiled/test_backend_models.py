@@ -2,7 +2,7 @@
 
 The default run takes three of them and inner="aot_eager", which compiles quickly. All of them, by inductor (many minutes):
 
-    MNET_FX_INNER=inductor pytest -n 0 tests/test_backend_models.py
+    MNET_FX_INNER=inductor pytest -n 0 tests/compiled/test_backend_models.py
 """
 
 import copy

@@ -201,5 +201,7 @@ def test_matplotlib_is_needed_only_for_pictures():
         "try: report.plot()\n"
         "except mnet_fx.MnetError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent, timeout=120
+    )
     assert "pip install 'mnet-fx[plot]'" in done.stdout, done.stderr

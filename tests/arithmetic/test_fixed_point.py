@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import IntegerState, recurrence, unpack
 
-from mnet_fx import loops
 from mnet_fx.arithmetic.cost import state_bytes
 from mnet_fx.arithmetic.fingerprints import fingerprint
 from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels import eager as loops
 from mnet_fx.arithmetic.kernels.eager import LARGEST, read, spill, unspill
 from mnet_fx.budget.measured import measure
 from mnet_fx.errors import StreamError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent.parent / "benchmarks" / "reference.py")
+SPEC = importlib.util.spec_from_file_location("reference", Path(__file__).parent.parent.parent / "benchmarks" / "reference.py")
 reference = sys.modules["reference"] = importlib.util.module_from_spec(SPEC)  # which dataclasses look for
 SPEC.loader.exec_module(reference)
 

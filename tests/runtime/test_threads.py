@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mnet_fx import momentumize
-from mnet_fx import turns as turns_module
+from mnet_fx.runtime import turns as turns_module
 from mnet_fx.runtime.turns import Turns
 
 ROUNDS = 10

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-from mnet_fx import native
+from mnet_fx.arithmetic.kernels import c as native
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="needs a compiler to wrap")
 FAILS_AT_OPENMP = 'case "$*" in *-fopenmp*) for o in "$@"; do case "$o" in *.so) echo > "$o";; esac; done; exit 0;; esac; exec gcc "$@"'

@@ -164,7 +164,7 @@ def test_the_program_of_each_code(code):
 
 
 def test_the_table_in_the_readme():
-    text = (Path(__file__).parent.parent / "passes" / "README.md").read_text()
+    text = (Path(__file__).parent.parent.parent / "passes" / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4 and "." not in line.split("`")[1]]
     assert rows == [f"| `{code}` | {entry.meaning} | {entry.hint} |" for code, entry in CODES.items()]
 

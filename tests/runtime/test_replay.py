@@ -8,9 +8,10 @@ import torch
 from test_tape import TAPES, D, chain, factors
 from torch import nn
 
-from mnet_fx import InversionError, replay
+from mnet_fx import InversionError
 from mnet_fx.arithmetic.fingerprints import fingerprints
 from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime import replay
 from mnet_fx.runtime.steps import Chain, run_chain
 from mnet_fx.runtime.tape import PlainTape
 
