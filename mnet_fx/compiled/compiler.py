@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 import torch.fx as fx
+from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
@@ -88,6 +89,8 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
 def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
     """Where operations on fake tensors give fake tensors with the strides and the need for gradients that the true ones will have."""
     sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
-    hidden = saved_tensors_hooks(lambda t: t, lambda t: t)  # from a checkpoint around the call that is being compiled, which counts
+    # Hidden from a checkpoint around the call that is being compiled, which counts. Detached, as an operation that saved its own result
+    # would else be kept by it, in a cycle that the garbage collector does not see.
+    hidden = saved_tensors_hooks(Tensor.detach, lambda t: t)
     with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
         yield

@@ -11,7 +11,8 @@ taken to return and to overwrite all memory that it was given.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -177,7 +178,7 @@ class _Run:
                 stack.enter_context(shapes.suppress_guards())
                 stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
             stack.enter_context(self.mode)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unheld(self._save), lambda t: t))
             if any(_has_symbols(_value(node)) for node in self.gm.graph.nodes):
                 stack.enter_context(enable_python_dispatcher())
             found = {node: self._effect(node) for node in self.gm.graph.nodes}
@@ -293,7 +294,7 @@ class _Run:
     def _save(self, tensor: Tensor) -> Tensor:
         size = tensor.untyped_storage().nbytes()
         self.saved[self.doubles.number(tensor)] = size if isinstance(size, int) else _hint(size)
-        return tensor
+        return tensor.detach()  # an operation that saved its own result would keep it, where the garbage collector does not see that
 
     def _again(self, node: fx.Node) -> Any:
         """What a node gives, without a note of what it does."""
@@ -306,6 +307,12 @@ class _Run:
     def _input(self, node: fx.Node) -> Any:
         value = _value(node)
         return _attribute(self.gm, str(node.target)) if value is None and node.op == "get_attr" else value
+
+
+def _unheld(method: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A bound method that does not keep its object, as autograd holds hooks where the garbage collector does not see them."""
+    reference = weakref.WeakMethod(method)
+    return lambda tensor: tensor.detach() if (known := reference()) is None else known(tensor)
 
 
 def _is_number(node: fx.Node) -> bool:
