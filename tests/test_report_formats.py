@@ -333,9 +333,9 @@ def test_the_report_of_a_deep_model_takes_under_ten_seconds():
     import torchvision
 
     model = torchvision.models.resnet152()
-    begin = time.perf_counter()
+    begin = time.process_time()  # others may share the machine
     report = mnet_fx.report(model, (torch.empty(2, 3, 224, 224, device="meta"),))
     for say in FORMATS.values():
         say(report)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
     assert (report.rewritten_adds, report.residual_adds) == (46, 50)
