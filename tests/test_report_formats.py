@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import mnet_fx
@@ -272,6 +275,22 @@ def test_a_report_without_rewriting_is_that_of_the_rewrite():
     assert mnet_fx.report(net) is net.report
 
 
+def test_what_is_stored_is_kept_as_it_was():
+    report = mnet_fx.report(Stages(), (torch.randn(2, 3, 8, 8),), backward="stored")
+    assert all(stretch.kept == stretch.saved for stretch in report.stretches if stretch.region)
+    assert report.kept >= report.saved > 0
+
+
+@pytest.mark.parametrize(("name", "gamma"), [("stages", 0.9), ("stages", 0.1), ("encoder", 0.9)])
+def test_kept_bytes_are_about_those_of_a_run(name, gamma):
+    """By theory: without a few numbers for each step (grids, fingerprints, random states), and with the output."""
+    model, x = {"stages": (Stages(), torch.randn(8, 3, 32, 32)), "encoder": (encoder(), torch.randn(8, 64, 16))}[name]
+    net = mnet_fx.momentumize(model, (x,), gamma=gamma)
+    net(x).sum().backward()
+    measured = mnet_fx.measure(lambda: net(x).sum(), torch.Tensor.backward).kept
+    assert abs(net.report.kept - measured) < 0.1 * measured
+
+
 def test_a_report_leaves_the_model_as_it_was():
     model = Stages().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -326,11 +345,24 @@ def test_the_page_is_one_file_and_well_formed(name):
     assert "a<b" not in text
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_shows_the_page(tmp_path):
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    page.write_text(report_of("mixed").to_html(), encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1160,1400"]
+    command += [f"--user-data-dir={tmp_path}", f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    shown = torchvision.io.read_image(str(picture), torchvision.io.ImageReadMode.RGB)
+    assert tuple(shown.shape) == (3, 1400, 1160)
+    for colour in (0x0072B2, 0x009E73):  # bands and marks of the two regions
+        wanted = torch.tensor([colour >> 16, colour >> 8 & 255, colour & 255], dtype=torch.uint8).view(3, 1, 1)
+        assert (shown == wanted).all(0).sum() > 1000
+    assert (shown[:, -60:] == 255).all()  # the page ends within the window
+
+
 @pytest.mark.slow
 def test_the_report_of_a_deep_model_takes_under_ten_seconds():
     import time
-
-    import torchvision
 
     model = torchvision.models.resnet152()
     begin = time.process_time()  # others may share the machine
