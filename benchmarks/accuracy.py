@@ -19,7 +19,7 @@ from tables import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mnet_fx.fixed_point import State
+from mnet_fx.arithmetic.fixed_point import State
 
 D = 24
 COLUMNS = {"chain": "chain", "runs": "runs", "median": "median ratio", "worst": "worst ratio", "beyond": "runs beyond 2"}
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", choices=["standard", "high"], default="standard", help="the option of momentumize")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md or docs/")
     options = parser.parse_args()
     torch.set_num_threads(1)
     held, rows = torch.float64 if options.precision == "high" else torch.float32, []

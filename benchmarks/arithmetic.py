@@ -24,9 +24,9 @@ import torch
 from tables import save
 from tqdm import trange
 
-from mnet_fx.fixed_point import State
-from mnet_fx.fused import FUSED
-from mnet_fx.loops import EAGER, Kernels
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels.choice import FUSED
+from mnet_fx.arithmetic.kernels.eager import EAGER, Kernels
 
 COLUMNS = {"name": "loop", "milliseconds": "ms", "ratio": "ratio to float"}
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=1 << 22)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md or docs/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 MIB = 2.0**20
 COLUMNS = {"model": "model", "layers": "layers", "compiler": "compiler"}
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", default=list(questions), choices=list(questions))
     parser.add_argument("--rounds", type=int, default=5, help="timed steps")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md or docs/")
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)

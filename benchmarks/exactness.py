@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mnet_fx import state_bits
-from mnet_fx.fixed_point import State
-from mnet_fx.steps import run_chain
-from mnet_fx.tape import PlainTape, ReversingTape
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape, ReversingTape
 
 GAMMAS = [0.0, 1 / 256, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99, 0.999]
 COLUMNS = {
@@ -59,7 +59,7 @@ def gradients(out: Tensor, x: Tensor, fs: nn.Module) -> list[Tensor]:
 def ours(kind: type, fs: nn.ModuleList, x: Tensor, gamma: float) -> tuple[list[Tensor], ReversingTape]:
     factors = tuple((gamma, 1 - gamma) for _ in fs)
     tape = kind("chain", State(x.detach(), horizon=min(len(fs), 1 / (1 - gamma))), factors)
-    out, _, _ = run_chain(tape, x, None, [(Step(f), ()) for f in fs])
+    out, _, _ = run_chain(Chain(tape, x, None), [(Step(f), ()) for f in fs])
     return gradients(out, x, fs), tape
 
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gammas", type=float, nargs="+", default=GAMMAS)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 12, 50, 300, 1000])
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md or docs/")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of the other libraries

@@ -14,12 +14,12 @@ from statistics import median
 
 import torch
 from models import Encoder, checkpointed
-from tables import save
+from tables import save, show
 from torch import Tensor
 from tqdm import tqdm
 
 from mnet_fx import momentumize
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 MIB = 2.0**20
 COLUMNS = {"layers": "layers", "model": "model", "kept": "kept, MiB", "peak": "peak, MiB", "time": "time / plain"}
@@ -49,13 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=3, help="timed passes")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md or docs/")
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     with tqdm(total=len(options.layers) * 3 * (options.rounds + 2)) as bar:
         rows = [row for layers in options.layers for row in measured(layers, options.rounds, bar)]
     save("memory", rows, COLUMNS, options.readme)
+    if options.readme:
+        show("memory_deepest", [row for row in rows if row["layers"] == max(options.layers)], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a benchmark's JSON, and puts the table made from it into the README between two marks."""
+"""Writes a benchmark's JSON, and puts the table made from it between two marks in the README or a page of docs/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-__all__ = ["save"]
+__all__ = ["save", "show"]
 
 ROOT = Path(__file__).parent
 
@@ -23,21 +23,26 @@ def save(name: str, rows: list[dict[str, Any]], columns: dict[str, str], readme:
         name: name of the benchmark.
         rows: one dictionary per line of the table.
         columns: key of a row -> heading.
-        readme: also replace what stands between `<!-- name -->` and `<!-- /name -->` in README.md.
-        shown: the rows that the README shows (default all).
+        readme: also replace what stands between `<!-- name -->` and `<!-- /name -->` in README.md or docs/.
+        shown: the rows that are shown there (default all).
     """
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
     (ROOT / "results").mkdir(exist_ok=True)
     (ROOT / "results" / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     print(_table(rows, columns))
     if readme:
-        path = ROOT.parent / "README.md"
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        table = _table(rows if shown is None else shown, columns)
-        text, found = marks.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text())
-        if not found:
-            raise SystemExit(f"README.md has no marks <!-- {name} --> and <!-- /{name} -->")
-        path.write_text(text)
+        show(name, rows if shown is None else shown, columns)
+
+
+def show(name: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Puts a table between the marks `<!-- name -->` and `<!-- /name -->`, in the one page that has them."""
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    for path in (ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md"))):
+        text, found = marks.subn(lambda m: f"{m[1]}{_table(rows, columns)}\n{m[2]}", path.read_text())
+        if found:
+            path.write_text(text)
+            return
+    raise SystemExit(f"neither README.md nor docs/ has marks <!-- {name} --> and <!-- /{name} -->")
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

@@ -12,34 +12,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import toy_datasets
     from .api import momentumize
+    from .arithmetic.cost import state_bits, state_bytes, step_bits
     from .budget.estimates import Estimate, Limits, Way
     from .budget.estimating import estimate
-    from .compile_backend import backend, reports, reset_reports
-    from .cost import state_bits, state_bytes, step_bits
+    from .budget.measured import Memory, measure
+    from .compiled.backend import backend, reports, reset_reports
     from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
-    from .memory import Memory, measure
-    from .momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
+    from .named.momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
     from .reporting.ask import report
     from .reporting.drawing import draw
     from .reporting.report import AddReport, CapturedPart, RegionReport, Report, Stretch
     from .reporting.steps import plot_step
-    from .verification import Check, Verification, verify
+    from .verifying.verification import Check, Verification, verify
 
 _HOME = {
     "api": ["momentumize"],
     "budget.estimates": ["Estimate", "Limits", "Way"],
     "budget.estimating": ["estimate"],
-    "compile_backend": ["backend", "reports", "reset_reports"],
-    "cost": ["state_bits", "state_bytes", "step_bits"],
+    "compiled.backend": ["backend", "reports", "reset_reports"],
+    "arithmetic.cost": ["state_bits", "state_bytes", "step_bits"],
     "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
-    "memory": ["Memory", "measure"],
-    "momentum_net": ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"],
+    "budget.measured": ["Memory", "measure"],
+    "named.momentum_net": ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"],
     "reporting.ask": ["report"],
     "reporting.drawing": ["draw"],
     "reporting.report": ["AddReport", "CapturedPart", "RegionReport", "Report", "Stretch"],
     "reporting.steps": ["plot_step"],
     "toy_datasets": ["toy_datasets"],
-    "verification": ["Check", "Verification", "verify"],
+    "verifying.verification": ["Check", "Verification", "verify"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

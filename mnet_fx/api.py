@@ -15,18 +15,18 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from .captured import CapturedForward
-from .compile_backend import Inner, checked_inner
-from .copies import copied
+from .captured.copies import copied
+from .captured.forward import CapturedForward
+from .captured.graph_modules import rewritten
+from .captured.masks import unread_masks
+from .captured.stand_ins import real_tensors
+from .captured.unseen import check_unseen
+from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
-from .graph_modules import rewritten
-from .masks import unread_masks
-from .named import name_region, paths_of
+from .named.layers import name_region, paths_of
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
-from .stand_ins import real_tensors
-from .unseen import check_unseen
 
 __all__ = ["capture_now", "momentumize"]
 
@@ -103,7 +103,7 @@ def momentumize(
     net = copied(model)
     if regions is not None:
         named = [name_region(net, path, settings) for path in paths_of(regions)]
-        _show(net, named_report([(region.path, len(region.layers)) for region in named], settings, _stream_dtype(model)))
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))

@@ -6,19 +6,19 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 (between the stages: `verify`; around them, for graphs of Dynamo: `unlift`, `lift`, `pieces`)
 """
 
-from passes.checkpoints import checkpoints, written_out
-from passes.dynamo_graph import LostContextError, Unlifted, lift, modules_run, state_change, unlift
-from passes.facts import joined, owner_stack
-from passes.layout import level_layouts
-from passes.legality import CODES
-from passes.memory import is_hook
-from passes.pieces import pieces
-from passes.plan import plan
-from passes.preview import Preview, preview
+from passes.capturing.checkpointed import checkpoints, written_out
+from passes.capturing.dynamo import LostContextError, Unlifted, lift, modules_run, state_change, unlift
+from passes.capturing.layouts import level_layouts
+from passes.capturing.previewing import Preview, preview
+from passes.graphs.facts import joined, owner_stack
+from passes.graphs.writes import is_hook
+from passes.planning.planner import plan
+from passes.planning.stretches import with_stretches
+from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
-from passes.rewrite import PassResult, rewrite
-from passes.stretches import with_stretches
-from passes.verify import InvariantError
+from passes.rewriting.invariants import InvariantError
+from passes.rewriting.rewriter import PassResult, rewrite
+from passes.rewriting.splitting import pieces
 
 __all__ = [
     "CODES",

@@ -27,7 +27,7 @@ class Refusal:
     """Why one residual-looking add, or one module, was not rewritten. Falsy, so that a failed match can be returned as a value.
 
     Attributes:
-        code: one of the fixed codes of `passes.legality.CODES`, such as "projection_shortcut".
+        code: one of the fixed codes of `passes.planning.rules.CODES`, such as "projection_shortcut".
         node: name of the add in the captured graph; empty where a whole module is refused.
         path: path of the module that owns the add, such as "layer1.0".
         explanation: what was found, in one sentence.
@@ -106,7 +106,8 @@ class PlannedRegion:
         escapes: indices t with 1 <= t < len(steps) of stream values x[t] that are read outside the region.
         shape: shape of the stream (None where the capture recorded none; -1 for a dynamic dimension).
         dtype: name of the stream's dtype, such as "float32", or None.
-        copied: names of the side inputs that the graph overwrites after the region has read them: the region is given copies.
+        copied: names of the side inputs, of which the region is given copies, and of values x[t], of which others are, since the graph
+            overwrites them after the region has read them.
         copied_bytes: bytes of these copies, None where the capture recorded no sizes.
     """
 
@@ -164,7 +165,8 @@ class Plan:
         residual_adds: names of all residual-looking adds of the graph, in graph order.
         regions: the regions, in graph order of their first nodes; disjoint, or one within a step of another.
         refusals: one for each residual-looking add that lies in no region (module refusals of the capture are not in here).
-        kept_outside: bytes that autograd keeps for what lies outside of all regions, see `passes.kept`; None where they are not known.
+        kept_outside: bytes that autograd keeps for what lies outside of all regions, see
+            `passes.planning.kept`; None where they are not known.
         stretches: the graph from input to output, where `passes.with_stretches` has added it.
     """
 

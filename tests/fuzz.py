@@ -12,7 +12,7 @@ gradients of inputs and parameters, buffers, attributes, the side input) is comp
 1. gamma=0 with the plain model, in float64. The bound follows from the program's condition: how far its own results move when its input
    moves by 1e-10.
    A program that fails so and draws random numbers is tried once more without: what stands between the steps of a chain may draw before
-   or after it, in another order than the original (README, "What to know").
+   or after it, in another order than the original (docs/what-to-know.md).
 2. reversible with stored, at gamma 0.9 or 0.5, bit for bit.
 3. where the chain is known by construction, with a float64 recurrence written here.
 

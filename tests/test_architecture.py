@@ -1,6 +1,7 @@
 """Who may import whom, and how long a file may grow."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -59,29 +60,60 @@ def test_imports_have_no_cycle():
     assert order
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("mnet_fx.formats", {"mnet_fx.fixed_point", "mnet_fx.cost", "passes"}),
-        ("mnet_fx.fixed_point", {"mnet_fx.tape", "mnet_fx.replay", "mnet_fx.region", "passes"}),
-        ("mnet_fx.replay", {"mnet_fx.tape", "mnet_fx.region", "passes"}),
-        ("mnet_fx.shear", {"mnet_fx.tape", "mnet_fx.steps", "mnet_fx.fixed_point", "mnet_fx.replay", "passes"}),
-        ("mnet_fx.tape", {"mnet_fx.steps", "mnet_fx.region", "mnet_fx.api", "passes"}),
-        ("mnet_fx.steps", {"mnet_fx.fixed_point", "mnet_fx.region", "mnet_fx.api", "passes"}),
-        ("mnet_fx.reporting.findings", {"mnet_fx.api", "mnet_fx.captured", "mnet_fx.budget.estimating"}),
-        ("mnet_fx.reporting.report", {"mnet_fx.api", "mnet_fx.captured", "mnet_fx.budget.estimating"}),
-        ("mnet_fx.api", {"mnet_fx.cli.main", "mnet_fx.reporting.ask", "mnet_fx.verification"}),
-        ("mnet_fx.region", {"mnet_fx.api", "mnet_fx.reporting.report"}),
-    ],
-)
-def test_the_lower_layers_do_not_know_the_upper_ones(module, forbidden):
-    assert not GRAPH[module] & forbidden
+# The rooms of docs/architecture.md: each may know those above it. A folder stands for all its files, a file for itself.
+MNET_FX = [
+    ("errors", "toy_datasets"),
+    ("settings", "budget.sizes"),
+    ("arithmetic",),
+    ("runtime",),
+    ("regions",),
+    ("budget.measured", *(f"reporting.{name}" for name in ["findings", "report", "build", "text", "data", "html", "svg", "road", "plots"])),
+    ("compiled", "named"),
+    ("captured",),
+    ("api",),
+    ("budget",),
+    ("verifying", "reporting"),
+    ("cli",),
+    ("__main__", "__init__"),
+]
+PASSES = [("regions", "refusals"), ("graphs",), ("capturing", "planning", "rewriting"), ("__init__",)]
+
+
+def room_of(name: str, rooms: list[tuple[str, ...]]) -> tuple[int, str]:
+    """Height and name of the room that a module, without its package, lies in; the longest name counts."""
+    found = [(len(room), i, room) for i, row in enumerate(rooms) for room in row if name == room or name.startswith(f"{room}.")]
+    return max(found)[1:]
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPH if not name.endswith(".__init__")])
+def test_each_room_knows_only_those_below_it(name):
+    package, _, rest = name.partition(".")
+    rooms = PASSES if package == "passes" else MNET_FX
+    height, room = room_of(rest, rooms)
+    for other in GRAPH[name]:
+        theirs, _, module = other.partition(".")
+        if theirs == package and module and not module.endswith("__init__"):
+            other_height, other_room = room_of(module, rooms)
+            same = room == other_room or (package == "mnet_fx" and height == other_height and "reporting" in room + other_room)
+            assert other_height < height or same, f"{name} imports {other}"
+
+
+def test_what_runs_and_what_counts_know_no_graph():
+    low = {name for name in GRAPH if name.startswith(("mnet_fx.arithmetic", "mnet_fx.runtime"))}
+    assert not {name: found for name in low if (found := {f for f in GRAPH[name] if f.startswith("passes")})}
 
 
 def test_only_the_backend_and_graph_modules_rewrite():
     """The files that call both halves: they alone give `passes.rewrite` the module of a region."""
     calls = {path for path in ROOT.glob("mnet_fx/**/*.py") if "passes.rewrite(" in path.read_text()}
-    assert {path.stem for path in calls} == {"compile_backend", "graph_modules"}
+    assert {path.stem for path in calls} == {"backend", "graph_modules"}
+
+
+def test_no_module_of_passes_is_shadowed_by_a_function():
+    for path in ROOT.glob("passes/**/*.py"):
+        package = importlib.import_module(".".join(path.relative_to(ROOT).parent.parts))
+        if path.stem != "__init__":
+            assert getattr(package, path.stem, None) is sys.modules.get(name_of(path)), path
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -13,7 +13,7 @@ from torch import nn
 
 import mnet_fx
 from mnet_fx import InversionError
-from mnet_fx.tape import PlainTape
+from mnet_fx.runtime.tape import PlainTape
 
 
 class Growing(nn.Module):

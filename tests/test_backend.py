@@ -16,7 +16,7 @@ from zoo import one_thread  # noqa: F401  (a fixture)
 
 import mnet_fx
 from mnet_fx import InversionError, SettingsError
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 # Dynamo looks at .grad of what flows into a graph after a break, and torch warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -706,6 +706,67 @@ def whole(model):
         return out.detach().requires_grad_()
 
     return function
+
+
+class Indexed(nn.Module):
+    """Writes to a slice of the stream between two chains; the first gives its stream alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.between = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = x + layer(x.tanh())
+        x[:, :2] += self.between(x.tanh())[:, :2]
+        for layer in self.layers[2:]:
+            x = x + layer(x.tanh())
+        return x
+
+
+def test_the_stream_of_a_chain_is_indexed_within_a_piece():
+    """A slice that the outer graph takes, and a piece writes to along with the whole, is more than AOTAutograd can follow."""
+    plain, model, x = Indexed(), Indexed(), torch.randn(3, 4)
+    net = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager", "gamma": 0})
+    torch.testing.assert_close(step(net, model, x), step(plain, plain, x))
+    assert mnet_fx.reports()[-1].regions
+
+
+class LeadsNowhere(nn.Module):
+    """Computes something between two chains of which nothing comes, or only a buffer."""
+
+    def __init__(self, writes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.writes = nn.ModuleList(nn.Linear(4, 4) for _ in range(8)), writes
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        for layer in self.layers[:4]:
+            x = x + layer(x.tanh())
+        found = self.first(x)
+        x = nn.functional.normalize(x)
+        for layer in self.layers[4:]:
+            x = x + layer(x.tanh())
+        found = self.second(found)
+        if self.writes:
+            self.mean.add_(found.detach().mean(0))
+        return x
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_what_leads_nowhere_gives_no_gradients(writes, inner):
+    plain, model, x = LeadsNowhere(writes), LeadsNowhere(writes), torch.randn(3, 4)
+    net = torch.compile(model, backend="mnet_fx", options={"inner": inner, "gamma": 0})
+    plain(x).sum().backward()
+    net(x).sum().backward()
+    assert plain.first.weight.grad is None
+    assert model.first.weight.grad is None
+    assert model.second.weight.grad is None
+    torch.testing.assert_close(model.mean, plain.mean)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 cannot compile a backward pass within a compilation")

@@ -34,7 +34,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, momentumize
-from mnet_fx.network import Graph, Network
+from mnet_fx.captured.network import Graph, Network
 from mnet_fx.reporting import Report
 
 WIDTH = 6

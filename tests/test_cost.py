@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mnet_fx import SettingsError, state_bits, state_bytes, step_bits
-from mnet_fx.cost import storage
+from mnet_fx.arithmetic.cost import storage
 
 
 def test_a_step_sheds_the_logarithm_of_what_it_contracts():

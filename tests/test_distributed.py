@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 RANKS, BATCH, WIDTH = 2, 8, 16
 KINDS = {"traced": {}, "named": {"regions": ["layers"]}}
@@ -271,9 +271,9 @@ def test_two_processes(failures, name):
     assert not any(name in found for found in failures), "\n".join(found[name] for found in failures if name in found)
 
 
-def test_the_torchrun_example_of_the_readme(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    script = re.search(r"```python\n(# train\.py.*?)```", readme, re.DOTALL)
+def test_the_torchrun_example_of_the_documentation(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "training-stacks.md").read_text()
+    script = re.search(r"```python\n(# train\.py.*?)```", page, re.DOTALL)
     assert script is not None
     (tmp_path / "train.py").write_text(script[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]

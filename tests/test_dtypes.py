@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mnet_fx import StreamError, momentumize
-from mnet_fx.tape import ReversingTape
+from mnet_fx.runtime.tape import ReversingTape
 
 
 class Block(nn.Module):

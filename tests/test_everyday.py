@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from zoo import Convolutional, Everyday, Perceptron, one_thread, tokens  # noqa: F401  (one_thread is a fixture)
 
 import mnet_fx
-import mnet_fx.memory
+import mnet_fx.budget.measured
 
 # What the tape does for six steps at this gamma: works the inputs out again; the same with low bits put aside; keeps the inputs.
 GAMMAS = {"reverse": 0.9, "spill": 0.05, "inputs": 0.0}
@@ -412,7 +412,7 @@ def held_after(run):
     gc.collect()
     gc.disable()
     try:
-        return mnet_fx.memory.measure(run, lambda _: None).kept
+        return mnet_fx.budget.measured.measure(run, lambda _: None).kept
     finally:
         gc.enable()
 

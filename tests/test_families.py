@@ -10,7 +10,7 @@ from torch import nn
 from zoo import one_thread  # noqa: F401  (a fixture)
 
 import mnet_fx
-from mnet_fx.region import MomentumRegion
+from mnet_fx.regions.region import MomentumRegion
 
 
 @pytest.fixture(

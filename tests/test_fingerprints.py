@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mnet_fx import fingerprints as module
 from mnet_fx import native
-from mnet_fx.fingerprints import fingerprint, fingerprints
+from mnet_fx.arithmetic.fingerprints import fingerprint, fingerprints
 
 MASK = (1 << 64) - 1
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from oracles import IntegerState, recurrence, unpack
 
 from mnet_fx import loops
-from mnet_fx.cost import state_bytes
+from mnet_fx.arithmetic.cost import state_bytes
+from mnet_fx.arithmetic.fingerprints import fingerprint
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels.eager import LARGEST, read, spill, unspill
+from mnet_fx.budget.measured import measure
 from mnet_fx.errors import StreamError
-from mnet_fx.fingerprints import fingerprint
-from mnet_fx.fixed_point import State
-from mnet_fx.loops import LARGEST, read, spill, unspill
-from mnet_fx.memory import measure
 from mnet_fx.settings import matched_weights, momentum_weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from mnet_fx import MnetWarning, fused, native
-from mnet_fx.fixed_point import State
-from mnet_fx.loops import EAGER
-from mnet_fx.steps import run_chain
-from mnet_fx.tape import PlainTape, ReversingTape
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels.eager import EAGER
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape, ReversingTape
 
 
 class Step(nn.Module):
@@ -102,7 +102,7 @@ def test_a_chain_on_the_compiled_loops_gives_the_gradients_of_stored_activations
 
     def gradients(kind, kernels):
         steps = [(Step(f), ()) for f in layers]
-        out, _, _ = run_chain(kind("region", State(x, kernels=kernels), factors), x, None, steps)
+        out, _, _ = run_chain(Chain(kind("region", State(x, kernels=kernels), factors), x, None), steps)
         return torch.autograd.grad(out.square().sum(), list(layers.parameters()))
 
     assert all(map(torch.equal, gradients(ReversingTape, fused.FUSED), gradients(PlainTape, EAGER)))

@@ -7,9 +7,9 @@ from test_tape import MIXED, TAPES, D, Step, factors
 from torch import nn
 
 import mnet_fx
-from mnet_fx.fixed_point import State
-from mnet_fx.steps import Chain, run_chain
-from mnet_fx.tape import PlainTape
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape
 
 
 class Hidden(nn.Module):
@@ -41,7 +41,7 @@ HOWS = ["middle", "the value itself", "the stream", "aside", "value without grad
 
 def run(kind, fs, gammas=(0.5, 0.0, 0.9, 0.3), x0=None):
     x0 = torch.randn(5, D, requires_grad=True, generator=torch.Generator().manual_seed(1)) if x0 is None else x0
-    out, _, extras = run_chain(kind("region", State(x0.detach()), factors(gammas)), x0, None, [(f, ()) for f in fs])
+    out, _, extras = run_chain(Chain(kind("region", State(x0.detach()), factors(gammas)), x0, None), [(f, ()) for f in fs])
     return x0, out, extras
 
 

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import assert_identical, assert_near, leftovers, seeded
 
 import mnet_fx
-from mnet_fx.graph_modules import original, rewritten
-from mnet_fx.region import MomentumRegion
+from mnet_fx.captured.graph_modules import original, rewritten
+from mnet_fx.regions.region import MomentumRegion
 from mnet_fx.settings import Settings
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import mnet_fx
 from mnet_fx import InversionError
-from mnet_fx.tape import PlainTape
+from mnet_fx.runtime.tape import PlainTape
 
 
 class Force(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mnet_fx import backend, momentumize
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 GENERATOR_STATE = 5056  # bytes of a CPU generator's state, kept by a step that draws
 

@@ -11,7 +11,7 @@ from torch import nn
 from zoo import Everyday, Perceptron, Recurrent, one_thread, tokens  # noqa: F401  (one a fixture)
 
 import mnet_fx
-from mnet_fx.memory import measure
+from mnet_fx.budget.measured import measure
 
 
 class Inner(nn.Module):

@@ -10,10 +10,10 @@ from test_tape import TAPES, D, factors
 from torch import nn
 
 from mnet_fx import MomentumNet
-from mnet_fx.fixed_point import State
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape
 from mnet_fx.settings import Settings
-from mnet_fx.steps import run_chain
-from mnet_fx.tape import PlainTape
 
 KINDS = [*TAPES, PlainTape]
 SCHEDULES = {
@@ -62,7 +62,7 @@ class Problem:
         state = State(self.x.detach(), None if self.v is None else self.v.detach())
         steps = [(f, (self.side,)) for f in self.fs]
         tape = kind("region", state, self.factors)
-        out, (stream,), extras = run_chain(tape, self.x, self.v, steps, escapes={len(self.fs) - 1})
+        out, (stream,), extras = run_chain(Chain(tape, self.x, self.v), steps, escapes={len(self.fs) - 1})
         return self.loss(out, stream, extras)
 
     def plain(self):
@@ -140,7 +140,7 @@ def test_the_gradient_of_the_initial_velocity_alone(kind):
             return (x * 0,)
 
     steps = [(Zero(), ())] * 3
-    out, _, _ = run_chain(kind("region", State(x.detach(), v.detach()), factors([0.5, 0.25, 0.8])), x, v, steps)
+    out, _, _ = run_chain(Chain(kind("region", State(x.detach(), v.detach()), factors([0.5, 0.25, 0.8])), x, v), steps)
     out.sum().backward()
     assert torch.allclose(v.grad, torch.full_like(v, 0.5 + 0.5 * 0.25 + 0.5 * 0.25 * 0.8), atol=1e-12)
     assert torch.equal(x.grad, torch.ones_like(x))

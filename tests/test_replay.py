@@ -9,10 +9,10 @@ from test_tape import TAPES, D, chain, factors
 from torch import nn
 
 from mnet_fx import InversionError, replay
-from mnet_fx.fingerprints import fingerprints
-from mnet_fx.fixed_point import State
-from mnet_fx.steps import run_chain
-from mnet_fx.tape import PlainTape
+from mnet_fx.arithmetic.fingerprints import fingerprints
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape
 
 
 class Twice(nn.Module):
@@ -93,7 +93,7 @@ class WithExtra(nn.Module):
 @pytest.mark.parametrize("differs", ["graded", "nothing that has a gradient"])
 def test_extra_outputs_with_gradients_must_repeat(kind, differs, on_drift):
     x0, fs = torch.randn(5, D, requires_grad=True), [WithExtra(differs) for _ in range(3)]
-    out, _, extras = run_chain(kind("region", State(x0.detach()), factors([0.9] * 3), on_drift), x0, None, [(f, ()) for f in fs])
+    out, _, extras = run_chain(Chain(kind("region", State(x0.detach()), factors([0.9] * 3), on_drift), x0, None), [(f, ()) for f in fs])
     loss = out.sum() + extras[4].sum()
     if differs == "graded" and on_drift == "raise":
         with pytest.raises(InversionError, match="what step 2 gives besides the stream"):
@@ -117,7 +117,7 @@ class OnlyExtra(nn.Module):
 @pytest.mark.parametrize("kind", TAPES)
 def test_extra_outputs_must_repeat_also_where_the_value_has_no_gradient(kind):
     x0, fs = torch.randn(5, D, requires_grad=True), [OnlyExtra() for _ in range(3)]
-    _, _, extras = run_chain(kind("region", State(x0.detach()), factors([0.9] * 3)), x0, None, [(f, ()) for f in fs])
+    _, _, extras = run_chain(Chain(kind("region", State(x0.detach()), factors([0.9] * 3)), x0, None), [(f, ()) for f in fs])
     with pytest.raises(InversionError, match="what step 1 gives besides the stream"):
         extras[1].sum().backward()
 
@@ -132,7 +132,7 @@ def test_lists_and_dictionaries_among_the_side_inputs_hold_what_they_held(kind, 
         fs, cache, scale = nn.ModuleList(nn.Sequential(norm(), nn.Linear(D, D)) for _ in range(4)), [], {"scale": torch.ones(D), "runs": 0}
         state = State(x0.detach())
         steps = [(Caching(f), (cache, scale)) for f in fs]
-        out, _, _ = run_chain(tape("region", state, factors([0.9] * 4)), x0, None, steps)
+        out, _, _ = run_chain(Chain(tape("region", state, factors([0.9] * 4)), x0, None), steps)
         assert (len(cache), scale["runs"]) == (4, 4)
         scale["scale"] = torch.zeros(D)
         found.append([g for i in (3, 0, 3) for g in torch.autograd.grad(out.exp().sum(), fs[i].parameters(), retain_graph=True)])

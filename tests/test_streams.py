@@ -10,7 +10,7 @@ from torch import nn
 
 import mnet_fx
 from mnet_fx import MomentumNet, StreamError, momentumize
-from mnet_fx.tape import PlainTape
+from mnet_fx.runtime.tape import PlainTape
 
 ALL = [*TAPES, PlainTape]
 

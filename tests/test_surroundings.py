@@ -8,9 +8,9 @@ from torch.backends import cudnn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from mnet_fx.fixed_point import State
-from mnet_fx.steps import Chain
-from mnet_fx.surroundings import _DEVICES, SWITCHES, surrounded, surroundings
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain
+from mnet_fx.runtime.surroundings import _DEVICES, SWITCHES, surrounded, surroundings
 
 
 class Doubling(TorchFunctionMode):

@@ -9,9 +9,9 @@ from oracles import numeric_gradient, recurrence
 from torch import nn
 
 from mnet_fx import InversionError, MnetWarning, StreamError, state_bits
-from mnet_fx.fixed_point import State
-from mnet_fx.steps import Chain, run_chain
-from mnet_fx.tape import PlainTape, ReversingTape, StoringTape
+from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.runtime.steps import Chain, run_chain
+from mnet_fx.runtime.tape import PlainTape, ReversingTape, StoringTape
 
 TAPES = [ReversingTape, StoringTape]
 D = 6
@@ -31,7 +31,7 @@ class Step(nn.Module):
 def chain(kind, functions, factors, x0, v0=None, sides=(), on_drift="raise"):
     state = State(x0.detach(), None if v0 is None else v0.detach())
     tape = kind("region", state, factors, on_drift)
-    return run_chain(tape, x0, v0, [(Step(f), sides) for f in functions])[0], tape
+    return run_chain(Chain(tape, x0, v0), [(Step(f), sides) for f in functions])[0], tape
 
 
 def functions(steps=6, dtype=torch.float32):
@@ -369,7 +369,7 @@ def test_a_kept_input_that_changed_is_found_even_where_the_residual_hides_it(cha
     scale = nn.Parameter(torch.zeros(()))
     steps, x0 = [(Step(lambda x: scale * torch.exp(x)), ()) for _ in range(3)], torch.randn(5, D)
     tape = StoringTape("region", State(x0), factors([0.9] * 3))
-    out, (escaped,), _ = run_chain(tape, x0, None, steps, escapes={1})
+    out, (escaped,), _ = run_chain(Chain(tape, x0, None), steps, escapes={1})
     change(escaped)
     with pytest.raises(InversionError, match="the stream before step 1, changed in place") as caught:
         out.sum().backward()

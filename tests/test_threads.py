@@ -9,7 +9,7 @@ from torch import nn
 
 from mnet_fx import momentumize
 from mnet_fx import turns as turns_module
-from mnet_fx.turns import Turns
+from mnet_fx.runtime.turns import Turns
 
 ROUNDS = 10
 

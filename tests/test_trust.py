@@ -65,9 +65,9 @@ def test_what_is_known_to_be_wrong_is_seen():
     assert trust.shown(judged(situations["BatchNorm, its statistics"], by_name["checkpoint"])) == "counted 2 times"
 
 
-def test_the_readme_shows_the_results():
+def test_the_documentation_shows_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "trust.json").read_text())["rows"]
-    table = (ROOT / "README.md").read_text().split("<!-- trust -->")[1].split("<!-- /trust -->")[0]
+    table = (ROOT / "docs" / "measurements.md").read_text().split("<!-- trust -->")[1].split("<!-- /trust -->")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()][2:]
     assert [row["situation"] for row in rows] == [situation.name for situation in SITUATIONS]
     assert lines == [[row["situation"], row["reference"], *(row[peer.name] for peer in PEERS)] for row in rows]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..copies import copied
+from ..arithmetic.valueless import Drawn, valueless
+from ..captured.copies import copied
 
 __all__ = ["Block", "block_paths", "checkpointed"]
 
@@ -27,9 +29,10 @@ class Block:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.run, *args, use_reentrant=False, **kwargs)
+        state = Drawn("cpu").get_state() if valueless() else None  # the checkpoint keeps one, which a count of fake tensors does not see
+        return checkpoint(partial(self.run, state), *args, use_reentrant=False, **kwargs)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own code, the first time and again."""
         return self.forward(*args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -137,7 +138,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     _at_batch: Callable[[int], Estimate] | None = field(default=None, repr=False, compare=False)
     _at_gamma: Callable[[float], Estimate] | None = field(default=None, repr=False, compare=False)
-    _growing: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # bytes of each way that grow with depth
+    _at_depth: Callable[[float], dict[str, int]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -173,16 +174,16 @@ class Estimate:
         return self._at_gamma(gamma)
 
     def total_at_depth(self, factor: float) -> dict[str, int]:
-        """`total_bytes` of each way if the residual chains were so many times as long: what their steps need grows in proportion.
+        """`total_bytes` of each way if the residual chains were so many times as long.
 
         Raises:
             MnetError: the model has no chain.
         """
-        if not self._growing:
+        if self._at_depth is None:
             from ..errors import MnetError
 
             raise MnetError("the model has no residual chain whose depth could vary")
-        return {way.name: round(way.total_bytes + (factor - 1) * self._growing[way.name]) for way in self.ways}
+        return self._at_depth(factor)
 
     def plot(self, path: str | None = None, against: str | None = None, values: Sequence[float] | None = None) -> Any:
         """The ways as a picture: each as a bar of its parts, or its total as one quantity varies.
@@ -211,7 +212,8 @@ class Estimate:
         return {"schema": SCHEMA, **rest, "advice": list(self.advice), "notes": list(self.notes), "ways": ways}
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._title(), self._table(), "\n".join(self.advice), "\n".join(self.notes)) if part)
+        words = ["\n".join(textwrap.fill(sentence, 99) for sentence in part) for part in (self.advice, self.notes)]
+        return "\n\n".join(part for part in (textwrap.fill(self._title(), 99), self._table(), *words) if part)
 
     def _title(self) -> str:
         batch = "" if self.batch is None else f", batch {self.batch}"

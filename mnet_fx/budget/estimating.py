@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..api import momentumize
-from ..copies import copied
+from ..captured.copies import copied
+from ..captured.graph_modules import original
 from ..errors import MnetError, MnetWarning, SettingsError
-from ..graph_modules import original
-from ..named import NamedLayer
+from ..named.layers import NamedLayer
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from .advice import advice, notes
 from .blocks import block_paths, checkpointed
@@ -58,15 +59,15 @@ def estimate(
         optimizer: a class such as torch.optim.AdamW, a function that makes one of parameters, or an optimizer of the model's parameters.
         memory: bytes that there are, as a number or a text such as "16GiB". With it, `largest_batch` and `largest_depth_factor` are found.
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or else the sum of all floating tensors in it.
-        gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline, and the ways are run on fake
-            tensors of a CUDA device.
+        gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline: a lower bound.
         options: those of `momentumize` for the momentum way: gamma, granularity, regions, ...
 
     Returns:
         An `Estimate`; print it.
 
-    What it supposes: that the stream keeps its magnitude and residuals are a quarter of it, so that a byte for each element of a chain
-    may be spilled a step earlier or later; that `.grad` of all parameters is there. `inner` has no meaning: steps are counted as eager.
+    What it supposes: that the stream keeps its magnitude and residuals are as large, so that with a small gamma a byte for each element
+    of a chain may be spilled a step earlier or later, and is missing for a stream that grows; that `.grad` of all parameters is there.
+    `inner` has no meaning: steps are counted as eager.
 
     Raises:
         SettingsError: an argument cannot be used; the message names it.
@@ -115,18 +116,14 @@ class _Request:
     @cached_property
     def original(self) -> nn.Module:
         model = original(self.model) if isinstance(self.model, fx.GraphModule) else self.model
-        return fake_model(copied(model), self.mode, self.device)
+        return fake_model(copied(model), self.mode)
 
     @cached_property
     def momentum(self) -> nn.Module:
         if self.rewritten:
-            return fake_model(self.model, self.mode, self.device)
+            return fake_model(self.model, self.mode)
         with self._noted():
             return momentumize(self.original, **self.options)
-
-    @property
-    def device(self) -> str | None:
-        return None if self.gpu is None else "cuda"
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
@@ -149,7 +146,7 @@ class _Request:
         if net is None:
             return None
         if (name, batch) not in self.known:
-            call = resized(self.call, batch, self.mode, self.device)
+            call = resized(self.call, batch, self.mode)
             with self._noted():
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
@@ -174,7 +171,7 @@ class _Request:
             optimizer=None if self.optimizer is None else _name(self.optimizer),
             _at_batch=None if batch_of(self.call) is None else self.at,
             _at_gamma=None if self.rewritten else self.at_gamma,
-            _growing={t.way.name: t.growing(self.owners) for t in (plain, other, momentum) if t is not None} if self.owners else {},
+            _at_depth=partial(_deeper, [t for t in (plain, other, momentum) if t is not None], self.owners) if self.owners else None,
         )
         return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
 
@@ -190,8 +187,8 @@ class _Request:
                 return None
             taken_ = self.taken(way.name, None)
             assert taken_ is not None
-            growing = taken_.growing(self.owners) if self.owners else None
-            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, growing, memory))
+            deeper = (lambda factor: taken_.deeper(factor, self.owners)) if self.owners else None
+            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, deeper, memory))
 
         plain, momentum = within(found.plain), within(found.momentum)
         assert plain is not None
@@ -200,7 +197,15 @@ class _Request:
         return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
 
     def _total(self, name: str, batch: int) -> int:
-        found = self.taken(name, batch)
+        try:
+            found = self.taken(name, batch)
+        except MnetError:
+            raise
+        except Exception as error:  # the model's own, which this batch does not suit, as batch norm a single row
+            self.said.append(
+                f"With a batch of {batch} the model fails ({type(error).__name__}: {str(error)[:100]}); so it counts as too large."
+            )
+            return sys.maxsize
         assert found is not None
         return found.way.total_bytes
 
@@ -239,3 +244,8 @@ def _related(found: Taken, plain: Taken) -> Way:
 
 def _name(optimizer: Any) -> str:
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__
+
+
+def _deeper(taken: Sequence[Taken], owners: tuple[str, ...], factor: float) -> dict[str, int]:
+    """Bytes of each way if the chains were so many times as long."""
+    return {found.way.name: round(found.deeper(factor, owners)) for found in taken}

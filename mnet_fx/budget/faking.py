@@ -37,7 +37,7 @@ def call_of(example_inputs: Any) -> Call:
     return args, {}
 
 
-def resized(call: Call, batch: int | None, mode: FakeTensorMode, device: str | None = None) -> Call:
+def resized(call: Call, batch: int | None, mode: FakeTensorMode) -> Call:
     """A call with fake tensors, and where `batch` is given, with that in place of the first dimension of the first tensor everywhere."""
     before = batch_of(call)
 
@@ -49,9 +49,9 @@ def resized(call: Call, batch: int | None, mode: FakeTensorMode, device: str | N
             shape[0] = batch  # strides stay, as the first dimension is mostly the outermost; else they are made anew
             if stride[0] != max(stride):
                 stride = list(torch.empty(shape, device="meta").stride())
-        return _empty(shape, stride, t, mode, device)
+        return _empty(shape, stride, t, mode)
 
-    return pytree.tree_map(fake, call)  # type: ignore[no-any-return]
+    return pytree.tree_map(fake, call)
 
 
 def batch_of(call: Call) -> int | None:
@@ -60,8 +60,8 @@ def batch_of(call: Call) -> int | None:
     return int(first.shape[0]) if first.dim() else None
 
 
-def fake_model(model: nn.Module, mode: FakeTensorMode, device: str | None = None) -> nn.Module:
-    """A copy of a model with fake parameters, buffers and other tensors, nothing of which takes memory; on another device, if one is given.
+def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model with fake parameters, buffers and other tensors, nothing of which takes memory.
 
     Raises:
         SettingsError: it is no module.
@@ -72,7 +72,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str | None = None
     memo: dict[int, Any] = {}
     for t in _tensors(model):
         if id(t) not in memo:
-            memo[id(t)] = _fake_of(t, mode, device)
+            memo[id(t)] = _fake_of(t, mode)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -114,19 +114,19 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*chain(model.parameters(), model.buffers()), *own]
 
 
-def _fake_of(t: Tensor, mode: FakeTensorMode, device: str | None) -> Tensor:
+def _fake_of(t: Tensor, mode: FakeTensorMode) -> Tensor:
     if is_lazy(t):
         raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
     if t.layout is not torch.strided or t.is_nested or t.is_quantized or type(t).__torch_dispatch__ not in _ORDINARY:
         raise MnetError(f"the model holds a {type(t).__name__} of layout {t.layout}, whose memory cannot be told from its shape")
-    made = _empty(list(t.shape), list(t.stride()), t, mode, device)
+    made = _empty(list(t.shape), list(t.stride()), t, mode)
     return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
 
 
 _ORDINARY: tuple[Callable[..., Any], ...] = (Tensor.__torch_dispatch__, FakeTensor.__torch_dispatch__)
 
 
-def _empty(shape: list[int], stride: list[int], t: Tensor, mode: FakeTensorMode, device: str | None) -> Tensor:
-    own: str | torch.device = "cpu" if t.is_meta and not isinstance(t, FakeTensor) else t.device
+def _empty(shape: list[int], stride: list[int], t: Tensor, mode: FakeTensorMode) -> Tensor:
+    device: str | torch.device = "cpu" if t.is_meta and not isinstance(t, FakeTensor) else t.device
     with mode:
-        return torch.empty_strided(shape, stride, dtype=t.dtype, device=device or own).requires_grad_(t.requires_grad and t.is_leaf)
+        return torch.empty_strided(shape, stride, dtype=t.dtype, device=device).requires_grad_(t.requires_grad and t.is_leaf)

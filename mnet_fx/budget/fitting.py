@@ -10,20 +10,34 @@ from .estimates import Limits
 __all__ = ["limits"]
 
 _LARGEST = 1 << 24  # rows; beyond, memory is no limit
+_DEEPEST = 1e9
 
 
-def limits(total: Callable[[int], int], batch: int | None, now: int, growing: int | None, memory: int) -> Limits:
+def limits(total: Callable[[int], int], batch: int | None, now: int, deeper: Callable[[float], float] | None, memory: int) -> Limits:
     """What fits in a number of bytes.
 
     Args:
         total: bytes of a training step with another batch.
         batch: the batch of the estimate; None where there is none.
         now: bytes of a step with it.
-        growing: of these, bytes that grow with depth; None without chains.
+        deeper: bytes of a step if chains were so many times as long; None without chains.
         memory: bytes that there are.
     """
-    depth = None if growing is None else math.inf if growing == 0 else max(0.0, 1 + (memory - now) / growing)
+    depth = None if deeper is None else _deepest(deeper, memory)
     return Limits(0 if batch is None else _largest(total, {batch: now}, memory), depth)
+
+
+def _deepest(deeper: Callable[[float], float], memory: int) -> float:
+    """The largest factor with which chains fit, by bisection; 0 where not even none do, inf where all do."""
+    low, high = 0.0, 1.0
+    while deeper(high) <= memory:
+        low, high = high, 2 * high
+        if high > _DEEPEST:
+            return math.inf
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if deeper(middle) <= memory else (low, middle)
+    return low
 
 
 def _largest(total: Callable[[int], int], known: dict[int, int], memory: int) -> int:

@@ -17,7 +17,9 @@ from torch import nn
 
 from passes import owner_stack
 
-from .. import fixed_point, loops, replay, tape, valueless
+from ..arithmetic import fixed_point, valueless
+from ..arithmetic.kernels import eager
+from ..runtime import replay, tape
 from .blocks import Block
 from .counting import Tag
 
@@ -38,7 +40,7 @@ def _code(function: Callable[..., Any]) -> CodeType:
 
 
 _ROLES: dict[CodeType, str] = {
-    _code(loops.spill): SPILLED,
+    _code(eager.spill): SPILLED,
     _code(fixed_point.State.__init__): STATE,
     _code(fixed_point._shifted): STATE,
     _code(tape.StoringTape.push): STATE,  # keeps x[t + 1]

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..arithmetic.cost import state_bytes, step_bits
+from ..arithmetic.formats import Format
 from ..errors import MnetError, SettingsError
+from ..runtime.steps import watched
+from ..runtime.tape import ReversingTape, StoringTape, Tape
 from .counting import Count, Tag
 from .estimates import PARTS, Way
 from .faking import Call
-from .places import ACTIVATIONS, OUTSIDE, SPILLED, STATE, STEPS, Places
+from .places import ACTIVATIONS, OUTSIDE, STATE, STEPS, Places
 from .work import Work
 
 __all__ = ["Taken", "default_loss", "taken"]
@@ -32,23 +36,54 @@ class Taken:
         way: the figures.
         flops: floating point operations of forward and backward.
         kept: bytes after the forward by tag, what is there between steps included.
+        chains: those that ran on a tape which goes back.
     """
 
     way: Way
     flops: int
     kept: Counter[Tag]
+    chains: tuple[ChainTaken, ...]
 
-    def growing(self, owners: Iterable[str]) -> int:
-        """Bytes that grow with the number of steps of the chains, whose steps these modules own."""
-        inside = [f"{path}." if path else "" for path in owners]
-        return sum(size for (part, path), size in self.kept.items() if _grows(part) and f"{path}.".startswith(tuple(inside)))
-
-
-def _grows(part: str) -> bool:
-    return part in ("parameters", "buffers", "gradients", "optimizer state", OUTSIDE, SPILLED, STEPS, _STORED)
+    def deeper(self, factor: float, owners: Iterable[str]) -> float:
+        """Bytes of a step if the chains, whose steps these modules own, were so many times as long."""
+        inside = tuple(f"{path}." if path else "" for path in owners)
+        growing = sum(size for (part, path), size in self.kept.items() if part in _OF_STEPS)
+        growing += sum(size for (part, path), size in self.kept.items() if part in _OF_MODULES and f"{path}.".startswith(inside))
+        stored = sum(chain.kept(factor) - chain.kept(1.0) for chain in self.chains)
+        return self.way.total_bytes + (factor - 1) * growing + stored
 
 
 _STORED = "stored inputs"  # of checkpoints, until the parts are named
+_OF_STEPS = frozenset([STEPS, _STORED])
+_OF_MODULES = frozenset(["parameters", "buffers", "gradients", "optimizer state", OUTSIDE])
+
+
+@dataclass(frozen=True)
+class ChainTaken:
+    """A chain that ran on a tape: its momenta, elements and dtype of its stream, and bytes of an element's state."""
+
+    gammas: tuple[float, ...]
+    elements: int
+    dtype: torch.dtype
+    state: float
+
+    @classmethod
+    def of(cls, tape: ReversingTape | StoringTape, x: Tensor) -> ChainTaken:
+        gammas = tuple(gamma for gamma, _ in tape.factors)
+        return cls(gammas, x.numel(), x.dtype, state_bytes(gammas, x.dtype))
+
+    def kept(self, factor: float) -> float:
+        """Bytes kept if it were so many times as long: the fewer of states and stored inputs."""
+        steps, bits = len(self.gammas), [step_bits(gamma) for gamma in self.gammas[1:] or self.gammas]
+        reverse = self.state + (factor - 1) * steps * sum(bits) / len(bits) / 8
+        return self.elements * min(max(reverse, 0.0), factor * steps * self.dtype.itemsize)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the arithmetic of one step reads and writes, forward and back, and proved, each loop as one pass."""
+        form, item = Format.of(self.dtype), self.dtype.itemsize
+        passes = (2 * form.state_bytes + 2 * item) + (form.state_bytes + form.dtype.itemsize + item) + (2 * form.u_dtype.itemsize + item)
+        return self.elements * (passes + 2 * form.state_bytes)
 
 
 def taken(
@@ -75,23 +110,30 @@ def taken(
         MnetError: the model or the loss needs the values of tensors.
         SettingsError: the loss is no scalar that depends on the parameters.
     """
-    places, work = Places(net), Work(gpu)
+    places, work, chains = Places(net), Work(gpu), list[ChainTaken]()
     count = Count(places, work)
     with mode, torch._dynamo.config.patch(_config()), _explained(net):
         _hold_what_stays(count, net, call, stepper := _stepped(net, optimizer))
         base = count.peak = count.live
-        with count:
+        with count, watched(lambda tape, t, x: _noted(chains, tape, t, x)):
             value = _checked(loss(net(*call[0], **call[1])), loss)
             count.retag(_after_forward(name))
             kept, tags = count.live - base, count.by_tag.copy()
             places.backward = True
             value.backward()
             del value
+            if all(p.device.type == "cpu" for p in net.parameters()):  # elsewhere, that are operations as others
+                work.move(sum(chain.moved * len(chain.gammas) for chain in chains))
             peak, flops, seconds = count.peak - base, work.flops, work.seconds
             if stepper is not None:
                 stepper.step()
     way = Way(name, kept, peak, count.peak, _parts(count.at_peak), _outside(tags), 1.0, None if gpu is None else seconds)
-    return Taken(way, flops, tags)
+    return Taken(way, flops, tags, tuple(chains))
+
+
+def _noted(chains: list[ChainTaken], tape: Tape, t: int, x: Tensor) -> None:
+    if isinstance(tape, (ReversingTape, StoringTape)) and t == len(tape.factors):
+        chains.append(ChainTaken.of(tape, x))
 
 
 def _config() -> dict[str, Any]:

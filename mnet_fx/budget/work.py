@@ -36,6 +36,13 @@ class Work:
         if self.gpu is not None:
             self.seconds += _seconds(packet, flops, args, kwargs, result, self.gpu)
 
+    def move(self, size: int) -> None:
+        """Counts the reading and writing of bytes by what is no operation of torch."""
+        if self.gpu is not None:
+            from torch._inductor.analysis.device_info import datasheet_dram_bw_gbs
+
+            self.seconds += size / (datasheet_dram_bw_gbs(self.gpu) or 1.0) / 1e9
+
 
 def _seconds(packet: Any, flops: int, args: Any, kwargs: Any, result: Any, gpu: str) -> float:
     from torch.utils import _runtime_estimation as roofline  # late, as it imports much

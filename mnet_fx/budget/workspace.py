@@ -20,6 +20,7 @@ __all__ = ["workspace"]
 
 aten = torch.ops.aten
 _BLOCK = 16  # channels
+_PRODUCTS = frozenset([aten.mm.default, aten.addmm.default, aten.bmm.default])
 
 
 def workspace(func: Any, args: Any, kwargs: Any) -> int:
@@ -30,9 +31,18 @@ def workspace(func: Any, args: Any, kwargs: Any) -> int:
     if func is aten.convolution_backward.default:
         gy, x, w, _, stride, _, _, transposed, _, groups, mask = args
         return _backward(_Convolution(x, w, stride, transposed, groups), gy, mask) if x.device.type == "cpu" else 0
+    if func in _PRODUCTS:
+        return sum(_bytes(t) for t in args[-2:] if t.device.type == "cpu" and not _is_matrix(t))
     if func is aten.native_batch_norm_backward.default:
         return _bytes(args[1]) if args[1].device.type == "cpu" else 0
     return 0
+
+
+def _is_matrix(t: Tensor) -> bool:
+    """Whether BLAS can read a matrix, or several, as it lies in memory; others, such as the gradient of a sum, are copied."""
+    rows, columns = t.shape[-2:]
+    down, right = t.stride()[-2:]
+    return (down == 1 and right >= max(1, rows)) or (right == 1 and down >= max(1, columns))
 
 
 class _Convolution:
@@ -78,6 +88,15 @@ def _forward(c: _Convolution, y: int) -> int:
 
 def _backward(c: _Convolution, gy: Tensor, mask: list[bool]) -> int:
     gx, gw = _bytes(c.x) if mask[0] else 0, _bytes(c.w) if mask[1] else 0
+    return _copied(gy) + _backward_of(c, gy, gx, gw, mask)
+
+
+def _copied(gy: Tensor) -> int:
+    """Bytes of a copy, where a gradient lies in no order of its own, as that of a sum."""
+    return _bytes(gy) if gy.numel() > 1 and 0 in gy.stride() else 0
+
+
+def _backward_of(c: _Convolution, gy: Tensor, gx: int, gw: int, mask: list[bool]) -> int:
     if not c.in_blocks:
         return 0 if c.kernel == 1 or c.groups > 1 else _bytes(gy) * c.x.shape[1] * c.kernel // max(c.w.shape[0], 1)
     if c.last or c.apart:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from ..api import momentumize
 from ..budget.blocks import block_paths, checkpointed
+from ..budget.measured import measure
 from ..budget.sizes import shown
 from ..budget.ways import default_loss
-from ..memory import measure
 from ..reporting.build import report_of
 from ..reporting.steps import plot_step
 from .inputs import Call

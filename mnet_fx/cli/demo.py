@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..api import momentumize
-from ..memory import Memory, measure
+from ..budget.measured import Memory, measure
 from ..reporting.build import report_of
 from .options import shown_progress
 

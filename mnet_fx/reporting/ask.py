@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..api import capture_now, momentumize
-from ..captured import CapturedForward
+from ..captured.forward import CapturedForward
 from ..errors import SettingsError
 from .build import REPORT, TRANSFORMED, report_of
 from .report import Report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import nn
 
 from passes import Plan, PlannedRegion, Refusal, Stretch, joined
 
-from ..cost import storage
+from ..arithmetic.cost import storage
+from ..arithmetic.formats import Format
 from ..errors import MnetError
-from ..formats import Format
 from ..settings import Settings
 from .findings import AddReport, CapturedPart, RegionReport
 from .report import Report
 
 REPORT = "_mnet_fx_report"  # where a model that momentumize rewrote keeps its report
 TRANSFORMED = "_mnet_fx_transform_report"  # where one that transform_to_momentumnet changed does
+
+Named = tuple[str, int, Mapping[str, int]]
 
 __all__ = ["REPORT", "add_reports", "graph_report", "named_report", "note_transform", "region_report", "report_of", "row"]
 
@@ -97,7 +99,7 @@ def _shares(region: RegionReport, dtype: torch.dtype) -> list[int | None]:
         return [None] * region.steps
     first = total // region.steps
     if region.storage == "reverse":  # X and U at once, and a part of what U spills at each step
-        first = round(Format.of(dtype).state_bytes * (total - (region.copied_bytes or 0)) / (region.state_bytes_per_element or 1))
+        first = round(Format.of(dtype).state_bytes * (total - (region.all_copied_bytes or 0)) / (region.state_bytes_per_element or 1))
     later = (total - first) // max(1, region.steps - 1)
     return [total - later * (region.steps - 1), *[later] * (region.steps - 1)]
 
@@ -109,18 +111,21 @@ def _with_state(stretch: Stretch, shares: dict[str, list[int | None]]) -> Stretc
     return replace(stretch, kept=share if share is not None and stretch.saved is not None else None)
 
 
-def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
+def named_report(containers: Sequence[Named], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
     """The report on named containers.
 
     Args:
-        containers: for each its path, and the number of its layers that are steps.
+        containers: for each its path, the number of its layers that are steps, and what turns out to be copied.
         settings: the recurrence.
         dtype: of the stream.
         before: the report on others, which are counted too.
     """
     start = 0 if before is None else len(before.regions)
-    rows = [row(f"named_region_{i}", path, n, n, "named", None, settings, dtype) for i, (path, n) in enumerate(containers, start)]
-    captured = [CapturedPart(path, "named", n, n) for path, n in containers]
+    rows = [
+        replace(row(f"named_region_{i}", path, n, n, "named", None, settings, dtype), copied_later=later)
+        for i, (path, n, later) in enumerate(containers, start)
+    ]
+    captured = [CapturedPart(path, "named", n, n) for path, n, _ in containers]
     if before is not None:
         rows, captured = [*before.regions, *rows], [*before.captured, *captured]
     steps = [(region, t) for region in rows for t in range(region.steps)]
@@ -130,7 +135,7 @@ def named_report(containers: Sequence[tuple[str, int]], settings: Settings, dtyp
     return Report(layers, layers, tuple(rows), (), tuple(captured), None, tuple(adds), stretches)
 
 
-def note_transform(net: nn.Module, containers: Sequence[tuple[str, int]], settings: Settings) -> None:
+def note_transform(net: nn.Module, containers: Sequence[Named], settings: Settings) -> None:
     """Gives a model that was transformed the report on that, and on the transforms before."""
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
     before = net.__dict__.get(TRANSFORMED)

@@ -42,8 +42,9 @@ def to_dict(findings: Findings) -> dict[str, Any]:
 def _region(region: RegionReport) -> dict[str, Any]:
     low, high = (region.gamma, region.gamma) if isinstance(region.gamma, float) else region.gamma
     shape = None if region.shape is None else [None if size < 0 else size for size in region.shape]
-    found = {k: v for k, v in asdict(region).items() if k not in ("gamma", "copied")}
-    return {**found, "shape": shape, "gamma_min": low, "gamma_max": high, "state_bytes": region.state_bytes, "copied": list(region.copied)}
+    found = {k: v for k, v in asdict(region).items() if k not in ("gamma", "copied_later")}
+    found |= {"state_bytes": region.state_bytes, "copied": list(region.all_copied), "copied_bytes": region.all_copied_bytes}
+    return {**found, "shape": shape, "gamma_min": low, "gamma_max": high}
 
 
 def _add(index: int, add: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from passes import Refusal, Stretch
@@ -29,6 +30,8 @@ class RegionReport:
             stream of the model's parameter dtype; None for "autograd", which depends on what the steps save, and for "nested".
         copied: side inputs and buffers that the model overwrites after the chain has read them, of which the chain keeps copies.
         copied_bytes: bytes of these copies, None where sizes are not known.
+        copied_later: of a named region, the side inputs and buffers that backward passes have found overwritten, with their bytes; calls
+            after that keep copies of them. Empty until then.
     """
 
     name: str
@@ -42,15 +45,27 @@ class RegionReport:
     state_bytes_per_element: float | None
     copied: tuple[str, ...] = ()
     copied_bytes: int | None = 0
+    copied_later: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def all_copied(self) -> tuple[str, ...]:
+        """What the chain keeps copies of, by now."""
+        return (*self.copied, *self.copied_later)
+
+    @property
+    def all_copied_bytes(self) -> int | None:
+        """Bytes of these copies."""
+        return None if self.copied_bytes is None else self.copied_bytes + sum(self.copied_later.values())
 
     @property
     def state_bytes(self) -> int | None:
         """Bytes that the region keeps between forward and backward, copies included; None where a size is not known."""
         if self.storage == "nested":
-            return self.copied_bytes
-        if self.shape is None or min(self.shape, default=1) < 0 or self.state_bytes_per_element is None or self.copied_bytes is None:
+            return self.all_copied_bytes
+        copied = self.all_copied_bytes
+        if self.shape is None or min(self.shape, default=1) < 0 or self.state_bytes_per_element is None or copied is None:
             return None
-        return round(self.state_bytes_per_element * math.prod(self.shape)) + self.copied_bytes
+        return round(self.state_bytes_per_element * math.prod(self.shape)) + copied
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class AddReport:
         path: path of the module that owns it, "" for the whole model.
         region: name of the region it was rewritten into; empty where it was left as it is.
         step: index of the step of that region; None where it was left.
-        code: why it was left: a code of `passes.legality.CODES`; empty where it was rewritten.
+        code: why it was left: a code of `passes.planning.rules.CODES`; empty where it was rewritten.
         explanation, hint: what was found, and what can be done about it, one sentence each; empty where it was rewritten.
         stretch: index of the stretch it lies in; None where there is none.
     """
@@ -110,7 +125,7 @@ class Findings:
         refusals: why each other add, or a whole module, was left as it was.
         captured: which parts of the model were captured, and how.
         kept_outside: bytes that ordinary autograd saves for what lies outside of all chains, for the inputs of the capture: see
-            `passes.kept` for what is counted. None where that is not known, as in a preview and for named containers.
+            `passes.planning.kept` for what is counted. None where that is not known, as in a preview and for named containers.
         adds: every residual-looking add, once, in the order in which the model runs.
         stretches: the model from input to output: each step, and what lies between regions, with what autograd saves for it in the
             original model (`saved`), and what is kept after the rewrite (`kept`: of a step, its share of the state of its region).

@@ -121,7 +121,7 @@ def text(findings: Findings) -> str:
     parts = [summary(findings)]
     if findings.regions:
         parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, findings.regions)))
-    parts += [_copies(region) for region in findings.regions if region.copied]
+    parts += [_copies(region) for region in findings.regions if region.all_copied]
     if findings.kept_outside:
         parts.append(f"Outside of chains, autograd keeps {findings.kept_outside:,} bytes for the backward pass (inputs as at the capture).")
     if any(part.front_end == "preview" for part in findings.captured):
@@ -163,8 +163,8 @@ def _region_row(r: RegionReport) -> tuple[str, ...]:
 
 
 def _copies(r: RegionReport) -> str:
-    size = "" if r.copied_bytes is None else f" ({r.copied_bytes:,} bytes)"
-    return f"{r.name} keeps copies of what the model overwrites after the chain has read it{size}: {', '.join(r.copied)}"
+    size = "" if r.all_copied_bytes is None else f" ({r.all_copied_bytes:,} bytes)"
+    return f"{r.name} keeps copies of what is overwritten after the chain has read it{size}: {', '.join(r.all_copied)}"
 
 
 def _refusal_row(alike: list[Refusal]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""The same loops over elements three times: in torch, in C, by inductor; and the choice between them."""

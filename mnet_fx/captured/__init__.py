@@ -1,0 +1,1 @@
+"""A model whose forward Dynamo captures at its calls, or that is a GraphModule already."""

@@ -1,0 +1,85 @@
+"""One call of a rewritten model, and the function that Dynamo captures for it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+import types
+from typing import Any
+
+from torch import nn
+from torch._dynamo.utils import graph_break_reasons
+
+from ..errors import MnetError
+from .network import Graph
+
+__all__ = ["PREFIX", "Call", "Stopped", "function_of"]
+
+PREFIX = "mnet_fx_forward_of_"  # of the names of these functions
+_number = itertools.count()
+
+
+class Stopped(BaseException):
+    """Ends a call before the first graph runs; carries the code that Dynamo made for it."""
+
+    def __init__(self, code: types.CodeType | None) -> None:
+        super().__init__("stopped before running")
+        self.code = code
+
+
+class Call:
+    """One call of a rewritten model.
+
+    Attributes:
+        graphs: those that ran so far.
+        new: those captured in it.
+        entered: paths of the modules inside that Python, and not Dynamo, called.
+        dry: the name of the model's function, to stop before the first graph runs; None to run it.
+    """
+
+    def __init__(self, dry: str | None = None) -> None:
+        self.graphs: list[Graph] = []
+        self.new: list[Graph] = []
+        self.entered: set[str] = set()
+        self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
+
+    @property
+    def breaks(self) -> list[Any]:
+        """Why Dynamo broke graphs in it, in order."""
+        return graph_break_reasons[self.breaks_before :]
+
+    def ran(self, graph: Graph) -> None:
+        """A graph is about to run."""
+        if graph.refused is not None:
+            raise MnetError(graph.refused)
+        self.graphs.append(graph)
+        if self.dry is not None:
+            raise Stopped(None if self.entered else _running_code(self.dry))
+
+
+def _running_code(name: str) -> types.CodeType | None:
+    """The code that Dynamo made of the function of that name, where that is running; None if code of a function inside called the graph."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return None if frame is None else frame.f_code
+
+
+def _through_class(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return self.__dict__["forward"].own_forward(*args, **kwargs)
+
+
+def function_of(owner: nn.Module, has_own: bool) -> types.FunctionType:
+    """A function (model, *args) -> result of its forward, with code of its own, to which Dynamo attaches what it makes.
+
+    So nothing of one model counts against, or outlives in, another one of its class. Nothing here refers to the model: what hangs on code,
+    the garbage collector does not see.
+    """
+    template = _through_instance if has_own else _through_class
+    code = template.__code__.replace(co_name=f"{PREFIX}{type(owner).__name__}_{next(_number)}")
+    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__})

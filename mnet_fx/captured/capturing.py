@@ -1,0 +1,172 @@
+"""The backend that Dynamo hands the graphs of a rewritten model to: as `compile_backend`, with paths from the model, and with a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch.fx as fx
+from torch import nn
+
+from passes import Refusal, joined, modules_run, owner_stack
+
+from ..compiled.backend import Backend, Found, Inner
+from ..regions.region import ChainRegion
+from ..reporting.report import Report
+from ..settings import Settings
+from .calls import PREFIX
+from .network import Graph, graph_of
+
+__all__ = ["Capture", "cut", "said"]
+
+
+class Caller(Protocol):
+    """The forward that a capture is for."""
+
+    owner: nn.Module
+    settings: Settings
+    regions: list[ChainRegion]
+
+    def running(self) -> Any:
+        """The call of the model that this thread is in, or None."""
+
+
+class Capture(Backend):
+    """The backend of one rewritten model.
+
+    Args:
+        forward: whose calls it serves.
+        inner: as in `backend`.
+    """
+
+    def __init__(self, forward: Caller, inner: Inner) -> None:
+        super().__init__(forward.settings, inner)
+        self._forward = weakref.ref(forward)  # Dynamo holds this backend where the garbage collector does not see it
+
+    @property
+    def forward(self) -> Caller:
+        """The forward, which is there as long as it is called."""
+        forward = self._forward()
+        assert forward is not None
+        return forward
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        call = self.forward.running()
+        found = self.planned(gm)
+        if isinstance(found, Found):
+            before = {id(graph): graph for graph in (*call.graphs, *call.new)} if call is not None else {}
+            found = self._named(found, sum(len(graph.chains) for graph in before.values()))
+        graph = self._noted(gm, found, self.report(gm, found), example_inputs)
+        run = self.compiled(gm, found, example_inputs)
+        self.forward.regions += getattr(run, "regions", [])
+        if call is not None:
+            call.new.append(graph)
+
+        def counted(*inputs: Any) -> Any:
+            if (call := self.forward.running()) is not None:
+                call.ran(graph)
+            return run(*inputs)
+
+        return counted
+
+    def _named(self, found: Found, before: int) -> Found:
+        """The plan with names that no region of another graph of this call has."""
+        if not before:
+            return found
+        names = {region.name: f"momentum_region_{before + i}" for i, region in enumerate(found.plan.regions)} | {"": ""}
+        regions = (dataclasses.replace(r, name=names[r.name], within=names[r.within]) for r in found.plan.regions)
+        return dataclasses.replace(found, plan=dataclasses.replace(found.plan, regions=tuple(regions)))
+
+    def _noted(self, gm: fx.GraphModule, found: Found | Refusal, report: Report, example_inputs: list[Any]) -> Graph:
+        if isinstance(found, Refusal):
+            return Graph(report, (), frozenset({"", *modules_run(gm)}), frozenset())
+        prefix = self._prefix(found, example_inputs)
+        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix, modules_run(gm))
+        reason: Any = getattr(gm, "compile_subgraph_reason", None)
+        if getattr(reason, "graph_break", False):
+            graph.complete = False
+            graph.broken = self._broken(reason, found, report, prefix)
+        return graph
+
+    def _prefix(self, found: Found, example_inputs: list[Any]) -> str:
+        """Path of the module from which the paths of a graph start: not the model where Dynamo captured code of a module inside."""
+        paths: dict[int, list[str]] = {}
+        for name, tensor in _tensors(self.forward.owner):
+            paths.setdefault(id(tensor), []).append(name)
+        for name, tensor in zip(found.unlifted.inputs, example_inputs, strict=True):
+            path = found.unlifted.attributes.get(name)
+            known = [] if path is None else [full for full in paths.get(id(tensor), []) if f".{full}".endswith(f".{path}")]
+            if path is not None and known:
+                return min(known, key=len).removesuffix(path).rstrip(".")
+        return ""
+
+    def _broken(self, reason: Any, found: Found, report: Report, prefix: str) -> str | None:
+        """The warning about a graph break inside of a chain; None where it is elsewhere."""
+        last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
+        inside = [joined(prefix, path) for path in (last[-1] if last else [])] or [prefix]
+        listed = next((parent for path in inside if (parent := _list_of(self.forward.owner, path)) is not None), None)
+        if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
+            return None
+        return _warning(self.forward.owner, "inside of a chain", said([reason]), listed)
+
+
+def cut(owner: nn.Module, graphs: Sequence[Graph], breaks: Sequence[Any]) -> str | None:
+    """The warning that graph breaks left each layer of a list to a graph of its own; None if that is not so."""
+    found: dict[str, int] = {}
+    for graph in graphs:
+        listed = {_list_of(owner, refusal.path) for refusal in graph.report.refusals if refusal.code == "too_short"}
+        for path in (path for path in listed if path is not None):
+            found[path] = found.get(path, 0) + 1
+            if found[path] > 1:
+                return _warning(owner, "between the layers of a list", said(breaks), path)
+    return None
+
+
+def said(breaks: Sequence[Any]) -> str:
+    """Where and why Dynamo broke its graph first, as ", at ... (...)"; nothing if it does not tell."""
+    for reason in breaks:
+        stack = [frame for frame in getattr(reason, "user_stack", None) or [] if PREFIX not in frame.name]
+        if stack:
+            why = " ".join(str(reason.reason).split())[:160]
+            return f", at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name} ({why})"
+    return ""
+
+
+def _warning(owner: nn.Module, where: str, told: str, listed: str | None) -> str:
+    regions = "" if listed is None else f"momentumize(model, regions=[{listed!r}]), which needs no capture; or "
+    return (
+        f"{type(owner).__name__}: Dynamo breaks its graph {where}{told}, so what follows is no part of the chain before. "
+        f"Use {regions}take that operation out of the blocks"
+    )
+
+
+def _list_of(owner: nn.Module, path: str) -> str | None:
+    """Path of the ModuleList or Sequential of several layers of one class that a module is an element of, or lies in one."""
+    parts = path.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        try:
+            parent = owner.get_submodule(".".join(parts[:i]))
+        except AttributeError:
+            continue
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
+            return ".".join(parts[:i])
+    return None
+
+
+def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from owner.named_parameters(remove_duplicate=False)
+    yield from owner.named_buffers(remove_duplicate=False)
+
+
+def _from(prefix: str, report: Report) -> Report:
+    """A report with paths from the model, captured as part of it."""
+    return dataclasses.replace(
+        report,
+        regions=tuple(dataclasses.replace(region, path=joined(prefix, region.path)) for region in report.regions),
+        refusals=tuple(dataclasses.replace(refusal, path=joined(prefix, refusal.path)) for refusal in report.refusals),
+        adds=tuple(dataclasses.replace(add, path=joined(prefix, add.path)) for add in report.adds),
+        stretches=tuple(dataclasses.replace(stretch, path=joined(prefix, stretch.path)) for stretch in report.stretches),
+        captured=tuple(dataclasses.replace(part, path=joined(prefix, part.path), front_end="Dynamo") for part in report.captured),
+    )

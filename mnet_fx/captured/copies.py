@@ -1,0 +1,72 @@
+"""Copies of a model that share its parameters and buffers, without what an earlier rewrite made of it."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import MnetError, SettingsError
+from ..reporting.build import REPORT
+from .masks import read_masks
+
+__all__ = ["copied"]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of the tree of modules that shares every parameter and buffer.
+
+    Raises:
+        SettingsError: `model` is no module.
+        MnetError: it cannot be copied, is a ScriptModule, or has lazy parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise MnetError("the model is a ScriptModule, whose code is not Python: momentumize the module that it was made from")
+    tensors = [*chain(model.parameters(), model.buffers())]
+    if any(map(is_lazy, tensors)):
+        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
+    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+    shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; deepcopy refuses them
+    try:
+        net = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise MnetError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
+        ) from error
+    for given, twin in zip(model.modules(), net.modules(), strict=True):
+        if isinstance(given, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
+            for name, tensor in chain(given.named_parameters(recurse=False), given.named_buffers(recurse=False)):
+                twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
+        if isinstance(given, fx.GraphModule):
+            _constants_again(given, twin)
+    _release(net)
+    return net
+
+
+def _constants_again(given: fx.GraphModule, twin: nn.Module) -> None:
+    """Makes constants of a graph what they were: torch.fx copies them to buffers, which would be in the state_dict."""
+    for name, value in vars(given).items():
+        if isinstance(value, Tensor) and twin._buffers.pop(name, None) is not None:
+            twin._non_persistent_buffers_set.discard(name)
+            twin.__dict__[name] = value
+
+
+def _release(net: nn.Module) -> None:
+    """Takes an earlier rewrite out of a copy, so that a second one starts over."""
+    if REPORT not in net.__dict__:
+        return
+    if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
+        del net.__dict__["report"]
+    velocity = net._modules.get("initial_velocity")
+    for module in list(net.modules()):
+        release = getattr(module.__dict__.get("forward"), "release", None)
+        if release is not None and release() is velocity is not None:
+            net._modules.pop("initial_velocity", None)
+    read_masks(net)

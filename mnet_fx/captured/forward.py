@@ -1,0 +1,340 @@
+"""The forward of a rewritten model: captured by Dynamo at the first call of each kind, guarded, and captured again where a guard fails.
+
+    net(x) -> CapturedForward -> torch.compile(a function of this model's own) -> Dynamo's guards and code -> graphs with regions
+
+What Python decided while it was captured (attributes, globals, sizes, modes, hooks) is Dynamo's to guard. What is ours is that the original
+network never runs in place of the momentum network: a call in which no graph of ours ran is an error, and so is one that would make
+another network than the first did (`network`).
+
+Where tensors are not what Dynamo can guard (torch.export, torch.jit.trace, make_fx, torch.func, dispatch modes), Dynamo's guards choose the
+program on stand-ins of the same kind, without running it, and plain Python then runs that program on what was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import inspect
+import logging
+import sys
+import threading
+import time
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import cached_backends, remove_from_cache
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..arithmetic.valueless import valueless
+from ..compiled.backend import Inner
+from ..errors import UNCOMPILED, MnetError, MnetWarning
+from ..regions.region import ChainRegion
+from ..reporting.build import REPORT
+from ..reporting.report import Report
+from ..runtime.replay import exported, transformed
+from ..settings import Settings
+from .calls import Call, Stopped, function_of
+from .capturing import Capture, cut, said
+from .doors import MODULES, close, install
+from .network import Network
+from .previewed import Previewed, previewed
+from .stand_ins import stand_ins
+
+__all__ = ["CapturedForward"]
+
+log = logging.getLogger("mnet_fx")
+
+_SLOW = 2.0  # seconds of a capture that are worth a line in the log
+_MANY = 10**6
+_CONFIG: dict[str, Any] = {
+    "recompile_limit": 256,  # kinds of calls of one model
+    "accumulated_recompile_limit": _MANY,  # of code that several models share
+    "fail_on_recompile_limit_hit": True,  # beyond it, the original network would run
+    "suppress_errors": False,  # likewise
+    "skip_nnmodule_hook_guards": False,  # a hook that comes later has its effect
+    "allow_rnn": True,
+    "allow_empty_graphs": True,  # a call that computes nothing is captured, so that it is known from one that was left to Python
+    "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
+    "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
+    "side_effect_replay_policy": "silent",  # likewise
+    "capture_dynamic_output_shape_ops": True,  # as in a block that picks rows by a mask
+    "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
+}
+_CONFIG = {name: value for name, value in _CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
+
+
+class CapturedForward:
+    """The `forward` of a rewritten model.
+
+    Args:
+        owner: the model, whose `forward` this becomes.
+        settings: the recurrence.
+        inner: what runs or compiles the steps and everything between the chains.
+    """
+
+    def __init__(self, owner: nn.Module, settings: Settings, inner: Inner) -> None:
+        self.owner, self.settings, self.inner = owner, settings, inner
+        self.own_forward: Callable[..., Any] | None = owner.__dict__.pop("forward", None)
+        self.network = Network()
+        self.inside = {path: module for path, module in owner.named_modules() if path}
+        self.logged = self.warned = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.calls = threading.local()
+        self.regions: list[ChainRegion] = []  # of all graphs
+        install(self.inside, self)
+
+    @cached_property
+    def compiled(self) -> tuple[types.FunctionType, Callable[..., Any]]:
+        """The model's function, and what Dynamo makes of it."""
+        return self._compiled(self.inner)  # at the first call, as torch.compile does nothing where torch.export copies the model
+
+    @cached_property
+    def plain(self) -> tuple[types.FunctionType, Callable[..., Any]]:
+        """Likewise, for the programs that plain Python runs."""
+        return self.compiled if self.inner == "eager" else self._compiled("eager")
+
+    def _compiled(self, inner: Inner) -> tuple[types.FunctionType, Callable[..., Any]]:
+        function = function_of(self.owner, self.own_forward is not None)
+        backend = Capture(self, inner)
+        compiled = torch.compile(function, backend=backend)
+        for key, known in list(cached_backends.items()):  # where Dynamo would keep it, and so the model, for ever
+            if getattr(known, "compiler_fn", None) is backend:
+                cached_backends.pop(key, None)
+        # The garbage collector does not see what Dynamo attaches to code, nor that it leads back to the code.
+        weakref.finalize(self, remove_from_cache, function.__code__).atexit = False
+        return function, compiled
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _check_caller(self.owner)
+        if transformed() or exported() or _get_current_dispatch_mode_stack() or valueless(*args, *kwargs.values()):
+            return self._program(args, kwargs)(self.owner, *args, **kwargs)
+        with self.call() as call:
+            result = self.compiled[1](self.owner, *args, **kwargs)
+            self._finish(call)
+        return result
+
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False) -> types.CodeType | None:
+        """Captures a kind of call, if it has not been, without running it.
+
+        Args:
+            args, kwargs: the call; of its tensors nothing but what they are like is read.
+            plain: whether for the program that plain Python runs.
+
+        Returns:
+            The code that Dynamo made of the model's function for this kind of call; None if it begins with a graph break.
+        """
+        function, compiled = self.plain if plain else self.compiled
+        try:
+            with self.call(function.__code__.co_name) as call:
+                compiled(self.owner, *args, **kwargs)
+        except Stopped as stopped:
+            whole = stopped.code not in (None, function.__code__) and all(graph.complete for graph in call.graphs)
+            self._take_in(call, complete=whole)
+            if not whole and not plain:
+                warnings.warn(
+                    f"{type(self.owner).__name__}: Dynamo breaks its graph{said(call.breaks)}, and sees nothing beyond before the model "
+                    "runs: net.report is a preview until the first call",
+                    MnetWarning,
+                    stacklevel=4,
+                )
+            return stopped.code if whole else None
+        return self._without_graphs(function, call)
+
+    @contextmanager
+    def call(self, dry: str | None = None) -> Iterator[Call]:
+        """A call of the model in this thread."""
+        if (reason := _switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
+            raise MnetError(self._left(reason, "would run"))
+        call, outer = Call(dry), self.running()
+        self.calls.now = call
+        try:
+            with _configured():
+                yield call
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, MnetError):
+                raise error.inner_exception from None
+            raise
+        except FailOnRecompileLimitHit as error:
+            raise MnetError(
+                f"{type(self.owner).__name__} was captured for {_CONFIG['recompile_limit']} kinds of calls, which is the limit: something "
+                "that its forward reads is another at each call (TORCH_LOGS=recompiles says what); keep that constant or make it a "
+                "tensor, or name the list of layers with regions=[...], which needs no capture"
+            ) from error
+        finally:
+            self.calls.now = outer
+
+    def running(self) -> Call | None:
+        return getattr(self.calls, "now", None)
+
+    def closed(self, probably: bool = False) -> Collection[str]:
+        return self.previewed.closed if probably and not self.network.reports else self.network.closed
+
+    @cached_property
+    def previewed(self) -> Previewed:
+        return previewed(self.owner, self.settings)
+
+    def previewed_report(self) -> Report:
+        """What a capture will probably make of the model."""
+        return self.previewed.report
+
+    def _finish(self, call: Call) -> None:
+        """Looks back at a call that went through."""
+        if not call.graphs:
+            self._without_graphs(self.compiled[0], call)
+            if not self.network.reports and not self.previewed.report.regions:
+                self._warn_of_nothing(call)
+        if call.new:
+            self._take_in(call)
+
+    def _take_in(self, call: Call, complete: bool = True) -> None:
+        if call.new or not self.network.reports:
+            shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
+            self.network.add(call.graphs, self.owner.training, complete, call.entered)
+            if self.network.reports:
+                self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
+        seconds = time.perf_counter() - call.began
+        if seconds > _SLOW and call.new and not self.logged:
+            self.logged = True
+            log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
+        broken = [graph.broken for graph in call.new if graph.broken is not None]
+        if complete and call.new and not broken and (between := cut(self.owner, call.graphs, call.breaks)) is not None:
+            broken = [between]
+        for text in broken:
+            warnings.warn(text, MnetWarning, stacklevel=4)
+        if complete and not any(graph.chains for graph in call.graphs):
+            self._warn_of_nothing(call)
+
+    def _warn_of_nothing(self, call: Call) -> None:
+        told = said(call.breaks)
+        why = f"Dynamo breaks its graph{told}" if told else "print(net.report) says why"
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{type(self.owner).__name__}: no residual chain was rewritten, it computes what it did; {why}",
+                MnetWarning,
+                stacklevel=5,
+            )
+
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """The program of a kind of call as a function that plain Python runs: (model, *args, **kwargs) -> result."""
+        with stand_ins(self.owner, args, kwargs) as (args, kwargs):
+            code = self.capture(args, kwargs, plain=True)
+        if code is None:
+            raise MnetError(
+                f"{type(self.owner).__name__}: Dynamo breaks its graph of the model (TORCH_LOGS=graph_breaks says where), so there is no "
+                "one program to export, trace or transform; give momentumize what is inside of the break, or name its list of layers with "
+                "regions=[...]"
+            )
+        return types.FunctionType(code, self.plain[0].__globals__)
+
+    def _without_graphs(self, function: types.FunctionType, call: Call) -> types.CodeType | None:
+        """A call ran no graph: fine where the model computes nothing on tensors, or is read without any residual add; else an error.
+
+        Dynamo's code for a call, that which ran last being the first in its list, calls the model's forward only where it left that to
+        Python.
+
+        Returns:
+            That code; None if the call was left to Python.
+        """
+        if not call.entered and torch._dynamo.eval_frame._stance.stance == "default":
+            for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]:
+                named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
+                if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
+                    return entry.code
+        seen = previewed(self.owner, self.settings).report  # anew: what the model's attributes are by now decides
+        if not seen.residual_adds and not seen.refusals:
+            return None
+        reason = _stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
+        raise MnetError(self._left(reason))
+
+    def _left(self, reason: str, ran: str = "ran") -> str:
+        return (
+            f"{type(self.owner).__name__}: in this call {reason}, so the original network {ran} and not the momentum network: undo "
+            "that, or name its list of layers with regions=[...], which needs no capture"
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own_forward or type(self.owner).forward.__get__(self.owner))
+
+    @property
+    def __code__(self) -> Any:  # torch.export wants a file and a line
+        return type(self).__call__.__code__
+
+    def release(self) -> nn.Module | None:
+        """Makes the model what it was before; returns the module for v[0], which it had not."""
+        del self.owner.__dict__["forward"]
+        if self.own_forward is not None:
+            self.owner.__dict__["forward"] = self.own_forward
+        close(self.owner)
+        return self.settings.velocity
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedForward:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if callable(self.settings.gamma) and not self.network.reports:
+            for region in self.previewed.report.regions:  # a schedule that cannot be pickled remembers what it gave
+                self.settings.gammas(region.steps)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed", "regions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._prepare()
+
+
+for _function_of_ours in (CapturedForward.running, CapturedForward.closed):  # called between graphs, where Dynamo looks at every frame
+    torch._dynamo.eval_frame.skip_code(_function_of_ours.__code__)
+
+
+class _configured:
+    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each."""
+
+    def __enter__(self) -> None:
+        config = torch._dynamo.config
+        self.before = {name: known for name, value in _CONFIG.items() if (known := getattr(config, name)) != value}
+        for name in self.before:
+            setattr(config, name, _CONFIG[name])
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
+            setattr(torch._dynamo.config, name, value)
+
+
+def _check_caller(owner: nn.Module) -> None:
+    """An error if a module that merely shares the attributes of the model was called."""
+    frame = sys._getframe(3)  # over this function, __call__ and what torch.compiler.disable makes of it
+    caller = frame.f_locals.get("self") if frame.f_code.co_filename == MODULES else None
+    if isinstance(caller, nn.Module) and caller is not owner:
+        raise MnetError(
+            f"this {type(caller).__name__} is a shallow copy of a rewritten model, whose forward would run the model it was copied from: "
+            "use copy.deepcopy, or copy the original and momentumize the copy"
+        )
+
+
+def _switched_off() -> str | None:
+    """Why Dynamo does nothing at all; None if it does."""
+    if torch._dynamo.config.disable:
+        return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
+    return _stance() if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_then_compile") else None
+
+
+def _stance() -> str | None:
+    stance = torch._dynamo.eval_frame._stance.stance
+    return None if stance == "default" else f"Dynamo was told not to capture (torch.compiler.set_stance({stance!r}))"

@@ -1,0 +1,215 @@
+"""What the captures of one model made of it, and that they all make the same momentum network.
+
+A chain is known by the paths of the modules that own its steps, as ("layer1.0", "layer1.1"). The first capture in which a module runs
+decides which chain it is part of, if any; a later one that would decide otherwise (after a graph break, for another number of layers)
+would be another network with other outputs, and is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch.fx as fx
+
+from passes import Plan, Step, joined, owner_stack
+
+from ..errors import MnetError
+from ..reporting.report import AddReport, Report, Stretch
+
+__all__ = ["Chain", "Graph", "Network", "graph_of"]
+
+Chain = tuple[str, ...]
+"""The paths of the modules that own the steps of a chain, in order."""
+
+
+@dataclass
+class Graph:
+    """What is remembered of one captured graph.
+
+    Attributes:
+        report: what was rewritten in it.
+        chains: its chains.
+        ran: paths of the modules whose code it holds.
+        closed: paths of the modules that plain Python must not run: those that own steps, and those called in the steps of a module that
+            owns several.
+        broken: where it ends in a graph break, the warning that this deserves; else None.
+        complete: whether it does not end in a graph break.
+        refused: why a call that runs it is an error, or None.
+    """
+
+    report: Report
+    chains: tuple[Chain, ...]
+    ran: frozenset[str]
+    closed: frozenset[str]
+    broken: str | None = None
+    complete: bool = True
+    refused: str | None = None
+
+
+def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = ()) -> Graph:
+    """What to remember of a graph.
+
+    Args:
+        gm: the planned graph.
+        plan: its plan.
+        report: its report.
+        prefix: path of the module that the graph's paths start from.
+        run: paths of modules that it runs where the planned graph does not show them, such as those under a context.
+    """
+    named = {node.name: node for node in gm.graph.nodes}
+    computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
+    ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))} | {joined(prefix, path) for path in run}
+    chains = [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
+    owned = [path for chain in chains for path in chain]
+    closed = set(owned)
+    for step in (step for region in plan.regions for step in region.steps):
+        owner = joined(prefix, step.path)
+        if owned.count(owner) > 1 or not owner:
+            for node in _leading(step, named):
+                closed |= set(_below(owner, [joined(prefix, path) for path in owner_stack(node)]))
+    return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}))
+
+
+def _leading(step: Step, named: dict[str, fx.Node]) -> list[fx.Node]:
+    """The nodes of a step that its end is computed from; the others make what it gives to others, and their modules may run anywhere."""
+    inside = set(step.nodes)
+    found = {named[step.target]: None}
+    stack = list(found)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source.name in inside and source not in found:
+                found[source] = None
+                stack.append(source)
+    return list(found)
+
+
+def _below(owner: str, stack: list[str]) -> list[str]:
+    """The module of a stack that `owner` calls, as a list of one or none."""
+    inner = stack[stack.index(owner) + 1 :] if owner in stack else stack if not owner else []
+    return inner[:1]
+
+
+@dataclass
+class Network:
+    """The momentum network that a model was found to be.
+
+    Attributes:
+        chains: those of all captures so far.
+        ran: paths of the modules that ran in a capture.
+        entered: paths of the modules that Python called in one, of which all that is inside may have run.
+        closed: as in `Graph`, of all captures.
+        reports: by the training flag of the model, the report of the first call of that kind, if possible of one that ran a chain.
+    """
+
+    chains: set[Chain] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+    entered: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    reports: dict[bool, Report] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self.lock = threading.Lock()
+
+    @property
+    def captured(self) -> bool:
+        """Whether there was a capture."""
+        return bool(self.reports)
+
+    @property
+    def report(self) -> Report:
+        """The report of the first call in train mode, or if there was none, in eval mode."""
+        return self.reports[max(self.reports)]
+
+    def add(self, graphs: Sequence[Graph], training: bool, complete: bool = True, entered: Collection[str] = ()) -> None:
+        """Takes in the graphs of one call, of which some are new.
+
+        Args:
+            graphs: those that the call ran, in order.
+            training: the training flag of the model.
+            complete: False if the call was stopped after its first graph and that ended in a graph break, so that nothing is known yet.
+            entered: paths of the modules that Python called.
+
+        Raises:
+            MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
+        """
+        with self.lock:
+            chains = {chain for graph in graphs for chain in graph.chains}
+            ran = {path for graph in graphs for path in graph.ran}
+            if complete and (reason := self._contradiction(chains, ran, entered)) is not None:
+                for graph in graphs:
+                    graph.refused = reason
+                raise MnetError(reason)
+            if not complete:
+                return
+            self.chains |= chains
+            self.ran |= ran
+            self.entered |= set(entered)
+            self.closed |= {path for graph in graphs for path in graph.closed}
+            known, found = self.reports.get(training), merged([graph.report for graph in graphs])
+            if known is None or (found.regions and not known.regions):
+                self.reports[training] = found
+
+    def _contradiction(self, chains: set[Chain], ran: set[str], entered: Collection[str]) -> str | None:
+        reached = ran | {""} if ran else ran  # whatever runs, the root has run, if only in Python
+        lost = [chain for chain in self.chains if chain not in chains and _meets(chain, reached, entered)]
+        new = [chain for chain in chains if chain not in self.chains and _meets(chain, self.ran, self.entered)]
+        if not lost and not new:
+            return None
+        before, now = sorted(map(_described, lost)) or ["none there"], sorted(map(_described, new)) or ["none there"]
+        return (
+            f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
+            f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers, another dtype or "
+            "kind of tensor, or a context (autocast, no_grad) around some layers does that. Call it as at first, momentumize a second "
+            "model for this kind of call, or name its layers with regions=[...]"
+        )
+
+
+def _meets(chain: Chain, ran: Collection[str], entered: Collection[str]) -> bool:
+    """Whether a module of a chain is among those that ran, or lies in one that Python called."""
+    return any(path in ran or any(f"{path}.".startswith(f"{outer}.") for outer in entered) for path in chain)
+
+
+def _described(chain: Chain) -> str:
+    return f"{len(chain)} steps from {chain[0] or 'the root'} to {chain[-1] or 'the root'}"
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """The report of several graphs of one call."""
+    found = list(reports)
+    return Report(
+        sum(report.residual_adds for report in found),
+        sum(report.rewritten_adds for report in found),
+        tuple(region for report in found for region in report.regions),
+        tuple(dict.fromkeys(refusal for report in found for refusal in report.refusals)),
+        tuple(part for report in found for part in report.captured),
+        None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
+        _numbered(found),
+        _renumbered(found),
+    )
+
+
+def _numbered(reports: Sequence[Report]) -> tuple[AddReport, ...]:
+    """The adds of several graphs, each with the number of its stretch among those of all."""
+    adds, before = [], 0
+    for report in reports:
+        adds += [add if add.stretch is None else replace(add, stretch=add.stretch + before) for add in report.adds]
+        before += len(report.stretches)
+    return tuple(adds)
+
+
+def _renumbered(reports: Sequence[Report]) -> tuple[Stretch, ...]:
+    """The stretches of several graphs; what one reads of its graph's inputs is taken to come from the graph before."""
+    found: list[Stretch] = []
+    for report in reports:
+        before = len(found)
+        found += [replace(s, reads=tuple(max(n, -1) + before for n in s.reads)) for s in report.stretches]
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""The backend of `torch.compile`: what becomes of Dynamo's graphs, through both doors."""

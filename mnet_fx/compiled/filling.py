@@ -1,0 +1,80 @@
+"""A graph whose calls are pieces and regions, each compiled by itself: the whole of a Dynamo graph, or a step with regions in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor, nn
+
+from passes import is_hook
+
+from ..regions.region import ChainRegion
+from .compiler import Compiler, faking
+
+__all__ = ["FakeRun", "Filler", "Unseen"]
+
+
+class FakeRun(fx.Interpreter):
+    """Runs a graph on fake tensors.
+
+    Args:
+        gm: the graph.
+        compiler: knows their mode.
+        fill: called with a region and its fake arguments in place of running it, returns fake outputs.
+    """
+
+    def __init__(self, gm: fx.GraphModule, compiler: Compiler, fill: Callable[[ChainRegion, tuple[Any, ...]], Any]) -> None:
+        super().__init__(gm)
+        assert compiler.fake_mode is not None
+        self.compiler, self.fake_mode, self.fill = compiler, compiler.fake_mode, fill
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and isinstance(getattr(self.module, str(n.target)), ChainRegion):
+            return super().run_node(n)
+        if is_hook(n):  # no hooks on fake tensors
+            return self.fetch_args_kwargs_from_env(n)[0][0]
+        with faking(self.fake_mode):
+            return super().run_node(n)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = getattr(self.module, target)
+        return self.fill(module, args) if isinstance(module, ChainRegion) else super().call_module(target, args, kwargs)
+
+
+class Filler(FakeRun):
+    """Goes through a graph of pieces and regions, and puts the compiled form in place of each."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        is_piece = n.op == "call_module" and isinstance(getattr(self.module, str(n.target)), fx.GraphModule)
+        return self._piece(n) if is_piece else super().run_node(n)
+
+    def _piece(self, n: fx.Node) -> Any:
+        piece, (args, _) = getattr(self.module, str(n.target)), self.fetch_args_kwargs_from_env(n)
+        with faking(self.fake_mode):
+            result = piece(*args)
+        if any(isinstance(value, Tensor) for value in (*args, *result)):
+            setattr(self.module, str(n.target), _Piece(self.compiler(piece, args)))
+        return result
+
+
+class Unseen(nn.Module):
+    """A module whose calls no hooks see: it is none of the user's, and gets parameters as inputs. A hook that waits for the gradients of
+    all inputs, as those of torch's module trackers do, would gather these until the last one is there.
+    """
+
+    @property
+    def _compiled_call_impl(self) -> Any:  # type: ignore[override]  # torch's slot for what runs in place of the call with hooks
+        return self.forward
+
+
+class _Piece(Unseen):
+    """A compiled function as a module."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self._run(*args)

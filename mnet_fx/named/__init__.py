@@ -1,0 +1,1 @@
+"""Containers whose layers are steps, without capturing anything; and momentumnet's interface."""

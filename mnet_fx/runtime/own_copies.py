@@ -1,0 +1,90 @@
+"""Side inputs and buffers that somebody overwrites after a step of a named region has read them.
+
+No graph tells of such a write, so the region learns it: the first call of a layer keeps copies of them all, the backward pass sees which
+of the originals have changed, and later calls keep copies of those alone. A rerun reads a copy only where the original has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guise import is_ordinary
+
+__all__ = ["Learnt", "OwnCopies", "is_copyable"]
+
+
+@dataclass
+class Learnt:
+    """What a region knows of such writes.
+
+    Attributes:
+        overwritten: by layer and name, whether it ever was; what is not in here is still to have its first backward pass.
+        sizes: by the name that the report uses, bytes of each that was; 0 where it shares the copy of another layer.
+    """
+
+    overwritten: dict[tuple[str, str], bool] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+class OwnCopies:
+    """The copies that one chain keeps.
+
+    Args:
+        learnt: by its region, which learns from this chain too.
+    """
+
+    def __init__(self, learnt: Learnt) -> None:
+        self.learnt = learnt
+        self.copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by id and version; with the original, so that the id stays its own
+        self.counted: set[int] = set()  # copies whose bytes the report has
+
+    def wanted(self, layer: str, name: str) -> bool:
+        """Whether a copy is to be kept of that side input or buffer."""
+        return self.learnt.overwritten.get((layer, name), True)
+
+    def shared(self, t: Tensor) -> Tensor:
+        """A copy of t as it is now, the same one for every layer that reads t so."""
+        key = (id(t), 0 if t.is_inference() else t._version)
+        if key not in self.copies:
+            self.copies[key] = (t, _copy(t))
+        return self.copies[key][1]
+
+    def learn(self, layer: str, copies: dict[str, Tensor], overwritten: Set[str]) -> None:
+        """Notes which side inputs and buffers of a layer are overwritten: one that ever was is copied from then on.
+
+        Args:
+            layer: the step's name in the region.
+            copies: those that were copied.
+            overwritten: those whose originals have changed since the step's first run, copied or not.
+        """
+        known = self.learnt.overwritten
+        if overwritten - copies.keys():  # it had been found unchanged before: that may be so of others too, which are looked at again
+            self.learnt.overwritten = {key: True for key, was in known.items() if was}
+            return
+        for name, copy in copies.items():
+            key = (layer, name)
+            if name in overwritten and not known.get(key):
+                label = f"{name} of {layer.rstrip('.')}" if name.startswith("side") else name
+                self.learnt.sizes[label] = 0 if id(copy) in self.counted else copy.untyped_storage().nbytes()
+                self.counted.add(id(copy))
+            known[key] = known.get(key, False) or name in overwritten
+
+
+def is_copyable(t: Any) -> bool:
+    """Whether it is a tensor of numbers, and no parameter."""
+    return isinstance(t, Tensor) and is_ordinary(t) and t.numel() > 0 and not (t.is_leaf and t.requires_grad)
+
+
+def _copy(t: Tensor) -> Tensor:
+    """The same values in other memory, with the strides of t (expanded ones too), which choose kernels; requires gradients if t does."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    with torch.no_grad():
+        if extent > t.numel():  # a view of a larger tensor
+            return t.detach().clone().requires_grad_(t.requires_grad)
+        copy = t.detach().as_strided((extent,), (1,)).clone().as_strided(t.shape, t.stride(), 0)
+    return copy.requires_grad_(t.requires_grad)

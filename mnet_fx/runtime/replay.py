@@ -1,0 +1,286 @@
+"""What the second run of a step must see so that it computes what the first run computed.
+
+`Conditions` records it around the first run and restores it around every later one:
+
+- torch's switches: see `surroundings`;
+- random numbers: the states of the default generators, and of those that are attributes, kept only if the step draws from them;
+- parameters: the very tensors the first run used, also if the module has others by now (swapped in for the time of the rerun, as by
+  `torch.func.functional_call`); a fingerprint shows whether their values changed since, whatever changed them;
+- side inputs: likewise; lists and dictionaries of them hold what they held before the step;
+- side inputs and buffers that are overwritten after the step: copies, in named regions (`own_copies`);
+- which of these tensors require gradients;
+- the Python attributes of the step's modules: see `attributes`;
+- buffers, and tensors that are attributes, that the step changed, in place or by assignment: the values before the step. A later run works
+  on copies of them and leaves no trace, so batch statistics move once. The others must still have their values, as parameters must.
+
+Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, and other hidden state (Python's `random`, what an object that is
+no module holds, global variables) is not restored; if that changes a result, the proof says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
+
+from ..arithmetic.fingerprints import fingerprints
+from ..arithmetic.valueless import Drawn, Effects, valueless
+from .attributes import STANDARD, Attributes
+from .guise import is_ordinary, plain
+from .own_copies import OwnCopies, is_copyable
+from .surroundings import surrounded, surroundings
+from .turns import Turns
+
+__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
+
+
+_TURNS = Turns()
+
+
+class Conditions:
+    """Everything but its stream input that determines what one step computes, as it was at the step's first run.
+
+    Args:
+        module: the step, called as `module(x, *sides)`.
+        sides: the side inputs of this call.
+        device: device of the stream.
+        proof: whether `changed` is to look; without it, it finds nothing.
+        own: what the region has learnt about writes after its steps; None: nothing is copied.
+    """
+
+    def __init__(
+        self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True, own: OwnCopies | None = None
+    ) -> None:
+        self.module, self.device = module, device
+        self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
+        self.sides = _rebuilt(sides)
+        self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
+        self.tree = list(_modules(module, "", set()))
+        self.attributes = Attributes([m for _, m in self.tree])
+        self.surroundings = surroundings()
+        self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
+        self.buffers: dict[str, Tensor] = {}  # and other attributes: those that the step changed, as they were before
+        self.before = self._tensors()  # for the first run
+        self.random: list[tuple[Any, Tensor]] = []
+        named = self._named()
+        flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self.before.items() if t.is_leaf}
+        self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
+        self.proven = named if proof else None  # what must not change, and its fingerprints
+        self.prints = _fingerprints(self.proven or {})
+        self.own = own if proof else None
+        self.layer = "" if self.own is None else self.path_of("")
+        self.copies = self._own_copies()
+        self.buffer_of: dict[str, str] = {}  # of those names in `copies` that are buffers
+        self.overwritten: set[str] = set()  # the names in `copies` whose originals had changed at the last look
+
+    def _own_copies(self) -> dict[str, Tensor]:
+        """Copies of side inputs, which other steps of the chain share."""
+        own = self.own
+        if own is None:
+            return {}
+        sides = {name: t for name, t in self._sides().items() if is_copyable(t) and own.wanted(self.layer, name)}
+        return {name: own.shared(t) for name, t in sides.items()}
+
+    def first_run(self, x: Tensor) -> Any:
+        """Runs the step on the live module, and notes what it drew and which buffers it changed.
+
+        All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
+        """
+        with _TURNS:
+            fake = valueless(x)
+            self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
+            before, self.before = self.before, {}
+            self.buffers = copies = _copied(before)
+            sides, self.live = self.live, ()
+            with Effects() if fake else nullcontext() as effects:
+                result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
+            self.attributes.let_go()
+            if effects is not None:
+                self.random = [(source, source.get_state()) for source in map(Drawn, effects.drew)]
+                self.buffers = {n: c for n, c in copies.items() if effects.wrote(before[n]) or self._tensors().get(n) is not before[n]}
+                return result
+            self.random = [(source, state) for source, state in self.random if not torch.equal(state, source.get_state())]
+            if before:
+                self._note_buffers(before, copies)
+            return result
+
+    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
+        self.buffers = {}
+        after, was, now = self._tensors(), _fingerprints(copies), _fingerprints(before)  # batch_norm's statistics get no new _version
+        for name, copy in copies.items():
+            if after.get(name) is not before[name] or was[name] != now[name]:
+                self.buffers[name] = copy
+            elif self.proven is not None:
+                key = f"buffer '{self.path_of(name)}'"
+                self.proven[key], self.prints[key] = _without_history(before[name]), was[name]
+                if self.own is not None and self.own.wanted(self.layer, key):
+                    self.copies[key], self.buffer_of[key] = copy, name
+
+    def changed(self) -> str | None:
+        """Which parameter, buffer or side input no longer is what the first run saw, and cannot be made so; None if none."""
+        for name, (t, needed) in self.requires_grad.items():
+            if t.requires_grad != needed and not t.is_leaf and name not in self.copies:
+                return f"whether {name} requires a gradient"
+        proven = self.proven or {}
+        if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
+            return (
+                f"{freed}, whose memory was freed (under fully_shard around single layers, a second or partial backward needs layers that "
+                "are sharded again by then: use fully_shard on the root alone),"
+            )
+        now = _fingerprints(proven)
+        differing = [name for name in now if now[name] != self.prints[name]]
+        self.overwritten = self.copies.keys() & set(differing)
+        if self.own is not None:
+            self.own.learn(self.layer, self.copies, {name for name in differing if not name.startswith("parameter")})
+        return next((name for name in differing if name not in self.overwritten), None)
+
+    def run(self, x: Tensor) -> Any:
+        """Runs the step again, as the first time."""
+        with _TURNS, self._restored():
+            live = dict(self._members("_parameters"))
+            swapped: dict[str, Tensor] = {name: p for name, p in self.parameters.items() if live.get(name) is not p}
+            own = {name: self.copies[name] for name in self.overwritten}
+            swapped |= _copied(self.buffers | {self.buffer_of[name]: copy for name, copy in own.items() if name in self.buffer_of})
+            named = self._sides() if own else {}
+            sides = _rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
+            if not swapped:
+                return self.module.forward(x, *sides)
+            with _reparametrize_module(self.module, swapped):  # without tie_weights: each of several names is in `swapped`
+                return self.module.forward(x, *sides)
+
+    def _members(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors in the dictionaries `kind` of the step's modules, each once: what is swapped twice would not be put back."""
+        for prefix, owner in self.tree:
+            for name, tensor in getattr(owner, kind).items():
+                if tensor is not None:
+                    yield prefix + name, tensor
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The buffers, and the tensors that are attributes."""
+        own = {}
+        for prefix, module in self.tree:
+            for name in module.__dict__.keys() - STANDARD:
+                if isinstance(value := module.__dict__[name], Tensor):
+                    own[prefix + name] = value
+        return dict(self._members("_buffers")) | own
+
+    def _generators(self) -> list[Any]:
+        """The generators that the step may draw from: the default ones of its devices, and its own."""
+        default = [_Default(torch.random), *([] if self.device.type == "cpu" else [_Default(torch.get_device_module(self.device))])]
+        return default + self.attributes.generators()
+
+    def _named(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
+        return named | self._sides()
+
+    def _sides(self) -> dict[str, Tensor]:
+        return {f"side input {i}": s for i, s in enumerate(_leaves(self.sides)) if isinstance(s, Tensor)}
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        with surrounded(self.surroundings), self.attributes.put_back(), ExitStack() as stack:
+            for source, state in self.random:
+                stack.callback(source.set_state, source.get_state())
+                source.set_state(state)
+            for t, needed in self.requires_grad.values():
+                if t.requires_grad != needed and t.is_leaf:
+                    stack.callback(t.requires_grad_, not needed)
+                    t.requires_grad_(needed)
+            yield
+
+
+class _Default:
+    """The default generator of a device, given by its module."""
+
+    def __init__(self, module: Any) -> None:
+        self.get_state, self.set_state = module.get_rng_state, module.set_rng_state
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation surrounds the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exported() -> bool:
+    """Whether torch.export, torch.jit.trace or make_fx records the call: what loops write would not be seen."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
+    return modes or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread at a time, outside of the inference mode and every vmap around a backward pass, which concern gradients alone."""
+    levels = torch._C._vmapmode_increment_nesting()  # those of torch.autograd.grad(..., is_grads_batched=True), and one
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of some tensors; those that are one tensor by several names stay so."""
+    copies = {id(t): t.detach().requires_grad_(t.requires_grad).clone() for t in tensors.values()}
+    return {name: copies[id(t)] for name, t in tensors.items()}
+
+
+def _without_history(t: Tensor) -> Tensor:
+    """The tensor, or one that shares its memory and does not keep its graph alive."""
+    return t if t.grad_fn is None else t.detach()
+
+
+def _rebuilt(side: Any, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """The same side input in lists and dictionaries of its own, with other tensors for those of some ids. As `tree_map`, but quick."""
+    kind = type(side)
+    if kind is tuple or kind is list:
+        return kind(_rebuilt(part, given) for part in side)
+    if kind is dict:
+        return {key: _rebuilt(value, given) for key, value in side.items()}
+    if kind in SUPPORTED_NODES or isinstance(side, tuple):
+        return tree_map(lambda leaf: given.get(id(leaf), leaf), side)
+    return given.get(id(side), side) if given else side
+
+
+def _leaves(side: Any) -> list[Any]:
+    """As `tree_leaves`, but quick."""
+    kind = type(side)
+    if kind is tuple or kind is list or kind is dict:
+        return [leaf for part in (side.values() if kind is dict else side) for leaf in _leaves(part)]
+    return tree_leaves(side) if kind in SUPPORTED_NODES or isinstance(side, tuple) else [side]
+
+
+def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with a dot after each name, but quick."""
+    seen.add(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None and child not in seen:
+            yield from _modules(child, f"{prefix}{name}.", seen)
+
+
+def _freed(t: Tensor) -> bool:
+    """Whether the memory of a tensor is gone, though it has elements."""
+    return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
+
+
+def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
+    """A number for each tensor that changes with its values; one synchronisation for each device.
+
+    For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
+    """
+    named = {name: plain(t) for name, t in named.items()}
+    ordinary = [name for name, t in named.items() if is_ordinary(t)]
+    values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
+    return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))

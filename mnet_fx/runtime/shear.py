@@ -1,0 +1,72 @@
+"""The autograd functions that join a chain's values, which come from a tape, to its gradients, which are those of the recurrence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..errors import UNCOMPILED
+from .guise import Guise, dressed, plain
+
+__all__ = ["Enter", "Factors", "Shear"]
+
+Factors = tuple[tuple[float, float], ...]
+
+
+class Enter(Function):
+    """x0 and v0, put on the grid; straight-through backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Any) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.gamma = tape.factors[0][0]
+        with torch._C.DisableTorchFunction():  # subclasses and modes are about the model's operations
+            start, token = tape.enter(), None if v0 is None else _token(plain(x0))
+        return dressed(start, Guise.of(x0)), token
+
+    @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gv is not None:
+            gv = gv * ctx.gamma  # see Shear
+        elif gx is not None and ctx.needs_input_grad[1]:
+            gv = torch.zeros_like(gx)  # g[0] = 0 forgets v0
+        return gx, gv, None
+
+
+class Shear(Function):
+    """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
+
+    v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of
+    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Any, t: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
+        guise = Guise.of_sum(x, y, tape.region)
+        with torch._C.DisableTorchFunction():
+            after = tape.push(t, plain(y))
+            token = _token(after)
+        return dressed(after, guise), token
+
+    @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
+        if gv is not None:
+            next_gamma = ctx.factors[1][0]
+            gv = gv * next_gamma if gx is None else torch.add(gx, gv, alpha=next_gamma)
+        total = gx if gv is None else gv
+        if total is None:
+            return None, None, None, None, None
+        gy = (total * weight).to(y_dtype) if ctx.needs_input_grad[2] else None
+        return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
+
+
+def _token(x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(x.shape)

@@ -1,0 +1,120 @@
+"""How a chain starts: the recurrence that it runs, and the tape that keeps fewest bytes for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arithmetic.cost import storage
+from ..arithmetic.fake_state import FakeState
+from ..arithmetic.fixed_point import State
+from ..arithmetic.kernels.choice import kernels
+from ..arithmetic.kernels.eager import Kernels
+from ..arithmetic.valueless import valueless
+from ..errors import MnetError, StreamError
+from .guise import check_carried, plain
+from .own_copies import Learnt, OwnCopies
+from .replay import exported, transformed
+from .shear import Factors
+from .steps import Chain
+from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+
+__all__ = ["FLOATING", "Recurrence"]
+
+log = logging.getLogger("mnet_fx")
+FLOATING: ContextVar[bool] = ContextVar("mnet_fx_floating", default=False)
+"""Whether chains run as the recurrence in floating point: for `mnet_fx.verify`, which compares with it."""
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How a chain runs.
+
+        v[t+1] = g[t] * v[t] + b[t] * f[t](x[t])
+        x[t+1] = x[t] + v[t+1]
+
+    Attributes:
+        name: of the region, for messages.
+        factors: (g[t], b[t]) of every step.
+        backward: "reversible" or "stored".
+        on_drift: "raise", "warn" or "ignore".
+        velocity: the module that gives v[0] from x[0]; None for v[0] = 0.
+        widest: dtypes of which the state must hold the widest: those of the steps' parameters, which the stream may be promoted to.
+        arithmetic: the loops over elements; None for those that the environment asks for.
+        learnt: what the region has learnt about writes that come after its steps; None: it keeps no copies.
+    """
+
+    name: str
+    factors: Factors
+    backward: str = "reversible"
+    on_drift: str = "raise"
+    velocity: nn.Module | None = None
+    widest: Iterable[torch.dtype] = ()
+    arithmetic: Kernels | None = None
+    learnt: Learnt | None = None
+
+    def start(self, x: Tensor, reversing: bool = False) -> Chain:
+        """A chain at time 0, on a tape of the kind that keeps fewest bytes.
+
+        Args:
+            x: the stream.
+            reversing: whether the tape is to go back whatever that takes.
+
+        Raises:
+            MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
+            StreamError: x is a tensor that wraps others, or of another layout; or v[0] does not fit x.
+        """
+        v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
+        tape = self._tape(x, v0)
+        if reversing and not isinstance(tape, ReversingTape):
+            tape = ReversingTape(tape.region, tape.state, tape.factors)
+        tape.own = None if self.learnt is None else OwnCopies(self.learnt)
+        return Chain(tape, x, v0)
+
+    def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
+        reversible = torch.is_grad_enabled() and self.backward == "reversible"
+        floats = transformed() or exported() or FLOATING.get()
+        if not floats:
+            check_carried(self.name, x)
+        if floats or x.numel() == 0:
+            return self._in_floats(x, reversible and transformed())
+        gammas = [gamma for gamma, _ in self.factors]
+        held = reduce(torch.promote_types, self.widest, x.dtype)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(gammas))
+            kind_of_state = FakeState if valueless(x) else State
+            loops = self.arithmetic or kernels()
+            state = kind_of_state(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, loops, held)
+        kind: type[Tape] = PlainTape
+        if reversible:
+            kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]
+        log.debug("%s: %d steps of %s %s, %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__)
+        return kind(self.name, state, self.factors, self.on_drift)
+
+    def _in_floats(self, x: Tensor, reversible: bool) -> Tape:
+        if reversible:
+            raise MnetError(
+                f"{self.name}: transforms of torch.func (grad, vmap, jvp, ...) and forward-mode differentiation cannot follow a reversible "
+                "chain: give momentumize backward='stored' (MomentumNet: use_backprop=True), which runs them in floating point; "
+                "torch.autograd.grad, double backward and functional_call work as it is"
+            )
+        if not x.dtype.is_floating_point:
+            raise StreamError(f"{self.name}: the stream must be real floating point, got {x.dtype}")
+        return FloatTape(self.name, self.factors)
+
+    def _checked(self, v0: Any, x: Tensor) -> Tensor:
+        """v[0] as the module gave it for x[0] = x."""
+        found = f"shape {tuple(v0.shape)} and dtype {v0.dtype}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+        if not isinstance(v0, Tensor) or v0.shape != x.shape or not v0.dtype.is_floating_point:
+            raise StreamError(
+                f"{self.name}: the initial velocity module gave {found} for a stream of shape {tuple(x.shape)} and dtype {x.dtype}; "
+                "it must give a real floating tensor of the stream's shape"
+            )
+        return v0

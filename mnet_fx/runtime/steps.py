@@ -1,0 +1,198 @@
+"""Runs a chain on a tape, each step under `torch.utils.checkpoint`; the rules are in `tape`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from ..arithmetic.fingerprints import fingerprint
+from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
+from .guise import is_ordinary, plain
+from .replay import Conditions, transformed, undisturbed
+from .tape import FloatTape, PlainTape, Print, Rerun, Tape
+
+__all__ = ["Chain", "run_chain", "watched"]
+
+_WATCHERS: list[Callable[[Tape, int, Tensor], None]] = []
+"""Called with the tape, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original, and `estimate`."""
+
+
+@contextmanager
+def watched(watch: Callable[[Tape, int, Tensor], None]) -> Iterator[None]:
+    """Has `watch` called after each step, for a time."""
+    _WATCHERS.append(watch)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watch)
+
+
+class Step:
+    """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
+
+    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor, print_: Print) -> None:
+        self.tape, self.t = tape, t
+        self.live: tuple[Tensor, Print] | None = (x, print_)
+        self.running = True
+        self.prints: Print = ()
+        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own)
+        tape.reruns.append(Rerun(conditions, x))
+
+    def __call__(self) -> tuple[Any, ...]:
+        if self.live is not None:
+            (x, print_), self.live = self.live, None
+            outputs = checked(self.tape.reruns[self.t].conditions.first_run, x, (), print_, self.tape, self.t)
+            self.running = False
+            return self.closed(False, *outputs)
+        with undisturbed():
+            if self.running:
+                return self.tape.rerun(self.t, self._from_tape(self.tape.present))
+            return self.closed(True, *self.tape.rerun(self.t, self._from_tape(self.tape.hand_out)))
+
+    def _from_tape(self, get: Callable[[int], Tensor]) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return get(self.t)
+
+    def closed(self, rerun: bool, y: Tensor, *extras: Any) -> tuple[Any, ...]:
+        """What leaves the step; where y needs no gradient, an extra output that does makes autograd note `Close` all the same."""
+        needing = [] if y.requires_grad else [e for e in extras if isinstance(e, Tensor) and e.requires_grad]
+        return Close.apply(self, rerun, extras, y, *needing[:1]), *extras
+
+    def prove(self, rerun: bool, extras: Sequence[Any]) -> None:
+        """Notes the extra outputs that have gradients, or compares: the state does not depend on them."""
+        graded = [plain(e) for e in extras if isinstance(e, Tensor) and e.requires_grad]
+        graded = [e for e in graded if is_ordinary(e)]
+        prints = self.tape.fingerprint(lambda: fingerprint(*graded))
+        if not rerun:
+            self.prints = prints
+        elif prints != self.prints:
+            self.tape.drifted(self.t, f"what step {self.t} gives besides the stream")
+
+
+def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], print_: Print, tape: Tape, t: int) -> tuple[Any, ...]:
+    """run(x, *sides), and an error if that wrote to x, which the version tells, or if it changed unseen since its fingerprint was taken.
+
+    Raises:
+        StreamError: the step changed the stream in place.
+    """
+    version = None if torch.compiler.is_dynamo_compiling() or x.is_inference() else x._version
+    outputs = run(x, *sides)
+    if version is not None and x._version != version:
+        raise StreamError(
+            f"{tape.region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
+            "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
+        )
+    if print_ != stream_print(tape, x):
+        raise StreamError(
+            f"{tape.region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
+            "by the step or before it; make that operation out of place (inplace=False)"
+        )
+    return outputs
+
+
+def stream_print(tape: Tape, x: Tensor) -> Print:
+    """The fingerprint of the stream; nothing where nobody wants proof, and autograd's version tells most."""
+    if isinstance(tape, FloatTape) or (tape.on_drift == "ignore" and not x.is_inference()):
+        return ()
+    return fingerprint(plain(x.detach()))
+
+
+class Close(Function):
+    """End of a step; see Rule 4."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, rerun: bool, extras: tuple[Any, ...], y: Tensor, *needing: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        with torch._C.DisableTorchFunction():
+            if rerun:
+                step.tape.close(step.t, plain(y))
+            step.prove(rerun, extras)
+            ctx.save_for_backward(plain(y).new_empty(0))
+        ctx.region, ctx.t = step.tape.region, step.t
+        own = y.detach()
+        if not ctx.needs_input_grad[3]:
+            ctx.mark_non_differentiable(own)
+        return own
+
+    @staticmethod
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        try:
+            _ = ctx.saved_tensors  # makes checkpoint rerun the step now
+        except CheckpointError as error:
+            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient") from error
+        return None, None, None, grad
+
+
+class Chain:
+    """A chain on a tape, one step after the other.
+
+    Args:
+        tape: a tape at time 0.
+        x0, v0: the stream and the initial velocity (or None), with their gradients' history.
+
+    Attributes:
+        x: the stream at time t; a caller that keeps it itself may take it away, and gives it back before the next step.
+        t: number of steps done.
+        print: the fingerprint of x, which nobody may write to.
+    """
+
+    def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
+        self.tape, self.t = tape, 0
+        self.x: Any
+        self.x, self.v = tape.begin(x0, v0)
+        self.print = stream_print(tape, self.x)
+
+    def step(self, module: nn.Module, sides: tuple[Any, ...]) -> list[Any]:
+        """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras.
+
+        Raises:
+            StreamError: the step changed the stream in place.
+            MnetError: a transform of torch.func began or ended within the chain.
+        """
+        if transformed() and not isinstance(self.tape, FloatTape):
+            raise MnetError(
+                f"{self.tape.region}, step {self.t}: a transform of torch.func, or forward-mode differentiation, began or ended since "
+                "the chain did: apply it to the whole model"
+            )
+        if isinstance(self.tape, PlainTape):
+            y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
+        else:
+            step = Step(self.tape, self.t, module, sides, self.x, self.print)
+            y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
+        self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
+        self.t += 1
+        for watch in _WATCHERS:
+            watch(self.tape, self.t, self.x)
+        self.print = stream_print(self.tape, self.x) if self.t < len(self.tape.factors) else ()
+        return extras
+
+
+def run_chain(
+    chain: Chain, steps: Sequence[tuple[nn.Module, tuple[Any, ...]]], escapes: Collection[int] = ()
+) -> tuple[Tensor, list[Tensor], list[Any]]:
+    """Runs a chain from time 0 to its end.
+
+    Args:
+        chain: on a `PlainTape`, autograd stores the activations (if grad mode is on); on others each step runs under checkpoint.
+        steps: for each step its module, which returns (y, *extras) with y in the shape of x[t], and its side inputs.
+        escapes: times t of the stream values x[t] to return.
+
+    Returns:
+        x[T], the escaping x[t], and the extra outputs of all steps, in order.
+
+    Raises:
+        StreamError: a step changed the stream in place.
+    """
+    escaped, extras = [], []
+    for t, (module, sides) in enumerate(steps):
+        if t in escapes:
+            escaped.append(chain.x)
+        extras += chain.step(module, sides)
+    return chain.x, escaped, extras

@@ -1,0 +1,267 @@
+"""The seekable tape: keeps no activations of a chain of steps, and takes the chain back step by step in the backward pass.
+
+Each step runs under `torch.utils.checkpoint` (non-reentrant, public API only), so that autograd, its hooks and its gradients are those of
+the plain chain (see `steps`). What is ours is where a recomputation gets x[t] from:
+
+    forward    x[t] --f[t]--> y --+                 tape.push: (X, U) goes from t to t + 1
+                 |                Shear --> x[t+1], v[t+1]
+    backward   checkpoint reruns f[t] on x[t], which the tape works out from (X, U) at t + 1: first x back, then f, then u back
+
+Rule 1. The stream tensor x[t] is no argument of the checkpointed function: the first run takes the live tensor, every later run what
+        the tape hands out. Nothing else keeps x[t] alive.
+Rule 2. The tape is at a time t, with (X[t], U[t]); or half-way, with (X[t], U[t+1]), while f[t] is rerun. It seeks to any time in either
+        direction by rerunning steps, so a partial `autograd.grad`, `retain_graph` and double backward get the right x[t].
+Rule 3. Every rerun, for whatever reason, goes through `Conditions.run` and sees what the first run saw.
+Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a
+        rerun once the last saved tensor is back, hence never before the move is complete. Where the gradient comes in by y, as it
+        mostly does, its backward is the first of the step, so errors of the recomputation come up there and are given our words. Extra
+        outputs leave as they are: the graph is the model's, where y may depend on them.
+        A step that differentiates within itself is rerun before its first run ends: on x[t] as it is, and the tape does not move.
+Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
+        the extra outputs that a rerun gives gradients to.
+Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
+        Nothing is freed by hand.
+Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves
+        nothing and is differentiable, so double backward works.
+Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
+        forward and the gradients have the same bits either way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arithmetic.fingerprints import fingerprint
+from ..arithmetic.fixed_point import Record, State
+from ..errors import InversionError, MnetError, MnetWarning
+from .guise import Guise, dressed, plain
+from .own_copies import OwnCopies
+from .replay import Conditions
+from .shear import Enter, Factors, Shear
+
+__all__ = ["FloatTape", "PlainTape", "Print", "Rerun", "ReversingTape", "StoringTape", "Tape"]
+
+Print = tuple[int, ...]
+
+
+class Rerun:
+    """What it takes to run one step again; the tape holds it, so it does not know the tape, which would be a cycle."""
+
+    def __init__(self, conditions: Conditions, x: Tensor) -> None:
+        self.conditions, self.requires_grad, self.guise = conditions, x.requires_grad, Guise.of(x)
+
+    def __call__(self, x: Tensor) -> tuple[Any, ...]:
+        return self.conditions.run(dressed(x.detach(), self.guise).requires_grad_(self.requires_grad))
+
+
+class Tape:
+    """One forward pass of one chain. Abstract: `ReversingTape` works x[t] out again, `StoringTape` keeps it, `PlainTape` never needs it.
+
+    Args:
+        region: name for messages.
+        state: (X, U) at time 0.
+        factors: (g[t], b[t]) of every step.
+        on_drift: "raise", "warn" or "ignore" a recomputation that differs.
+    """
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        self.region, self.state, self.factors, self.on_drift = region, state, factors, on_drift
+        self.reruns: list[Rerun] = []
+        self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
+
+    def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x[0] and v[0] with their gradients' history."""
+        return Enter.apply(x0, v0, self)
+
+    def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x[t + 1] and v[t + 1] with their gradients' history."""
+        return Shear.apply(x, v, y, self, t)
+
+    def enter(self) -> Tensor:
+        """x[0], on the grid."""
+        return self.state.read()
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]."""
+        raise NotImplementedError
+
+    def present(self, t: int) -> Tensor:
+        """x[t], while the first run of step t goes on."""
+        raise NotImplementedError
+
+    def hand_out(self, t: int) -> Tensor:
+        """x[t] for a rerun of step t, which `close` will end."""
+        raise NotImplementedError
+
+    def close(self, t: int, y: Tensor) -> None:
+        """Ends a rerun of step t, which gave y."""
+        raise NotImplementedError
+
+    def rerun(self, t: int, x: Tensor) -> tuple[Any, ...]:
+        """(y, *extras) of step t on x = x[t], once more."""
+        if (what := self.reruns[t].conditions.changed()) is not None:
+            self.drifted(t, what)
+        try:
+            return self.reruns[t](x)
+        except (MnetError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
+
+    def fingerprint(self, of: Callable[[], Print]) -> Print:
+        """of(), or nothing where nobody wants proof."""
+        return () if self.on_drift == "ignore" else of()
+
+    def drifted(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
+        """Reports that `what` differed in a rerun of step t."""
+        error = InversionError(self.region, t, what, elements, largest)
+        if self.on_drift == "raise":
+            raise error
+        if self.on_drift == "warn":
+            warnings.warn(str(error), MnetWarning, stacklevel=2)
+
+
+class ReversingTape(Tape):
+    """Holds (X, U) of one time, and moves it to and fro."""
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        super().__init__(region, state, factors, on_drift)
+        self.time = 0
+        self.half = False
+        self.from_rest = state.v_bound == 0.0
+        self.records: list[Record] = []
+        self.prints = [self.fingerprint(state.fingerprint)]
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        self._seek(t)  # where a backward pass through earlier steps has come in between
+        x = self._forward(y)
+        self.prints.append(self.fingerprint(self.state.fingerprint))
+        return x
+
+    def present(self, t: int) -> Tensor:
+        return self.state_at(t)
+
+    def hand_out(self, t: int) -> Tensor:
+        if self.half and self.time == t:
+            return self.state.read()
+        self._seek(t + 1)
+        return self._halve()
+
+    def close(self, t: int, y: Tensor) -> None:
+        self.state.unstep_u(self.records[t], y)
+        self.half = False
+        if self.fingerprint(self.state.fingerprint) != self.prints[t]:
+            self.drifted(t, f"the state before step {t}", *(self.state.off_zero() if t == 0 and self.from_rest else ()))
+
+    def state_at(self, t: int) -> Tensor:
+        """x[t], with the tape at that time."""
+        self._seek(t)
+        return self.state.read()
+
+    def _forward(self, y: Tensor) -> Tensor:
+        del self.records[self.time :]
+        record, x = self.state.step(y, *self.factors[self.time])
+        self.records.append(record)
+        self.time += 1
+        return x
+
+    def _halve(self) -> Tensor:
+        x = self.state.unstep_x(self.records[self.time - 1])
+        self.half, self.time = True, self.time - 1
+        return x
+
+    def _seek(self, t: int) -> None:
+        """Goes to time t, rerunning the steps in between."""
+        if self.half:  # a rerun that did not reach its end
+            self.state.restep_x(self.records[self.time])
+            self.half, self.time = False, self.time + 1
+        x = self.state.read() if self.time < t else None
+        while x is not None and self.time < t:
+            x = self._forward(self._value(x))
+            if self.fingerprint(self.state.fingerprint) != self.prints[self.time]:
+                self.drifted(self.time - 1, f"the state after step {self.time - 1}")
+        while self.time > t:
+            x = self._halve()
+            self.close(self.time, self._value(x))
+
+    def _value(self, x: Tensor) -> Tensor:
+        """y of a rerun at the present time that keeps no graph."""
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):  # hides the packing from the checkpoint that asked
+            return plain(self.rerun(self.time, x)[0].detach())
+
+
+class StoringTape(Tape):
+    """Keeps the inputs x[t], as a checkpoint does; (X, U) is only needed on the way forward."""
+
+    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+        super().__init__(region, state, factors, on_drift)
+        self.prints: list[Print] = []
+        self.inputs: list[tuple[Tensor, Print]] = []
+        self.copies: dict[str, Tensor] = {}  # of those that the caller may overwrite, in named regions
+
+    def enter(self) -> Tensor:
+        return self._kept(super().enter())
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        self.prints.append(self.fingerprint(lambda: fingerprint(y)))
+        _, x = self.state.step(y, *self.factors[t])
+        if t + 1 < len(self.factors):
+            return self._kept(x)
+        del self.state
+        return x
+
+    def present(self, t: int) -> Tensor:
+        return self.inputs[t][0]
+
+    def hand_out(self, t: int) -> Tensor:
+        (x, print_), name = self.inputs[t], f"x[{t}]"
+        changed = self.fingerprint(lambda: fingerprint(x)) != print_
+        if self.own is not None:
+            self.own.learn("", {name: self.copies[name]} if name in self.copies else {}, {name} if changed else set())
+        if changed and name not in self.copies:
+            self.drifted(t, f"the stream before step {t}, changed in place,")
+        return self.copies[name] if changed and name in self.copies else x
+
+    def close(self, t: int, y: Tensor) -> None:
+        if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:
+            self.drifted(t, f"the residual of step {t}")
+
+    def _kept(self, x: Tensor) -> Tensor:
+        name = f"x[{len(self.inputs)}]"
+        if self.own is not None and self.on_drift != "ignore" and self.own.wanted("", name):
+            self.copies[name] = self.own.shared(x.detach())
+        self.inputs.append((x.detach(), self.fingerprint(lambda: fingerprint(x))))
+        return x
+
+
+class PlainTape(Tape):
+    """Keeps nothing and goes forward only: for inference, and for steps whose activations autograd stores."""
+
+    def push(self, t: int, y: Tensor) -> Tensor:
+        return self.state.step(y, *self.factors[t])[1]
+
+
+class FloatTape(PlainTape):
+    """No tape: the recurrence in floating point, for what cannot follow integers (torch.func's transforms, forward-mode differentiation,
+    torch.export), and for streams without elements.
+
+    Equal to the others up to rounding in the stream's dtype; v is held in float32 at least.
+    """
+
+    def __init__(self, region: str, factors: Factors) -> None:
+        self.region, self.factors, self.on_drift = region, factors, "ignore"
+
+    def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return x0, v0
+
+    def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        gamma, weight = self.factors[t]
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        y = weight * y.to(torch.promote_types(dtype, torch.float32))
+        v = y if v is None else gamma * v + y
+        return (x + v).to(dtype), v

@@ -1,0 +1,1 @@
+"""What a graph is: operations, writes to memory, dependencies, an order with regions."""

@@ -1,0 +1,1 @@
+"""What to do with a graph: sums, chains, steps, rules, nesting."""

@@ -1,0 +1,209 @@
+"""Chains -> steps: which nodes compute x[t+1] from x[t].
+
+x[t] = source --> every node on a path to the target --> x[t+1] = target
+                  + what only these nodes use and that is newer than the source (masks, weights computed on the fly)
+                  + checks that lead nowhere (assertions on shapes)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch.fx as fx
+
+from passes.graphs.facts import Facts, owner_keys, owner_path, recorded, shape_of
+from passes.graphs.ops import OUT_OF_PLACE, operands
+from passes.planning.matching import Chain, ResidualSum, is_link
+from passes.regions import Form, Granularity, Step
+
+__all__ = ["Span", "common_path", "dead_ends_of", "spans_of"]
+
+_CHECKS = frozenset({"shape", "layout", "elementwise", "scale", "add", "reduce"})
+
+
+@dataclass(frozen=True)
+class Span:
+    """A step with its nodes; `Step` is what others see of it."""
+
+    source: fx.Node
+    target: fx.Node
+    nodes: tuple[fx.Node, ...]
+    sums: tuple[ResidualSum, ...]
+    link: tuple[str, ...]  # kinds of the link operations after the last add
+    handed: frozenset[fx.Node] = frozenset()  # attributes that are side inputs, so that the region can be given a copy
+
+    @property
+    def add(self) -> fx.Node:
+        return self.sums[-1].add
+
+    def branch(self, facts: Facts) -> fx.Node | None:
+        """The node of f where the step is exactly source + f, so that the add itself need not run."""
+        found = self.sums[0]
+        exact = len(self.sums) == 1 and found.add is self.target and found.branch is not None
+        if not exact or found.add in facts.stale:  # somebody reads the memory that the add writes to
+            return None
+        return found.branch if shape_of(found.add) == shape_of(found.branch or found.add) else None
+
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Nodes outside that the step reads besides the source and the attributes of modules, in order of first use."""
+        own, handed = {self.source, *self.nodes}, self.handed
+        read = (n for node in self.nodes for n in node.all_input_nodes if n not in own and (n.op != "get_attr" or n in handed))
+        return tuple(dict.fromkeys(read))
+
+    def copied_adds(self, facts: Facts) -> set[fx.Node]:
+        """In-place adds onto the input of the step, which its body does out of place."""
+        return facts.copied_adds(self.source, self.nodes)
+
+    def named(self, facts: Facts) -> Step:
+        inside, branch = set(self.nodes), self.branch(facts)
+        extras = (node.name for node in self.nodes if node is not self.target and facts.users_outside(node, inside))
+        form: Form = "block" if branch is None else "branch"
+        return Step(
+            source=self.source.name,
+            target=self.target.name,
+            nodes=tuple(node.name for node in self.nodes),
+            adds=tuple(found.add.name for found in self.sums),
+            form=form,
+            branch=branch.name if branch else None,
+            sides=tuple(node.name for node in self.inputs()),
+            extras=tuple(extras),
+            path=common_path(owner_path(found.add) for found in self.sums),
+            written=self._written() if form == "branch" else None,
+        )
+
+    def _written(self) -> Literal["skip", "branch"] | None:
+        if self.target.target not in OUT_OF_PLACE:
+            return None
+        return "branch" if operands(self.target)[0] is self.sums[0].branch else "skip"
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """Deepest module path that contains all the given ones."""
+    split = [path.split(".") for path in paths]
+    same = 0
+    while all(len(parts) > same for parts in split) and len({parts[same] for parts in split}) == 1:
+        same += 1
+    return ".".join(split[0][:same])
+
+
+def spans_of(
+    chain: Chain, granularity: Granularity, facts: Facts, sums: dict[fx.Node, ResidualSum], dead_ends: set[fx.Node]
+) -> tuple[Span, ...]:
+    """Cut a chain into steps.
+
+    Args:
+        chain: the chain.
+        granularity: "add" for one step per add, "module" for one per block that owns one or more consecutive adds.
+        facts: facts of the graph.
+        sums: all residual sums of the graph by add.
+        dead_ends: nodes that lead nowhere, see `dead_ends_of`.
+
+    Returns:
+        Steps in order, each beginning where the one before ends.
+    """
+    tail = _tail(chain, facts)
+    ends = [*(found.skip for found in chain.sums[1:]), tail[-1] if tail else chain.sums[-1].add]
+    links = [*chain.links[1:], tail]
+    spans: list[Span] = []
+    for group in _groups(chain, granularity):
+        source, target = chain.sums[group[0]].skip, ends[group[-1]]
+        nodes = _with_checks(_cone(source, target, facts, sums, first=group[0] == 0), source, target, facts, dead_ends)
+        link = tuple(facts.kinds[node] for node in links[group[-1]])
+        spans.append(Span(source, target, nodes, tuple(chain.sums[t] for t in group), link))
+    return tuple(spans)
+
+
+def _groups(chain: Chain, granularity: Granularity) -> list[list[int]]:
+    """Indices of the sums of each step."""
+    keys = [owner_keys(found.add) for found in chain.sums]
+    if granularity == "add":
+        return [[t] for t in range(len(keys))]
+    same = 0
+    while all(len(key) > same for key in keys) and len({key[same] for key in keys}) == 1:
+        same += 1
+    block = [key[: same + 1] if len(key) > same else t for t, key in enumerate(keys)]
+    return [list(group) for _, group in groupby(range(len(keys)), key=block.__getitem__)]
+
+
+def _tail(chain: Chain, facts: Facts) -> tuple[fx.Node, ...]:
+    """The link operations after the last add, where every link of the chain has the same and they follow here too."""
+    kinds = {tuple(facts.kinds[node] for node in link) for link in chain.links[1:]}
+    if len(kinds) != 1:
+        return ()
+    tail: list[fx.Node] = []
+    node = chain.sums[-1].add
+    for kind in kinds.pop():
+        following = [user for user in node.users if facts.kinds[user] == kind and is_link(user, facts) and node in user.all_input_nodes]
+        if not following:
+            return ()
+        node = following[0]
+        tail.append(node)
+    return tuple(tail)
+
+
+def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], first: bool) -> set[fx.Node]:
+    """Nodes between source and target, and the side computations that serve them alone.
+
+    What reads the shape of the first step's source stays outside unless it serves this step alone: other steps may use the same sizes.
+    """
+    lowest = facts.index[source]
+    seen, stack = {target}, [target]
+    while stack:
+        for node in facts.flow[stack.pop()]:
+            if facts.index[node] > lowest and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    in_order = sorted(seen, key=facts.index.__getitem__)
+    cone: set[fx.Node] = set()
+    for node in in_order:
+        inside = any(before in cone for before in facts.flow[node])
+        if inside or (source in facts.flow[node] and not (first and facts.kinds[node] == "shape")):
+            cone.add(node)
+    return cone | _serving(cone, in_order, facts, sums)
+
+
+def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> set[fx.Node]:
+    """Side computations whose results only the cone reads. One that writes in place comes in only together with the memory it writes to,
+    and one that takes a tensor from a list with what makes the list, so that the inputs of a step are tensors."""
+    blocked: set[fx.Node] = set()
+    while True:
+        serving: set[fx.Node] = set()
+        for node in reversed(in_order):
+            private = node.users and all(user in cone or user in serving for user in node.users)
+            if private and not (node in cone or node in sums or node in blocked or facts.kinds[node] == "input"):
+                serving.add(node)
+        outside = {node for node in serving if any(memory not in serving for memory in facts.writes.get(node, ()))}
+        outside |= {node for node in serving if _takes_from_list(node) and node.args[0] not in serving and node.args[0] not in cone}
+        if not outside:
+            return serving
+        blocked |= outside
+
+
+def _takes_from_list(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(recorded(node.args[0]), (list, tuple))  # type: ignore[arg-type]
+
+
+def dead_ends_of(facts: Facts) -> set[fx.Node]:
+    """Assertions, and cheap computations whose results reach nothing else."""
+    found: set[fx.Node] = set()
+    for node in reversed(facts.nodes):
+        if facts.kinds[node] in _CHECKS and node not in facts.writes and all(user in found for user in node.users):
+            found.add(node)
+    return found
+
+
+def _with_checks(cone: set[fx.Node], source: fx.Node, target: fx.Node, facts: Facts, dead_ends: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The cone and the dead ends that read nothing but it, so that an assertion does not keep a value of the stream alive."""
+    known = (cone | {source}) - {target}
+    stack = [user for node in known for user in node.users]
+    while stack:
+        node = stack.pop()
+        if node in dead_ends and node not in cone and all(n in known or n.op == "get_attr" for n in facts.flow[node]):
+            cone.add(node)
+            known.add(node)
+            stack.extend(node.users)
+    return tuple(sorted(cone, key=facts.index.__getitem__))

@@ -1,0 +1,1 @@
+"""Doing it: the new graph, the code of its steps, and what lies between regions."""

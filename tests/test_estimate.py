@@ -1,0 +1,306 @@
+"""What `estimate` says before a step runs is what torch's allocator says while it runs; and rewritten models under fake tensors."""
+
+import warnings
+
+import pytest
+import torch
+import torch.fx as fx
+from budget_models import MODELS, UNet, WaveNet
+from models import Encoder
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+import mnet_fx
+from mnet_fx.budget.blocks import block_paths, checkpointed
+from mnet_fx.budget.estimates import PARTS
+from mnet_fx.budget.faking import fake_model
+from mnet_fx.budget.measured import measure
+from mnet_fx.budget.sizes import parsed, shown
+from mnet_fx.budget.workspace import workspace
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """With dropout and batch statistics, of which a step keeps a random state and copies."""
+
+    def __init__(self, d: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm, self.linear, self.drop = nn.BatchNorm1d(d), nn.Linear(d, d), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.drop(torch.tanh(self.linear(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, d: int = 64, steps: int = 6, dropout: float = 0.1):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Block(d, dropout) for _ in range(steps)), nn.Linear(d, 4 * d)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def points(batch: int = 512, d: int = 64) -> Tensor:
+    return torch.randn(batch, d)
+
+
+def measured(net, *inputs, loss=Tensor.sum):
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    loss(net(*inputs)).backward()
+    return measure(lambda: loss(net(*inputs)).backward())
+
+
+def blocks_of(model: nn.Module) -> nn.Module:
+    return checkpointed(model, block_paths(model, [f"layers.{i}" for i in range(len(model.layers))]))
+
+
+@pytest.mark.parametrize("options", [{"regions": ["layers"]}, {"regions": ["layers"], "gamma": 0.1}, {"regions": ["layers"], "gamma": 0.0}])
+def test_of_a_net_with_dropout_and_batch_statistics_to_the_byte(options):
+    model, x = Net(), points()
+    found = mnet_fx.estimate(model, x, **options)
+    real = {"plain": measured(model, x), "momentum": measured(mnet_fx.momentumize(model, **options), x)}
+    for way in (found.plain, found.momentum):
+        assert way.kept_bytes == pytest.approx(real[way.name].kept, rel=1e-3, abs=64)  # but for numbers of 4 bytes
+        assert way.peak_bytes == pytest.approx(real[way.name].peak, rel=0.01)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.1])
+def test_of_a_captured_encoder(gamma):
+    model, x = Encoder(4, d=64), torch.randn(4, 64, 64)
+    found = mnet_fx.estimate(model, (x,), gamma=gamma)
+    real = measured(mnet_fx.momentumize(model, gamma=gamma), x)
+    assert (found.momentum.kept_bytes, found.momentum.peak_bytes) == pytest.approx((real.kept, real.peak), rel=0.01)
+    real = measured(blocks_of(model), x)
+    assert found.checkpoint is not None
+    assert (found.checkpoint.kept_bytes, found.checkpoint.peak_bytes) == pytest.approx((real.kept, real.peak), rel=0.01)
+
+
+def test_of_a_graph_module_and_of_rewritten_nets():
+    model, x = Net(dropout=0.0), points()
+    traced = mnet_fx.estimate(mnet_fx.momentumize(fx.symbolic_trace(model), gamma=0.5), x)
+    named = mnet_fx.estimate(mnet_fx.momentumize(model, gamma=0.5, regions=["layers"]), x)
+    direct = mnet_fx.estimate(model, x, gamma=0.5, regions=["layers"])
+    assert named.momentum == direct.momentum
+    assert named.plain == direct.plain
+    assert traced.plain.kept_bytes == direct.plain.kept_bytes
+    assert traced.momentum.kept_bytes == pytest.approx(direct.momentum.kept_bytes, rel=0.01)
+    assert (named.steps, named.gamma) == (6, "0.5")
+
+
+def test_parts_are_the_whole():
+    found = mnet_fx.estimate(Net(), points(), optimizer=torch.optim.AdamW, gamma=0.01, regions=["layers"])
+    weights = sum(p.numel() * 4 for p in Net().parameters())
+    for way in found.ways:
+        assert tuple(way.parts) == PARTS
+        assert sum(way.parts.values()) == way.total_bytes
+        assert way.parts["parameters"] == way.parts["gradients"] == weights
+        assert 2 * weights <= way.parts["optimizer state"] <= 2 * weights + 4 * 40
+        assert way.parts["inputs"] == 512 * 64 * 4
+        assert 0 < way.kept_bytes <= way.peak_bytes <= way.total_bytes
+    state = found.momentum.parts
+    assert state["stream state"] == 12 * 512 * 64
+    assert state["spilled bits"] > 0
+    assert state["kept for steps"] >= 6 * 5056  # random states
+    assert next(iter(found.plain.outside)).startswith("layers.")
+    assert found.momentum.outside == {"": 512 * 64 * 4 + 4}  # what the head reads, and the loss
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9), "instance"])
+def test_optimizers(optimizer):
+    model = Net()
+    made = torch.optim.RMSprop(model.parameters(), 0.1) if optimizer == "instance" else optimizer
+    found = mnet_fx.estimate(model, points(), optimizer=made, regions=["layers"])
+    ones = {torch.optim.SGD: 0, torch.optim.Adam: 2}.get(made, 1)
+    assert found.plain.parts["optimizer state"] == pytest.approx(ones * found.plain.parts["parameters"], rel=0.02)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_is_allocated_and_the_model_is_left_as_it_was():
+    with torch.device("meta"):
+        model = Encoder(2, d=1024)
+    found = mnet_fx.estimate(model, torch.empty(8, 4096, 1024, device="meta"), regions=["layers"])
+    assert found.plain.kept_bytes > 2**30
+    assert all(p.is_meta and p.grad is None for p in model.parameters())
+    real, x = Net(), points()
+    before = {name: t.clone() for name, t in real.state_dict().items()}
+    taken = measure(lambda: mnet_fx.estimate(real, x, regions=["layers"]))
+    assert taken.peak < 2**17
+    assert all(torch.equal(t, before[name]) for name, t in real.state_dict().items())
+    assert type(real.layers[0].linear.weight) is nn.Parameter
+
+
+def test_the_largest_batch_is_the_largest():
+    found = mnet_fx.estimate(Net(), points(), memory="6MiB", regions=["layers"], gamma=0.9)
+    for way in found.ways:
+        assert getattr(found.at_batch(way.largest_batch), way.name).fits("6MiB")
+        assert not getattr(found.at_batch(way.largest_batch + 1), way.name).fits("6 MiB")
+        assert way.fits(2**40)
+    assert found.momentum.largest_batch > found.plain.largest_batch
+    assert found.momentum.largest_depth_factor > 2 * found.plain.largest_depth_factor
+    nothing = mnet_fx.estimate(Net(), points(), memory=100, regions=["layers"])
+    assert (nothing.plain.largest_batch, nothing.plain.fits(100)) == (0, False)
+
+
+def test_the_depth_factor_is_that_of_a_deeper_net():
+    found = mnet_fx.estimate(Net(), points(), memory="5MiB", regions=["layers"], gamma=0.1)
+    for name in ("plain", "momentum"):
+        factor = getattr(found, name).largest_depth_factor
+        deeper = mnet_fx.estimate(Net(steps=round(6 * factor)), points(), regions=["layers"], gamma=0.1)
+        assert getattr(deeper, name).total_bytes == pytest.approx(5 * 2**20, rel=0.06)
+
+
+def test_operations_are_those_of_the_flop_counter():
+    model, x = Net(dropout=0.0), points()
+    found = mnet_fx.estimate(model, x, regions=["layers"])
+    counts = []
+    for net in (model, mnet_fx.momentumize(model, regions=["layers"])):
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert found.momentum.flops_ratio == pytest.approx(counts[1] / counts[0])
+    assert found.plain.flops_ratio == 1.0
+
+
+def test_seconds_of_a_gpu():
+    quick, slow = (mnet_fx.estimate(Net(), points(), gpu=name, regions=["layers"]) for name in ("NVIDIA H100", "NVIDIA L4"))
+    assert 0 < quick.momentum.seconds < slow.momentum.seconds
+    assert quick.plain.seconds < quick.checkpoint.seconds
+    assert mnet_fx.estimate(Net(), points(), regions=["layers"]).plain.seconds is None
+
+
+def test_the_table_and_the_dictionary():
+    found = mnet_fx.estimate(Net(), points(), memory="1GiB", optimizer=torch.optim.AdamW, regions=["layers"])
+    text = str(found)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "fits in 1.00 GiB" in text
+    assert text.splitlines()[0].startswith("Net, batch 512, AdamW")
+    plain = found.to_dict()
+    assert plain["schema"] == 1
+    assert set(plain["ways"]) == {"plain", "checkpoint", "momentum"}
+    assert plain["ways"]["plain"]["total_mb"] == found.plain.total_bytes / 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"example_inputs": 3}, "example_inputs must be a call"),
+        ({"memory": "lots"}, "memory must be a number of bytes"),
+        ({"gpu": "Voodoo 2"}, "gpu must be one that torch has a data sheet of"),
+        ({"optimizer": 3}, "optimizer must be a class"),
+        ({"loss": 3}, "loss must be a function"),
+        ({"loss": lambda output: output}, "loss must be a function"),
+        ({"gamma": 2.0}, "gamma"),
+    ],
+)
+def test_errors_name_the_argument(arguments, says):
+    arguments = {"example_inputs": points(8), "regions": ["layers"], **arguments}
+    with pytest.raises(mnet_fx.SettingsError, match=says):
+        mnet_fx.estimate(Net(), **arguments)
+
+
+def test_a_model_that_asks_for_values_is_refused_in_words():
+    class Asks(Net):
+        def forward(self, x):
+            return super().forward(x) * (2 if x.sum() > 0 else 1)
+
+    with pytest.raises(mnet_fx.MnetError, match="asks for the values of tensors"):
+        mnet_fx.estimate(Asks(), points(), regions=["layers"])
+
+
+def test_sizes():
+    assert [parsed(text) for text in ("16GiB", "80 GB", "1.5 mib", "512", 7)] == [2**34, 80 * 10**9, 3 * 2**19, 512, 7]
+    assert [shown(size) for size in (0, 1023, 1024, 43_000_000, 1023 * 2**20)] == ["0 B", "1023 B", "1.00 KiB", "41.0 MiB", "1.00 GiB"]
+
+
+def tracked(net: nn.Module, x: Tensor, mode: FakeTensorMode) -> tuple[int, int]:
+    """Bytes kept and the peak, as torch's MemTracker sees them."""
+    with mode:
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        tracker = MemTracker()
+        tracker.track_external(net, x)
+        with tracker:
+            before = tracker.get_tracker_snapshot("current")[CPU]["Total"]
+            loss = net(x).sum()
+            kept = tracker.get_tracker_snapshot("current")[CPU]["Total"] - before
+            loss.backward()
+            return kept, tracker.get_tracker_snapshot("peak")[CPU]["Total"] - before
+
+
+@pytest.mark.parametrize("options", [{"regions": ["layers"]}, {"gamma": 0.1}], ids=["named", "captured"])
+def test_torchs_own_tracker_sees_true_figures_of_rewritten_nets(options):
+    model, mode = Encoder(4, d=64), FakeTensorMode()
+    real = measured(mnet_fx.momentumize(model, **options), torch.randn(4, 64, 64))
+    net = mnet_fx.momentumize(fake_model(model, mode), **options)
+    with mode:
+        x = torch.empty(4, 64, 64)
+    assert tracked(net, x, mode) == (real.kept, real.peak)
+
+
+def test_fake_tensors_without_their_mode():
+    mode = FakeTensorMode()
+    net = mnet_fx.momentumize(fake_model(Net(), mode))
+    with mode:
+        x = torch.empty(16, 64)
+    net(x).sum().backward()
+    assert net.head.weight.grad.shape == (256, 64)
+
+
+def test_a_chain_on_fake_tensors_does_not_spoil_real_ones():
+    model = Net()
+    mnet_fx.estimate(model, points(), gamma=0.1, regions=["layers"])
+    net, stored = (mnet_fx.momentumize(model, gamma=0.1, regions=["layers"], backward=kind) for kind in ("reversible", "stored"))
+    gradients = []
+    for each in (net, stored):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(each(points().fill_(0.5)).sum(), model.layers[0].linear.weight)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "channels", "out", "size", "kernel", "stride", "groups"),
+    [(8, 64, 64, 16, 3, 1, 1), (8, 32, 64, 16, 1, 1, 1), (8, 64, 128, 16, 1, 2, 1), (8, 3, 32, 32, 3, 1, 1), (8, 48, 48, 8, 3, 1, 48)],
+)
+def test_work_space_of_convolutions(threads, batch, channels, out, size, kernel, stride, groups):
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("blocks of 16 channels are those of AVX-512")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, w = torch.randn(batch, channels, size, size), torch.randn(out, channels // groups, kernel, kernel)
+        shape = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
+        forward, backward = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+        y = forward(x, w, None, *shape)
+        for func, args in ((forward, (x, w, None, *shape)), (backward, (y, x, w, None, *shape, [True, True, False]))):
+            real = measure(lambda func=func, args=args: func(*args))
+            result = real.kept
+            assert result + workspace(func, args, {}) == pytest.approx(real.peak, rel=0.08)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_benchmark(name):
+    from estimate import rows_of
+    from tqdm import tqdm
+
+    kind = MODELS[name][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = rows_of(name, tqdm(disable=True))
+    for row in rows:
+        assert row["kept_estimated"] == pytest.approx(row["kept"], rel=0.01), row
+        assert row["peak_estimated"] == pytest.approx(row["peak"], rel=0.01 if kind == "transformer" else 0.03), row
+
+
+@pytest.mark.parametrize("model", [UNet((16, 32), 3), WaveNet(16)], ids=["U-Net", "WaveNet"])
+def test_models_whose_checkpoints_are_lists(model):
+    assert block_paths(model, ["down.0.0", "down.0.1"] if isinstance(model, UNet) else ["layers.3"])
