@@ -67,7 +67,10 @@ MNET_FX = [
     ("arithmetic",),
     ("runtime",),
     ("regions",),
-    ("budget.measured", *(f"reporting.{name}" for name in ["findings", "report", "build", "text", "data", "html", "svg", "road", "plots"])),
+    (
+        "budget.measured",
+        *(f"reporting.{name}" for name in ["findings", "report", "build", "text", "data", "html", "svg", "road", "plots", "estimates"]),
+    ),
     ("compiled", "named"),
     ("captured",),
     ("api",),
