@@ -192,6 +192,7 @@ def _measure(row: dict[str, Any], model: nn.Module, call: dict[str, Any]) -> Non
     row["exact"] = _exact(net, call)
     report = mnet_fx.report(net)  # after calls: with example inputs, a model with graph breaks is only seen up to the first
     refused = Counter(refusal.code for refusal in report.refusals if refusal.node)
+    refused += Counter(add.code for add in report.adds if "." in add.node and add.code in _NOT_IN_CHAINS)  # in bodies
     row |= {
         "found": report.residual_adds,
         "in_chains": report.residual_adds - sum(refused[code] for code in _NOT_IN_CHAINS),

@@ -143,8 +143,17 @@ def _hugging_face(name: str, kwargs: dict[str, Any]) -> Loaded:
         configured = called(config, kwargs, name, "MODEL")
         make = transformers.AutoModel.from_config if made is config else made
         model = called(lambda: make(configured), {}, name, "MODEL")
-    words = getattr(getattr(model, "config", None), "vocab_size", None)
-    return Loaded(model, f"hf:{name}", (f"input_ids=2x64:int64:0-{words - 1}",) if isinstance(words, int) else ())
+    return Loaded(model, f"hf:{name}", _words(getattr(model, "config", None)))
+
+
+def _words(config: Any) -> tuple[str, ...]:
+    """Inputs of a model of words; none for others."""
+    words, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if not isinstance(words, int):
+        return ()
+    length = min(64, positions) if isinstance(positions, int) and positions > 0 else 64
+    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    return tuple(f"{name}=2x{length}:int64:0-{words - 1}" for name in names)
 
 
 def _saved(transformers: Any, path: str, kwargs: dict[str, Any]) -> Any:

@@ -66,7 +66,7 @@ def graph_report(
     rows = tuple(region_report(r, joined(path, r.path), settings, dtype) for r, dtype in zip(plan.regions, known, strict=True))
     refusals = tuple(replace(refusal, path=joined(path, refusal.path)) for refusal in plan.refusals)
     adds, rewritten = len(plan.residual_adds), len(plan.rewritten_adds)
-    shares = {r.name: _shares(r, settings.held or dtype) for r, dtype in zip(rows, known, strict=True)}
+    shares = {r.name: _shares(r, settings.held or dtype) for r, dtype in zip(rows, known, strict=True) if r.storage != "autograd"}
     return Report(
         adds,
         rewritten,
@@ -107,7 +107,7 @@ def _shares(region: RegionReport, dtype: torch.dtype) -> list[int | None]:
 def _with_state(stretch: Stretch, shares: dict[str, list[int | None]]) -> Stretch:
     if stretch.step is None:
         return stretch
-    share = shares[stretch.region][stretch.step]
+    share = shares[stretch.region][stretch.step] if stretch.region in shares else stretch.saved
     return replace(stretch, kept=share if share is not None and stretch.saved is not None else None)
 
 

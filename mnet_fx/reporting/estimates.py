@@ -21,8 +21,8 @@ _KINDS = {  # parts of an estimate: colour and hatch
     "stream state": ("#009e73", ""),
     "spilled bits": ("#009e73", "////"),
     "kept for steps": ("#f0e442", ""),
-    "outside of chains": ("#d55e00", ""),
-    "one step's activations": ("#0072b2", ""),
+    "outside of chains": ("#d55e00", "\\\\\\"),
+    "one step's activations": ("#0072b2", "xxx"),
     "temporaries": ("#56b4e9", "...."),
 }
 

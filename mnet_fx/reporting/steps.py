@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def plot_step(step: Step | Mapping[str, Step], path: str | Path | None = None) -
         colour, _, marker = LINES[name] if name in LINES else spare.pop(0) if spare else ("#444c54", "", "d")
         peak = max((size for _, size in line), default=0)
         label = f"{name}: peak {shown(peak)}" if name else f"peak {shown(peak)}"
-        axes.plot(*_stairs(line), color=colour, linewidth=1.4, marker=marker, markevery=0.07, markersize=5, label=label)
+        corners = _corners(line)
+        style = {"drawstyle": "steps-post", "marker": marker, "markersize": 6, "markevery": _marked(corners)}
+        axes.plot(*zip(*corners, strict=True), color=colour, linewidth=1.3, label=label, **style)
     highest = max((size for line in lines for _, size in line), default=1)
     axes.set_ylim(0, highest * 1.12)
     bytes_axis(axes.yaxis, highest)
@@ -86,8 +89,14 @@ def plot_step(step: Step | Mapping[str, Step], path: str | Path | None = None) -
     return written(drawn, path)
 
 
-def _stairs(line: list[tuple[float, int]], most: int = 4000) -> tuple[list[float], list[int]]:
-    """Corners of the line; where there are many, of each stretch of time its highest."""
+def _corners(line: list[tuple[float, int]], most: int = 4000) -> list[tuple[float, int]]:
+    """The line; where it has many points, of each few its highest."""
     size = max(1, len(line) // most)
-    kept = [max(line[i : i + size], key=lambda pair: pair[1]) for i in range(0, len(line), size)]
-    return [at for at, _ in kept], [live for _, live in kept]
+    return [max(line[i : i + size], key=lambda pair: pair[1]) for i in range(0, len(line), size)] or [(0.0, 0)]
+
+
+def _marked(corners: list[tuple[float, int]], marks: int = 12) -> list[int]:
+    """Indices of corners that are evenly spread over the time."""
+    last = corners[-1][0]
+    times = [at for at, _ in corners]
+    return sorted({bisect_left(times, last * (i + 0.5) / marks) for i in range(marks)})

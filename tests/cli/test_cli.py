@@ -230,6 +230,11 @@ def test_models_have_names(folder, model, kwargs, kind):
     assert isinstance(loaded.model, torch.nn.Module)
 
 
+def test_an_encoder_with_a_decoder_is_given_inputs_for_both(folder):
+    sizes = ["d_model=8", "d_kv=4", "d_ff=8", "num_layers=2", "num_heads=2", "vocab_size=20"]
+    assert [text.split("=")[0] for text in models.load("hf:T5Config", models.keywords(sizes)).inputs] == ["input_ids", "decoder_input_ids"]
+
+
 def test_models_of_timm(folder):
     pytest.importorskip("timm")
     loaded = models.load("timm:vit_tiny_patch16_224", {"depth": 2})
@@ -244,7 +249,7 @@ def test_a_saved_model_has_its_weights(folder):
     model.save_pretrained(folder / "saved")
     loaded = models.load("hf:saved", {})
     assert torch.equal(loaded.model.transformer.wte.weight, model.transformer.wte.weight)
-    assert loaded.inputs == ("input_ids=2x64:int64:0-49",)
+    assert loaded.inputs == ("input_ids=2x16:int64:0-49",)
     (folder / "alone").mkdir()
     (folder / "alone" / "config.json").write_text((folder / "saved" / "config.json").read_text())
     assert type(models.load("hf:alone/config.json", {}).model) is type(model)
