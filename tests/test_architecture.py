@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,21 @@ def test_no_public_name_is_that_of_a_module_of_ours():
     """The module would take its place as an attribute of the package, once it is imported."""
     taken = {path.stem for path in ROOT.glob("mnet_fx/*.py")} | {path.parent.name for path in ROOT.glob("mnet_fx/*/__init__.py")}
     assert taken & set(mnet_fx.__all__) == {"toy_datasets"}  # which is the module
+
+
+def test_what_dir_shows():
+    assert dir(mnet_fx) == sorted([*mnet_fx.__all__, "__version__"])
+    assert mnet_fx.__version__ == version("mnet-fx")
+
+
+def test_what_the_import_costs():
+    """Beyond that of torch, which is not needed until a name is asked for; torchvision comes later still (tqdm with torch._dynamo)."""
+    code = "import time, torch; t = time.perf_counter(); import mnet_fx; mnet_fx.__all__; print(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stdout) < 0.3
+    code = "import sys, mnet_fx; mnet_fx.momentumize; print(sorted({'torchvision', 'matplotlib', 'click'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_public_names_are_there_and_come_late():
