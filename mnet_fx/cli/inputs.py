@@ -121,7 +121,7 @@ def made(texts: Sequence[str], device: str) -> Call:
     if any(isinstance(one, str) for one in read_):
         if len(read_) > 1:
             raise _bad(f"{next(one for one in read_ if isinstance(one, str))!r} gives all inputs: leave out the others")
-        return _by_function(str(read_[0]))
+        return _by_function(str(read_[0]), device)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for one in read_:
@@ -137,8 +137,13 @@ def made(texts: Sequence[str], device: str) -> Call:
     return Call(tuple(args), kwargs, " ".join(texts))
 
 
-def _by_function(text: str) -> Call:
+def _by_function(text: str, device: str) -> Call:
+    import torch
+    from torch.utils._pytree import tree_map_only
+
     given = called(found(text, "--input"), {}, text, "--input")
+    if device != "meta":
+        given = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), given)
     if isinstance(given, Mapping):
         return Call((), dict(given), text)
     return Call(tuple(given) if isinstance(given, (tuple, list)) else (given,), {}, text)
