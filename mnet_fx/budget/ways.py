@@ -112,7 +112,7 @@ def taken(
     """
     places, work, chains = Places(net), Work(gpu), list[ChainTaken]()
     count = Count(places, work)
-    with mode, torch._dynamo.config.patch(_config()), _explained(net):
+    with mode, torch.enable_grad(), torch._dynamo.config.patch(_config()), _explained(net):
         _hold_what_stays(count, net, call, stepper := _stepped(net, optimizer))
         base = count.peak = count.live
         with count, watched(lambda tape, t, x: _noted(chains, tape, t, x)):

@@ -45,6 +45,23 @@ def test_the_meter_counts_what_is_kept_and_the_peak():
     assert 12000 <= counted.peak <= 12000 + 3 * 4096
 
 
+def test_a_whole_step_is_measured_as_its_two_halves_are():
+    layer, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(32, 64)
+    layer(x).sum().backward()
+    halves = measure(lambda: layer(x).sum(), Tensor.backward)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+
+    def step():
+        layer(x).sum().backward()
+        optimizer.step()
+
+    assert measure(lambda: layer(x).sum().backward()) == halves
+    assert measure(lambda: torch.autograd.grad(layer(x).sum(), list(layer.parameters()))).kept == halves.kept
+    assert measure(step).kept == halves.kept
+    assert measure(lambda: layer(x)).kept == halves.kept + 32 * 64 * 4 - 4  # no backward: what is left at the end
+    assert torch.autograd.backward.__module__ == "torch.autograd"
+
+
 class Blocks(nn.Module):
     """Residual blocks with batch statistics and dropout, each under a checkpoint if that is wanted."""
 

@@ -173,3 +173,30 @@ def test_a_subject_leaves_its_regions_as_they_were():
         assert region.factors[1] == (0.0, 1.0)
         assert region.backward == "stored"
     assert region.__dict__ == before
+
+
+def test_a_net_with_stored_activations_has_no_step_that_runs_again():
+    found = mnet_fx.verify(net_of(regions=["layers"], backward="stored"), points())
+    assert [check.ok for check in found.checks] == [True, None, True, True, False]  # and saves nothing
+
+
+class Outer(nn.Module):
+    """A step with a chain of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(Block() for _ in range(3))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.out(x)
+        for block in self.inner:
+            y = block(y)
+        return x + y
+
+
+def test_chains_within_steps_stay_stored():
+    torch.manual_seed(0)
+    net = mnet_fx.momentumize(nn.Sequential(*(Outer() for _ in range(3))), gamma=0.5)
+    found = mnet_fx.verify(net, points())
+    assert found.ok, str(found)
