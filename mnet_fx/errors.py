@@ -6,7 +6,7 @@ UNCOMPILED = (
     "mnet_fx runs momentum chains outside of the graphs of torch.compile, so that forward and backward run the same kernels: leave "
     "fullgraph=False, or compile the original model with torch.compile(model, backend='mnet_fx')"
 )
-"""Why Dynamo breaks its graph at a chain, and keeps out of its backward pass, which it would read if that is called by compiled code."""
+"""The message of `torch.compiler.disable` on the forward and backward functions of chains."""
 
 
 class MnetError(Exception):

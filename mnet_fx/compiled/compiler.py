@@ -66,10 +66,10 @@ def _forget_budgets(gm: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) -> Iterator[None]:
-    """Keeps AOTAutograd's hands off the floats that are no inputs of a part.
+    """Lists the dynamic floats that a part does not read as done with, for the time of its compilation.
 
-    Of a float that may vary, which Dynamo hands over as a 0-d tensor, it makes a constant where the graph at hand has no use for it, and
-    so every other value of it would be compiled for anew. Names in this set it takes to be done with.
+    Dynamo hands a dynamic float over as a 0-d tensor. AOTAutograd would bake a float that the part does not read into the part, and
+    recompile for each of its values. It leaves alone what this set names.
     """
     memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
     own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}

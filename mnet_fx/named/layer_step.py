@@ -18,7 +18,8 @@ __all__ = ["LayerCall", "LayerStep"]
 
 
 class LayerCall:
-    """The arguments of one call of a layer without the stream: the first tensor, positional or by keyword, which nothing may keep alive.
+    """The arguments of a layer call with the stream (its first tensor, positional or by keyword) taken out: it is not stored, so that the
+    tape can free it.
 
     Args:
         name: of the layer, for messages.

@@ -242,7 +242,12 @@ def _without_history(t: Tensor) -> Tensor:
 
 
 def _rebuilt(side: Any, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
-    """The same side input in lists and dictionaries of its own, with other tensors for those of some ids. As `tree_map`, but quick."""
+    """A copy of a side input's lists and dictionaries, not of its tensors, so that a step's `append` does not reach the next run.
+
+    Args:
+        side: the side input.
+        given: by the id of a tensor, the one that takes its place.
+    """
     kind = type(side)
     if kind is tuple or kind is list:
         return kind(_rebuilt(part, given) for part in side)

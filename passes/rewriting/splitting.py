@@ -1,4 +1,4 @@
-"""A graph -> the same graph with everything between chosen calls gathered into one call each.
+"""Splits a graph at its regions: each run of nodes between two of them becomes a GraphModule `piece_i`.
 
 before    a -> b -> region_0 -> getitem -> c -> d -> region_1 -> e
 after     piece_0(..) -> region_0 -> getitem -> piece_1(..) -> region_1 -> piece_2(..)
