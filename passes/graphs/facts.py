@@ -24,7 +24,7 @@ from torch import nn
 
 from passes.graphs.effects import Effect, observed
 from passes.graphs.ops import OUT_OF_PLACE, kind
-from passes.graphs.writes import is_hook, is_unknown, may_alias, moved, overwritten, running_statistics, written
+from passes.graphs.writes import is_hook, is_unknown, may_alias, moved, overwritten, running_statistics, statistics, written
 
 __all__ = [
     "Facts",
@@ -147,7 +147,8 @@ def _find_memory(facts: Facts, effects: dict[fx.Node, Effect]) -> None:
 def _observed(node: fx.Node, effect: Effect, owners: dict[int, fx.Node], facts: Facts) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """The nodes whose memory a node shares, and whose memory it overwrites. Of what is a module's, an unknown call writes to nothing."""
     memory = tuple(dict.fromkeys(owners.setdefault(number, node) for number in effect.memory))
-    targets = [owners[number] for number in effect.written]
+    moving = {base for value in statistics(node) if value.op == "get_attr" for base in facts.shares[value]}
+    targets = [target for number in effect.written if (target := owners[number]) not in moving]  # moves: only seen where sizes vary
     if not effect.known:
         targets = [target for target in targets if target.op != "get_attr"]
     named = (*running_statistics(node), *overwritten(node, facts.modules))

@@ -19,7 +19,7 @@ from torch import nn
 
 from passes.graphs.ops import IN_PLACE_OPERATORS, kind, operands, package_of, word_of, words
 
-__all__ = ["is_hook", "is_unknown", "may_alias", "moved", "overwritten", "running_statistics", "written"]
+__all__ = ["is_hook", "is_unknown", "may_alias", "moved", "overwritten", "running_statistics", "statistics", "written"]
 
 
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, ...]:
@@ -75,10 +75,13 @@ def running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     _, flag, default = _RUNNING[node.target]
     updating = node.args[flag] if len(node.args) > flag else node.kwargs.get("training", node.kwargs.get("use_input_stats", default))
-    return tuple(value for value in _statistics(node) if value.op != "get_attr") if updating is not False else ()
+    return tuple(value for value in statistics(node) if value.op != "get_attr") if updating is not False else ()
 
 
-def _statistics(node: fx.Node) -> list[fx.Node]:
+def statistics(node: fx.Node) -> list[fx.Node]:
+    """The running mean and variance that a batch or instance norm is given."""
+    if node.op != "call_function" or node.target not in _RUNNING:
+        return []
     mean = _RUNNING[node.target][0]
     given = (*node.args[mean : mean + 2], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
     return [value for value in given if isinstance(value, fx.Node)]
@@ -111,7 +114,7 @@ def moved(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
         return tuple(f"{node.target}.{name}" for name, _ in modules[str(node.target)].named_buffers())
     if node.op != "call_function" or node.target not in _RUNNING:
         return ()
-    return tuple(str(value.target) for value in _statistics(node) if value.op == "get_attr")
+    return tuple(str(value.target) for value in statistics(node) if value.op == "get_attr")
 
 
 def _known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
