@@ -1265,3 +1265,39 @@ def test_a_capture_beside_an_unrelated_model():
             assert torch.is_grad_enabled()
 
     run_all(capture, run)
+
+
+class Normed(nn.Module):
+    """Residual blocks that move statistics, as those of a ResNet do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs, self.norms = nn.ModuleList(nn.Conv1d(4, 4, 1, bias=False) for _ in range(4)), nn.ModuleList(norm() for _ in range(4))
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + norm(conv(x)).relu()
+        return x
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.BatchNorm1d(4), lambda: nn.InstanceNorm1d(4, track_running_stats=True)], ids=["batch", "instance"]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_last_smaller_batch_is_no_other_network(norm, training):
+    """Where sizes vary, fake tensors show the writes of a norm to its statistics, which they hide where they are fixed."""
+    plain = Normed(norm).train(training)
+    net = momentumize(copy.deepcopy(plain), gamma=0).train(training)
+    for batch in (4, 6, 3, 5):
+        x = torch.randn(batch, 4, 5)
+        outs = [each(x) for each in (plain, net)]
+        for each, out in zip((plain, net), outs, strict=True):
+            each.zero_grad()
+            out.square().sum().backward()
+        torch.testing.assert_close(outs[1], outs[0])
+        for (name, got), want in zip(net.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5, msg=name)
+        for got, want in zip(net.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(got, want)
+        assert net.report.rewritten_adds == 4
