@@ -68,6 +68,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/tape.py", "if changed and name not in self.copies:", "if changed:"),
     ("mnet_fx/runtime/tape.py", "if self.fingerprint(lambda: fingerprint(y)) != self.prints[t]:", "if False:"),
     ("mnet_fx/runtime/steps.py", 'x.device, tape.on_drift != "ignore", tape.own', "x.device, False, tape.own"),
+    ("mnet_fx/runtime/attributes.py", "        noted._restore()\n", "        pass\n"),
     # Copies of what is overwritten after a named layer.
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), False)"),
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), True) or True"),

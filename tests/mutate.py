@@ -27,7 +27,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 MATCHER = [
     f"tests/passes/test_{name}.py"
-    for name in ("rules", "matching", "planner", "nesting", "hoisting", "rewriter", "passes_programs", "layouts")
+    for name in ("rules", "matching", "fills", "planner", "nesting", "hoisting", "rewriter", "passes_programs", "layouts")
 ]
 CAPTURED = ["tests/captured/test_captured.py", "tests/captured/test_momentumize.py"]
 PREVIEW = ["tests/passes/test_previewing.py", "tests/passes/test_torch_layers.py"]
@@ -101,6 +101,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/planning/matching.py", "for skip in _same_values(term, facts))", "for skip in [term])"),
     ("passes/planning/matching.py", "if len(terms) < 3 and plain is not None and all(", "if all("),
     ("passes/planning/matching.py", "key=lambda term: facts.index[skips[term]])", "key=lambda term: -facts.index[skips[term]])"),
+    ("passes/planning/matching.py", "index[node] > index[term]]", "False]"),
+    ("passes/planning/matching.py", "if not memory.isdisjoint(facts.writes.get(node, ()))]", "]"),
+    ("passes/planning/matching.py", "visited[node] = (*visited[node], *filled)", "pass"),
+    ("passes/graphs/facts.py", "not in moving]", "]"),
     ("passes/planning/matching.py", "mixes, readers = facts.kinds[add] in MIXING,", "mixes, readers = True,"),
     ("passes/planning/matching.py", "mixes, readers = facts.kinds[add] in MIXING,", "mixes, readers = False,"),
     (

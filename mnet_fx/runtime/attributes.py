@@ -2,7 +2,8 @@
 
 What is noted of a module is its `__dict__`: which value each name has, and, where that is a list, dictionary, set or deque, what it
 holds, to any depth of those. That includes flags such as `training`, hooks, and the table of children. Parameters and buffers have rules of
-their own (see `replay`), as have tensors that are attributes. What other objects hold is not noted.
+their own (see `replay`), as have tensors that are attributes. What other objects hold is not noted. Of the lists, dictionaries, sets and
+deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in them.
 
 A note must not keep a graph alive, which may hold the notes of an earlier pass, and so on. So of a tensor with a history only the values
 are kept, a container of such tensors is left alone, and so is an object that the step itself replaces.
@@ -15,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from operator import is_
-from types import FunctionType, NoneType
+from types import CodeType, FunctionType, NoneType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["STANDARD", "Attributes"]
+__all__ = ["STANDARD", "Attributes", "without_traces"]
 
 STANDARD = frozenset(nn.Module().__dict__)
 """What every module has: hooks, tables of parameters, buffers and children, `training`."""
@@ -100,6 +102,49 @@ class Attributes:
                 _refill(container, copy)
         for container in filter(None, self.empty):
             container.clear()
+
+
+@contextmanager
+def without_traces(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards the containers among the globals that the modules' code names hold what they held before."""
+    found = [space.get(name) for cls in {type(module) for module in modules} for space, names in _global_names(cls) for name in names]
+    values = {id(value): value for value in found if type(value) in _CONTAINERS}
+    noted = Attributes(())
+    noted._note(list(values.values()))
+    try:
+        yield
+    finally:
+        noted._restore()
+
+
+_GLOBAL_NAMES: WeakKeyDictionary[type, list[tuple[dict[str, Any], list[str]]]] = WeakKeyDictionary()
+
+
+def _global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
+    """The global names in the methods of a class, and in functions of the same module that they name; by the modules' namespaces."""
+    if cls not in _GLOBAL_NAMES:
+        _GLOBAL_NAMES[cls] = _find_global_names(cls)
+    return _GLOBAL_NAMES[cls]
+
+
+def _find_global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
+    classes = [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins", "mnet_fx")]
+    todo = [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
+    found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+    seen: set[FunctionType] = set()
+    while todo:
+        if (function := todo.pop()) in seen:
+            continue
+        seen.add(function)
+        space, names = function.__globals__, _names_in(function.__code__)
+        found.setdefault(id(space), (space, {}))[1].update(dict.fromkeys(names))
+        todo += [f for name in names if isinstance(f := space.get(name), FunctionType) and f.__globals__ is space]
+    return [(space, list(names)) for space, names in found.values()]
+
+
+def _names_in(code: CodeType) -> list[str]:
+    inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names_in(constant)]
+    return [*code.co_names, *inner]
 
 
 def _values(container: Any) -> Any:

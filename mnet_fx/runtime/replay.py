@@ -33,7 +33,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from ..arithmetic.fingerprints import fingerprints
 from ..arithmetic.valueless import Drawn, Effects, valueless
-from .attributes import STANDARD, Attributes
+from .attributes import STANDARD, Attributes, without_traces
 from .guise import is_ordinary, plain
 from .own_copies import OwnCopies, is_copyable
 from .surroundings import surrounded, surroundings
@@ -186,7 +186,7 @@ class Conditions:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        with surrounded(self.surroundings), self.attributes.put_back(), ExitStack() as stack:
+        with surrounded(self.surroundings), self.attributes.put_back(), without_traces(self.attributes.modules), ExitStack() as stack:
             for source, state in self.random:
                 stack.callback(source.set_state, source.get_state())
                 source.set_state(state)

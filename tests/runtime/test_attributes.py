@@ -325,3 +325,53 @@ def test_other_state_is_proved():
     out, _ = chain(TAPES[0], [Hidden()] * 3, factors([0.9] * 3), torch.randn(5, D, requires_grad=True))
     with pytest.raises(InversionError):
         out.sum().backward()
+
+
+LOGGED: list[torch.Tensor] = []
+LATEST: dict[str, torch.Tensor] = {}
+
+
+def log_loss(h):
+    """A helper of the layers' own module."""
+    LOGGED.append(h.square().mean())
+
+
+class Logs(nn.Module):
+    """Keeps an auxiliary loss in a global list, and its newest activation in a global dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.f(x))
+        log_loss(h)
+        LATEST["h"] = h
+        return x + h
+
+
+class Logging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Logs() for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_rerun_leaves_no_trace_in_globals():
+    found = []
+    for net in (Logging(), mnet_fx.momentumize(Logging(), gamma=0, regions=["layers"])):
+        LOGGED.clear()
+        LATEST.clear()
+        out = net(torch.ones(3, 4))
+        newest = LATEST["h"]
+        (out.sum() + sum(LOGGED)).backward()
+        assert len(LOGGED) == 4
+        assert LATEST == {"h": newest}
+        found.append([p.grad for p in net.parameters()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
