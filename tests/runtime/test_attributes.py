@@ -371,7 +371,7 @@ def test_a_rerun_leaves_no_trace_in_globals():
         newest = LATEST["h"]
         (out.sum() + sum(LOGGED)).backward()
         assert len(LOGGED) == 4
-        assert LATEST == {"h": newest}
+        assert {"h": newest} == LATEST
         found.append([p.grad for p in net.parameters()])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
