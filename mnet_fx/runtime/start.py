@@ -75,7 +75,7 @@ class Recurrence:
         tape = self._tape(x, v0)
         if reversing and not isinstance(tape, ReversingTape):
             tape = ReversingTape(tape.region, tape.state, tape.factors)
-        tape.own = None if self.learnt is None else OwnCopies(self.learnt)
+        tape.own = None if self.learnt is None or valueless(x) else OwnCopies(self.learnt)  # on fake tensors: as after a first call
         return Chain(tape, x, v0)
 
     def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
