@@ -172,7 +172,7 @@ def test_writes_by_other_names(sharing, writing):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_programs(seed):
     model = written(seed).model()
 

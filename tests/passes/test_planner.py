@@ -345,6 +345,7 @@ def test_two_thousand_steps():
     assert time.process_time() - start < 10
 
 
+@pytest.mark.slow
 def test_five_thousand_steps_of_twelve_nodes_are_matched_and_rewritten_in_thirty_seconds():
     block = nn.ModuleDict({"norm": nn.LayerNorm(4), "f": nn.Linear(4, 4), "g": nn.Linear(4, 4)})
     model = nn.Module()
