@@ -286,6 +286,11 @@ def test_work_space_of_convolutions(threads, batch, channels, out, size, kernel,
         torch.set_num_threads(before)
 
 
+# Values, which no estimate has, say when one byte more for each element is spilled; of these three models, at gamma 0.1, kept is off by more
+# than the 1 % that holds for all else.
+OFF_AT_A_SMALL_GAMMA = {"GPT-2": 0.013, "ViT-S/16": 0.038, "U-Net": 0.101}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_of_the_benchmark(name):
@@ -297,8 +302,7 @@ def test_every_model_of_the_benchmark(name):
         warnings.simplefilter("ignore")
         rows = rows_of(name, tqdm(disable=True))
     for row in rows:
-        # Values, which no estimate has, say when a byte for each element is spilled: of GPT-2, ViT and U-Net one more or less.
-        kept = 0.11 if row["way"] == "momentum, 0.1" else 0.01
+        kept = OFF_AT_A_SMALL_GAMMA.get(name, 0.01) if row["way"] == "momentum, 0.1" else 0.01
         assert row["kept_estimated"] == pytest.approx(row["kept"], rel=kept), row
         assert row["peak_estimated"] == pytest.approx(row["peak"], rel=0.01 if kind == "transformer" else 0.03), row
 
