@@ -286,8 +286,8 @@ def test_work_space_of_convolutions(threads, batch, channels, out, size, kernel,
         torch.set_num_threads(before)
 
 
-# Values, which no estimate has, say when one byte more for each element is spilled; of these three models, at gamma 0.1, kept is off by more
-# than the 1 % that holds for all else.
+# Values, which no estimate has, say when one byte more for each element is spilled; of these three models, at gamma 0.1, kept is off by
+# more than the 1 % that holds for all else.
 OFF_AT_A_SMALL_GAMMA = {"GPT-2": 0.013, "ViT-S/16": 0.038, "U-Net": 0.101}
 
 
