@@ -17,3 +17,34 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def _repeatable():
     torch.set_num_threads(1)  # on a busy machine, two threads make small operations a hundred times slower
     torch.manual_seed(0)
+
+
+QUICK = [
+    "architecture",
+    "mutants",
+    "rules",
+    "matching",
+    "nesting",
+    "hoisting",
+    "leftovers",
+    "effects",
+    "fills",
+    "fixed_point",
+    "dtypes",
+    "fingerprints",
+    "native",
+    "cost",
+    "tape",
+    "replay",
+    "surroundings",
+    "attributes",
+    "streams",
+    "graph",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of one thing at a time are marked quick; see CONTRIBUTING.md."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and "slow" not in item.keywords:
+            item.add_marker(pytest.mark.quick)

@@ -1,6 +1,7 @@
 """Streams that are subclasses of Tensor, streams that no chain can carry, and writes to the stream that autograd does not see."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,18 +47,18 @@ class Seeing(nn.Module):
         self.linear, self.name = nn.Linear(D, D), name
 
     def forward(self, x):
-        SEEN.setdefault(self.name, []).append((type(x), dict(x.__dict__)))
+        SEEN.by_step.setdefault(self.name, []).append((type(x), dict(x.__dict__)))
         return torch.tanh(self.linear(x)) * (3 if getattr(x, "tag", "") == "b" else 1)
 
 
-SEEN = {}
+SEEN = SimpleNamespace(by_step={})  # within an object, where reruns leave their traces
 
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("cls", [Base, Named, Doubled])
 @pytest.mark.parametrize("steps", [3, 12])
 def test_a_subclass_arrives_in_the_rerun_as_in_the_first_run(kind, cls, steps):
-    SEEN.clear()
+    SEEN.by_step.clear()
     torch.manual_seed(0)
     fs, start = [Seeing(t) for t in range(steps)], torch.randn(5, D)
     x0 = start.as_subclass(cls)
@@ -67,10 +68,10 @@ def test_a_subclass_arrives_in_the_rerun_as_in_the_first_run(kind, cls, steps):
     assert type(out) is cls
     assert getattr(out, "tag", None) == ("b" if cls is Named else None)
     out.exp().sum().backward()
-    assert all(found[0] == again for found in SEEN.values() for again in found)
-    assert all(len(found) == 1 + (kind is not PlainTape) for found in SEEN.values())
-    assert SEEN[0][0] == (cls, {"tag": "b"})
-    assert SEEN[2][0] == (cls, {"tag": "b"} if cls is Named else {})
+    assert all(found[0] == again for found in SEEN.by_step.values() for again in found)
+    assert all(len(found) == 1 + (kind is not PlainTape) for found in SEEN.by_step.values())
+    assert SEEN.by_step[0][0] == (cls, {"tag": "b"})
+    assert SEEN.by_step[2][0] == (cls, {"tag": "b"} if cls is Named else {})
 
     x = start.as_subclass(cls)
     x.tag, x.requires_grad = "b", True
@@ -86,7 +87,7 @@ def test_a_subclass_arrives_in_the_rerun_as_in_the_first_run(kind, cls, steps):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_the_stream_becomes_a_subclass_where_a_residual_is_one(kind):
-    SEEN.clear()
+    SEEN.by_step.clear()
     fs, x0 = [Seeing(0), lambda x: torch.tanh(x).as_subclass(Base), Seeing(2)], torch.randn(5, D, requires_grad=True)
     out, _ = chain(kind, fs, factors([0.9] * 3), x0)
     torch.autograd.grad(out.sum(), x0)
