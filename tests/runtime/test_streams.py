@@ -91,8 +91,8 @@ def test_the_stream_becomes_a_subclass_where_a_residual_is_one(kind):
     fs, x0 = [Seeing(0), lambda x: torch.tanh(x).as_subclass(Base), Seeing(2)], torch.randn(5, D, requires_grad=True)
     out, _ = chain(kind, fs, factors([0.9] * 3), x0)
     torch.autograd.grad(out.sum(), x0)
-    assert {kind for kind, _ in SEEN[0]} == {torch.Tensor}
-    assert {kind for kind, _ in SEEN[2]} == {Base} == {type(out)}
+    assert {kind for kind, _ in SEEN.by_step[0]} == {torch.Tensor}
+    assert {kind for kind, _ in SEEN.by_step[2]} == {Base} == {type(out)}
 
 
 @pytest.mark.parametrize("kind", TAPES)
