@@ -1,7 +1,7 @@
 """Numbers that tell whether tensors changed: each depends on every bit of its tensor and on where it stands.
 
 The bits are read as 64-bit words, each word is mixed with its place by the finaliser of splitmix64 (Steele, Lea, Flood 2014), and the
-results are added up. Equal tensors give equal numbers, others all but surely do not. On a CPU with a C compiler (see `native`) this is one
+results are added up. Equal tensors give equal numbers, others all but surely do not. On a CPU with a C compiler (see `kernels`) this is one
 pass over the memory. Elsewhere the words are laid out as a table, and only the sums of its columns and of its rows are mixed: sums are
 cheap, and mixing, by multiplications and shifts that no cancellation survives, makes the numbers depend on order and sign as well. The two
 ways give different numbers, so a process stays with one.

@@ -1,4 +1,4 @@
-"""The backend that Dynamo hands the graphs of a rewritten model to: as `compile_backend`, with paths from the model, and with a memory."""
+"""The backend that Dynamo hands the graphs of a rewritten model to: as `compiled.backend`, with paths from the model, and with a memory."""
 
 from __future__ import annotations
 

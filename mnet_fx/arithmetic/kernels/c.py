@@ -1,4 +1,4 @@
-"""The shears of `loops` in C, one pass over the elements each: same bits, in half the time, or a quarter where tensors are small. And the
+"""The shears of `eager` in C, one pass over the elements each: same bits, in half the time, or a quarter where tensors are small. And the
 mixing of `fingerprints`.
 
 The machine's C compiler takes some tenths of a second for each. Nothing is kept on disk, so what runs was made for this processor.

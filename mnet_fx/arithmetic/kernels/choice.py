@@ -1,6 +1,6 @@
-"""The shears of `loops`, each as one compiled pass over the elements. Same bits, about half the time.
+"""The shears of `eager`, each as one compiled pass over the elements. Same bits, about half the time.
 
-On a CPU they are C (see `native`), compiled on first use in some tenths of a second. They are used wherever there is a C compiler; the
+On a CPU they are C (see `c`), compiled on first use in some tenths of a second. They are used wherever there is a C compiler; the
 eager loops go on where there is none. Elsewhere inductor compiles them, in some ten seconds, and is asked only with MNET_FX_FUSED=1 in
 the environment. MNET_FX_FUSED=0 turns both off. Every compiled loop first has to give the bits of the eager one on a part of its input.
 """
@@ -66,8 +66,8 @@ class _Fused:
     """One loop: compiled on first use for each combination of dtypes, and eager where it cannot be or need not be.
 
     Args:
-        function: the loop in torch, for inductor; the loop of `native` has its name.
-        eager: the loop of `loops`.
+        function: the loop in torch, for inductor; the loop of `c` has its name.
+        eager: the loop of `eager`.
         asked: whether the user wants it, also if that takes inductor, and is told if it cannot be.
         writes_no_x: whether the last factor is no unit.
     """
