@@ -1,7 +1,7 @@
 """Finds residual chains in a torch.fx graph and rewrites each into one call. Knows nothing of what the call will do.
 
 graph --match--> residual adds --> chains       by dataflow, never by name
-chains --plan--> regions                        steps, rules (`legality`), nesting; or a refusal for every add
+chains --plan--> regions                        steps, rules (`planning.rules`), nesting; or a refusal for every add
 graph, plan --rewrite--> new graph              `build_region` makes the module of each region
 (between the stages: `verify`; around them, for graphs of Dynamo: `unlift`, `lift`, `pieces`)
 """

@@ -8,7 +8,7 @@ A `Facts` has three kinds of edges between nodes, each including the one before:
              nothing is known, and which may write, those of all that it is given or that it may have lent; and the calls before of a
              module with buffers, which may move at each
 
-What nodes write to and share is observed (`effects`) where the capture recorded fake tensors, else read from tables (`memory`).
+What nodes write to and share is observed (`effects`) where the capture recorded fake tensors, else read from tables (`writes`).
 """
 
 from __future__ import annotations
