@@ -17,6 +17,15 @@ Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's mov
         mostly does, its backward is the first of the step, so errors of the recomputation come up there and are given our words. Extra
         outputs leave as they are: the graph is the model's, where y may depend on them.
         A step that differentiates within itself is rerun before its first run ends: on x[t] as it is, and the tape does not move.
+
+        Close.backward          asks for its saved tensor                     autograd comes to step t from the side of t + 1
+          checkpoint            reruns the frame of step t
+            Step.__call__
+              tape.hand_out     x back, half a step: gives x[t]               the tape holds (X[t], U[t+1])
+              Conditions.run    restores what the first run saw; y = f(x[t])  autograd saves what the gradient of f[t] needs
+              Close.forward     tape.close: u back, and the proof             the tape holds (X[t], U[t])
+        gradients of f[t], with what was saved; then Shear, then Close.backward of step t - 1
+
 Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
         the extra outputs that a rerun gives gradients to.
 Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
