@@ -48,10 +48,13 @@ class Attributes:
         self.dicts = [(module.__dict__, module.__dict__.copy()) for module in modules]
         self.noted: list[tuple[Any, Any]] = []
         self.empty: list[Any] = []
+        self.seen: set[int] = set()
         for _, then in self.dicts:
             self._note([value for name, value in then.items() if type(value) in _CONTAINERS and name not in _APART])
 
     def _note(self, containers: list[Any]) -> None:
+        containers = [container for container in containers if id(container) not in self.seen]
+        self.seen |= set(map(id, containers))
         self.empty += [container for container in containers if not container]
         for container in filter(None, containers):
             self.noted.append((container, container.copy()))
@@ -106,15 +109,46 @@ class Attributes:
 
 @contextmanager
 def without_traces(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Afterwards the containers among the globals that the modules' code names hold what they held before."""
-    found = [space.get(name) for cls in {type(module) for module in modules} for space, names in _global_names(cls) for name in names]
-    values = {id(value): value for value in found if type(value) in _CONTAINERS}
-    noted = Attributes(())
-    noted._note(list(values.values()))
+    """Afterwards the containers that the modules' code names hold what they held before: globals, and attributes of their classes.
+
+    Large ones are left alone: copying them would take longer than the step. Meanwhile no other thread should write to the others.
+    """
+    classes = {type(module) for module in modules}
+    found = [space.get(name) for cls in classes for space, names in _global_names(cls) for name in names]
+    found += [value for cls in classes for own in _own_classes(cls) for value in vars(own).values()]
+    copies = _copies([value for value in found if type(value) in _CONTAINERS])
     try:
         yield
     finally:
-        noted._restore()
+        for container, copy in copies:
+            if not _same(container, copy):
+                _refill(container, copy)
+
+
+_MOST = 1000  # items of all containers whose traces are removed
+
+
+def _copies(containers: list[Any]) -> list[tuple[Any, Any]]:
+    """Containers, and those within them, each once with a copy, as far as they are small."""
+    copies: dict[int, tuple[Any, Any]] = {}
+    left = _MOST
+    while containers:
+        container = containers.pop()
+        if id(container) in copies or len(container) > left:
+            continue
+        try:
+            copy = container.copy()
+        except RuntimeError:  # another thread writes to it
+            continue
+        left -= len(copy)
+        copies[id(container)] = (container, copy)
+        containers += [value for value in _values(copy) if type(value) in _CONTAINERS]
+    return list(copies.values())
+
+
+def _own_classes(cls: type) -> list[type]:
+    """A class and its bases, but for those of torch's, Python's and ours."""
+    return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins", "mnet_fx")]
 
 
 _GLOBAL_NAMES: WeakKeyDictionary[type, list[tuple[dict[str, Any], list[str]]]] = WeakKeyDictionary()
@@ -128,8 +162,7 @@ def _global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
 
 
 def _find_global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
-    classes = [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins", "mnet_fx")]
-    todo = [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
+    todo = [f for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, FunctionType)]
     found: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
     seen: set[FunctionType] = set()
     while todo:
@@ -155,7 +188,17 @@ def _historic(value: Any) -> bool:
     """Whether this is a tensor with a history, or holds one."""
     if isinstance(value, Tensor):
         return value.grad_fn is not None
-    return isinstance(value, (dict, list, set, tuple, deque)) and any(map(_historic, _values(value)))
+    todo, seen = [value], set[int]()
+    while todo:
+        container = todo.pop()
+        if not isinstance(container, (dict, list, set, tuple, deque)) or id(container) in seen:
+            continue
+        seen.add(id(container))
+        for inside in _values(container):
+            if isinstance(inside, Tensor) and inside.grad_fn is not None:
+                return True
+            todo.append(inside)
+    return False
 
 
 def _same(container: Any, copy: Any) -> bool:

@@ -40,16 +40,16 @@ class OwnCopies:
 
     def __init__(self, learnt: Learnt) -> None:
         self.learnt = learnt
-        self.copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by id and version; with the original, so that the id stays its own
+        self.copies: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}  # by id and fingerprint; with the original, whose id it is
         self.counted: set[int] = set()  # copies whose bytes the report has
 
     def wanted(self, layer: str, name: str) -> bool:
         """Whether a copy is to be kept of that side input or buffer."""
         return self.learnt.overwritten.get((layer, name), True)
 
-    def shared(self, t: Tensor) -> Tensor:
-        """A copy of t as it is now, the same one for every layer that reads t so."""
-        key = (id(t), 0 if t.is_inference() else t._version)
+    def shared(self, t: Tensor, print_: Any) -> Tensor:
+        """A copy of t as it is now, with that fingerprint; the same one for every layer that reads t so."""
+        key = (id(t), print_)
         if key not in self.copies:
             self.copies[key] = (t, _copy(t))
         return self.copies[key][1]

@@ -87,7 +87,7 @@ class Conditions:
         if own is None:
             return {}
         sides = {name: t for name, t in self._sides().items() if is_copyable(t) and own.wanted(self.layer, name)}
-        return {name: own.shared(t) for name, t in sides.items()}
+        return {name: own.shared(t, self.prints[name]) for name, t in sides.items()}
 
     def first_run(self, x: Tensor) -> Any:
         """Runs the step on the live module, and notes what it drew and which buffers it changed.

@@ -52,8 +52,24 @@ class Step:
             return self.closed(False, *outputs)
         with undisturbed():
             if self.running:
-                return self.tape.rerun(self.t, self._from_tape(self.tape.present))
-            return self.closed(True, *self.tape.rerun(self.t, self._from_tape(self.tape.hand_out)))
+                return self.rerun(self._from_tape(self.tape.present))
+            return self.closed(True, *self.rerun(self._from_tape(self.tape.hand_out)))
+
+    def rerun(self, x: Tensor) -> tuple[Any, ...]:
+        """The step on x[t] once more.
+
+        Raises:
+            MnetError: it overwrites in place what its gradient needs. The checkpoint around hands that out without looking, where autograd
+                by itself would raise.
+        """
+        with noted_saves() as saved:
+            outputs = self.tape.rerun(self.t, x)
+            if any(t._version != version for t, version in saved):
+                raise MnetError(
+                    f"{self.tape.region}, step {self.t}: the step overwrites in place a value that its gradient needs (as y.mul_(2) does "
+                    "after y = x.exp()); torch's own autograd refuses that too: use an out-of-place operation, or overwrite a clone"
+                )
+        return outputs
 
     def _from_tape(self, get: Callable[[int], Tensor]) -> Tensor:
         with torch._C.DisableTorchFunction():
@@ -73,6 +89,26 @@ class Step:
             self.prints = prints
         elif prints != self.prints:
             self.tape.drifted(self.t, f"what step {self.t} gives besides the stream")
+
+
+@contextmanager
+def noted_saves() -> Iterator[list[tuple[Tensor, int]]]:
+    """The tensors that autograd saves meanwhile, each with its version then; they are packed as the hooks around say."""
+    hooks, noted = torch._C._autograd._top_saved_tensors_default_hooks(False), list[tuple[Tensor, int]]()
+
+    def note(t: Tensor) -> Any:
+        noted.append((t, t._version))
+        return pack(t)
+
+    if hooks is None:
+        yield noted
+        return
+    pack, unpack = hooks
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, unpack):
+            yield noted
+    finally:
+        noted.clear()  # what autograd saved holds `note`, and so would be held by itself
 
 
 def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], print_: Print, tape: Tape, t: int) -> tuple[Any, ...]:

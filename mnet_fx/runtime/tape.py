@@ -242,9 +242,9 @@ class StoringTape(Tape):
 
     def _kept(self, x: Tensor) -> Tensor:
         name = f"x[{len(self.inputs)}]"
-        if self.own is not None and self.on_drift != "ignore" and self.own.wanted("", name):
-            self.copies[name] = self.own.shared(x.detach())
         self.inputs.append((x.detach(), self.fingerprint(lambda: fingerprint(x))))
+        if self.own is not None and self.on_drift != "ignore" and self.own.wanted("", name):
+            self.copies[name] = self.own.shared(*self.inputs[-1])
         return x
 
 

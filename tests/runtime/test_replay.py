@@ -8,6 +8,7 @@ import torch
 from test_tape import TAPES, D, chain, factors
 from torch import nn
 
+import mnet_fx
 from mnet_fx import InversionError
 from mnet_fx.arithmetic.fingerprints import fingerprints
 from mnet_fx.arithmetic.fixed_point import State
@@ -184,3 +185,58 @@ def test_of_tensors_that_are_more_than_numbers_in_memory_the_version_counts():
     assert [before[name] for name in plain] == fingerprints(list(plain.values()))
     nested.mul_(2)
     assert replay._fingerprints(odd)["nested"] != before["nested"]
+
+
+SPOILS = {
+    "mul_": lambda y: y.exp().mul_(0.5),
+    "square": lambda y: (h := y * 1, h * h, h.add_(1))[1],
+    "view": lambda y: (h := y.tanh(), h[:2].detach().mul_(0.5))[0],
+    "iadd": lambda y: (h := y.sigmoid(), h.__iadd__(1))[1],
+}
+
+
+class Spoils(nn.Module):
+    """Layers that overwrite in place what their gradients need."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layers = nn.ModuleList(SpoilsLayer(how) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class SpoilsLayer(nn.Linear):
+    def __init__(self, how):
+        super().__init__(D, D)
+        self.how = how
+
+    def forward(self, x):
+        return x + 0.1 * SPOILS[self.how](super().forward(x))
+
+
+@pytest.mark.parametrize(("how", "way"), [(how, way) for how in SPOILS for way in ({}, {"regions": ["layers"]}) if how != "square" or way])
+def test_a_step_that_overwrites_what_its_gradient_needs_is_an_error(how, way):
+    """As in autograd: torch.utils.checkpoint hands the overwritten value out, and the gradient would be wrong."""
+    x = torch.randn(4, D)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        Spoils(how)(x).sum().backward()
+    net = mnet_fx.momentumize(Spoils(how), **way)
+    with pytest.raises(mnet_fx.MnetError, match="overwrites in place a value that its gradient needs"):
+        net(x).sum().backward()
+
+
+def test_a_write_that_nothing_in_the_step_reads_is_made_outside():
+    """Captured, to what the step gives out: its rerun does not meet it, and the gradient is that of y * y."""
+    net, safe, x = mnet_fx.momentumize(Spoils("square")), Spoils("square"), torch.randn(4, D)
+    safe.load_state_dict(net.state_dict())
+    net(x).sum().backward()
+    v, y = 0.0, x
+    for layer in safe.layers:
+        v = 0.9 * v + 0.1 * (0.1 * nn.Linear.forward(layer, y).square())
+        y = y + v
+    y.sum().backward()
+    for got, want in zip(net.parameters(), safe.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
