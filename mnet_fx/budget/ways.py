@@ -195,7 +195,10 @@ def default_loss(output: Any) -> Tensor:
         return own
     parts = [t.sum() for t in _leaves(output) if t.is_floating_point() and t.requires_grad]
     if not parts:
-        raise SettingsError("the model's output has no floating tensor with a gradient: give loss, a function (output) -> scalar tensor")
+        raise SettingsError(
+            "no floating tensor of the model's output has a gradient: give loss, a function (output) -> scalar tensor; where no "
+            "parameter and no input requires gradients, there is no training step to estimate"
+        )
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 

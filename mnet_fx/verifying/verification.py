@@ -126,6 +126,8 @@ def verify(net: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = 
 
 def _sound(subject: Subject) -> Check:
     error, repeats = _from_original(subject)
+    if not any(bool(t.isfinite().any()) for t in subject.run(subject.original(), gradients=False).outputs if t.is_floating_point()):
+        return Check("sound", False, "no entry of the original's output is finite, so that nothing could be compared: give other inputs")
     dtype = next((t.dtype for t in subject.net.parameters() if t.is_floating_point()), torch.float32)
     if error <= _CLOSE.get(dtype, 0.0):
         return Check("sound", True, f"with gamma=0 the output is off the original's by {error:.1e} ({dtype})")

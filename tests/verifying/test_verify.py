@@ -200,3 +200,10 @@ def test_chains_within_steps_stay_stored():
     net = mnet_fx.momentumize(nn.Sequential(*(Outer() for _ in range(3))), gamma=0.5)
     found = mnet_fx.verify(net, points())
     assert found.ok, str(found)
+
+
+def test_where_nothing_is_finite_nothing_is_verified():
+    net = mnet_fx.momentumize(nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))), torch.randn(3, 2, 8))
+    found = mnet_fx.verify(net, torch.full((3, 2, 8), float("nan")))
+    assert not found.ok
+    assert "finite" in found.check("sound").detail
