@@ -228,6 +228,7 @@ FIRST_BLOCK = frozenset(name for name in PARAMETERS if name.startswith(("stem", 
 
 
 @settings(max_examples=max(6, settings.default.max_examples // 10))  # each subset is captured
+@pytest.mark.slow
 @given(st.frozensets(st.sampled_from(PARAMETERS)), st.booleans(), st.sampled_from(list(GAMMAS.values())))
 @example(FIRST_BLOCK, False, 0.9)
 @example(FIRST_BLOCK, True, 0.9)

@@ -26,7 +26,7 @@ def memory(layers: int, dropout: float):
     return measure(lambda: net(x).sum(), Tensor.backward)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_kept_and_peak_bytes_of_an_encoder_do_not_grow_with_depth(dropout):
     memory(1, dropout)  # lazily made buffers
     shallow, deep = memory(4, dropout), memory(14, dropout)
@@ -171,7 +171,7 @@ def _stays(model_to_net):
     return len(fakes), sum(type(thing) is Double for thing in alive)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_no_fake_tensor_keeps_its_history(inner):
     """An operation that saves its own result, as tanh does, and a hook that returns what it is given, keep each other, unseen by gc."""
     before = _stays(lambda model: model)
