@@ -43,8 +43,23 @@ QUICK = [
 ]
 
 
+SLOW = (  # single cases of tests that are else run always: what they show, others show too
+    "test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow[spilling]",
+    "test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow[compiled inside]",
+    "test_sizes_that_depend_on_values[inductor-Routes-3]",
+    "test_two_thousand_steps",
+    "test_families[resnet101]",
+    "test_models[opt--]",
+    "test_reversible_gradients_and_buffers_are_those_of_stored[swin_t]",
+    "test_every_chain_is_rewritten_and_reversible_is_stored[bert]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The tests of one thing at a time are marked quick; see CONTRIBUTING.md."""
     for item in items:
+        if item.name in SLOW:
+            item.add_marker(pytest.mark.slow)
         if item.path.stem.removeprefix("test_") in QUICK and "slow" not in item.keywords:
             item.add_marker(pytest.mark.quick)
