@@ -48,6 +48,8 @@ SLOW = (  # single cases of tests that are else run always: what they show, othe
     "test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow[compiled inside]",
     "test_sizes_that_depend_on_values[inductor-Routes-3]",
     "test_two_thousand_steps",
+    "test_the_trainer_of_hugging_face[gradient_checkpointing]",
+    "test_a_region_within_it_keeps_it_inside",
     "test_families[resnet101]",
     "test_models[opt--]",
     "test_reversible_gradients_and_buffers_are_those_of_stored[swin_t]",
