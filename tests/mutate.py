@@ -208,13 +208,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/graphs/doubles.py", "double.version != self._version(double.number):", "False:"),
     ("passes/graphs/writes.py", "return () if _makes_fresh(node.target, word) else tuple(node.all_input_nodes)", "return ()"),
     # Copies of what is overwritten later, and what steps give to others.
-    ("passes/planning/overwritten.py", "and facts.index[writer] > when", "and False"),
-    ("passes/planning/overwritten.py", "and facts.index[writer] > when", ""),
-    (
-        "passes/planning/planner.py",
-        "overwritten_sides(piece, facts) + overwritten_streams(piece, facts)",
-        "overwritten_sides(piece, facts)",
-    ),
+    ("passes/planning/overwritten.py", "last.get(memory, -1) > when", "False"),
+    ("passes/planning/overwritten.py", "last.get(memory, -1) > when", "memory in last"),
+    ("passes/planning/overwritten.py", "read |= {span.source: facts.index[span.target] for span in piece[1:]}", "pass"),
     ("passes/rewriting/splitting.py", "if recorded(node) is None}", "}"),
     ("passes/rewriting/rewriter.py", "if name in region.copied else", "if False else"),
     ("passes/planning/side_outputs.py", "self._weight(needed) > left:", "False:"),

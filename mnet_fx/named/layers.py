@@ -121,8 +121,10 @@ class NamedRegion:
             raise StreamError(f"{self.names[index]}: the stream must be a real floating tensor, got {x.dtype}")
         if index:
             self._broken(index)
-        how = (self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest)
-        return Recurrence(self.title, *how, learnt=self.learnt).start(x)
+        recurrence = Recurrence(
+            self.title, self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest, learnt=self.learnt
+        )
+        return recurrence.start(x)
 
     def _broken(self, index: int) -> None:
         """A chain that begins in the middle."""

@@ -6,7 +6,7 @@ x -> [ ... x[t] ... ] -> x[T], x[t]                  x[t].mul_(2) after the chai
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch.fx as fx
@@ -14,39 +14,28 @@ import torch.fx as fx
 from passes.graphs.facts import Facts
 from passes.planning.nesting import Piece, nodes_of
 
-__all__ = ["overwritten_sides", "overwritten_streams", "with_attributes_handed"]
+__all__ = ["overwritten", "with_attributes_handed"]
 
 
-def overwritten_sides(piece: Piece, facts: Facts) -> list[fx.Node]:
-    """The nodes outside of a piece, attributes of modules included, that it reads and that are overwritten after that.
+def overwritten(piece: Piece, facts: Facts) -> list[fx.Node]:
+    """What something outside of a piece overwrites after the piece has read it, in time linear in the size of the graph.
 
     Args:
         piece: a chain, all of whose steps run before such a write, or there would be no order for them.
         facts: facts of its graph.
+
+    Returns:
+        Nodes outside that it reads, attributes of modules included; then those x[t] between its steps.
     """
     inside, source = nodes_of(piece), piece[0].source
-    first: dict[fx.Node, int] = {}
+    read: dict[fx.Node, int] = {}  # since when
     for node in sorted(inside, key=facts.index.__getitem__):
-        for read in node.all_input_nodes:
-            if read not in inside and read is not source:
-                first.setdefault(read, facts.index[node])
-    return [read for read, when in first.items() if _overwritten(read, when, inside, facts)]
-
-
-def overwritten_streams(piece: Piece, facts: Facts) -> list[fx.Node]:
-    """Those x[t] between the steps of a piece that are overwritten after their steps."""
-    inside = nodes_of(piece)
-    return [span.source for span in piece[1:] if _overwritten(span.source, facts.index[span.target], inside, facts)]
-
-
-def _overwritten(node: fx.Node, when: int, inside: Set[fx.Node], facts: Facts) -> bool:
-    """Whether a node outside of a piece writes to the memory of that node, later than at a time."""
-    return any(
-        memory in facts.shares[node]
-        for writer, memories in facts.writes.items()
-        if writer not in inside and facts.index[writer] > when
-        for memory in memories
-    )
+        for side in node.all_input_nodes:
+            if side not in inside and side is not source:
+                read.setdefault(side, facts.index[node])
+    read |= {span.source: facts.index[span.target] for span in piece[1:]}
+    last = {memory: facts.index[node] for node, memories in facts.writes.items() if node not in inside for memory in memories}
+    return [node for node, when in read.items() if any(last.get(memory, -1) > when for memory in facts.shares[node])]
 
 
 def with_attributes_handed(pieces: Sequence[Piece], nodes: set[fx.Node]) -> list[Piece]:

@@ -17,7 +17,7 @@ from passes.planning.hoisting import hoisted
 from passes.planning.kept import kept_outside
 from passes.planning.matching import Chain, ResidualSum, chains, match
 from passes.planning.nesting import Nest, Piece, adds_of, nodes_of
-from passes.planning.overwritten import overwritten_sides, overwritten_streams, with_attributes_handed
+from passes.planning.overwritten import overwritten, with_attributes_handed
 from passes.planning.rules import check, refuse, refuse_projection
 from passes.planning.side_outputs import with_side_outputs
 from passes.planning.spans import Span, common_path, dead_ends_of, spans_of
@@ -67,8 +67,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     nest, lost = _nested(pieces, nested, graph)
     nest, disordered = _ordered(nest, graph)
     nest = _with_sides(nest, graph)
-    outer = {i: nest.pieces[i] for i, parent in nest.parent.items() if parent is None}
-    copied = {i: overwritten_sides(piece, facts) + overwritten_streams(piece, facts) for i, piece in outer.items()}
+    copied = {i: overwritten(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     refusals = {add: refuse_projection(found) for add, found in projections.items()} | illegal | lost | disordered
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
