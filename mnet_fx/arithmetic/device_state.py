@@ -24,7 +24,7 @@ from .kernels.eager import strides
 
 __all__ = ["DeviceState", "LostBits", "Reserve", "supported"]
 
-BLOCK, REACH_BLOCK = 512, 1024  # elements that a program takes at once
+BLOCK, REACH_BLOCK = 256, 1024  # elements that a program takes at once
 PROGRAMS = 2048  # at most, since each ends in atomic operations on the same words
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPS = {dtype: torch.finfo(dtype).max for dtype in _FLOATS}
@@ -118,9 +118,8 @@ class DeviceState:
         self.grid, self.rounds = _split(self.n, BLOCK)
         self.reach_grid, self.reach_rounds = _split(self.n, REACH_BLOCK)
         self.ledger = _template(tuple((float(g), float(b)) for g, b in factors), self.device).clone()
-        self.planes = (
-            Planes([g for g, _ in factors], self.format, self.from_rest, self.X, Reserve() if reserve is None else reserve) if store else None
-        )
+        gammas, reserve = [g for g, _ in factors], reserve or Reserve()
+        self.planes = Planes(gammas, self.format, self.from_rest, self.X, reserve) if store else None
         self.mailbox = self.planes.mail.address if self.planes is not None else 0
         self._fill(self._aligned(x0), None if v0 is None else self._aligned(v0), decide.start)
 

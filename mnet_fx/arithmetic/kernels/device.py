@@ -5,13 +5,14 @@ unit is a normal float32; else the long way (`*_any`), which gives the same bits
 the two words of `sums` that the host names, for X and for U; of the words as they are at the time that is reached.
 """
 # mypy: ignore-errors
+# ruff: noqa: RET505, SIM108, SIM300
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device_decide import DONE, GONE, LOST, PLANE, RATIO, SCALE, UMAX, UNIT, UPLANES, USHIFT, WIDEN, WORDS, XMAX, XPLANES, XSHIFT, YBAD, YMAX
+from .device_decide import DONE, GONE, LOST, PLANE, RATIO, SCALE, UMAX, UNIT, UPLANES, USHIFT, WIDEN, WORDS, XMAX, XPLANES, XSHIFT, YMAX
 from .device_math import (
     bits_of,
     brought_back,
@@ -44,7 +45,8 @@ def largest_bits(T):
     """The bits of a float64: max|T| of a block."""
     if T.dtype == tl.float64:
         return tl.max(bits_of(tl.abs(T)), 0)
-    return bits_of(tl.max(tl.abs(T), 0).to(tl.float64))
+    else:
+        return bits_of(tl.max(tl.abs(T), 0).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["slot", "rounds"])

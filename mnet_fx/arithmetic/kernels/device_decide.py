@@ -9,6 +9,7 @@ the addresses of free planes into the mailbox, memory of the host that a device 
 and goes on: the forward pass is right all the same, and only the way back is gone.
 """
 # mypy: ignore-errors
+# ruff: noqa: RET505, SIM108, SIM300
 
 from __future__ import annotations
 
@@ -190,11 +191,11 @@ def reach(
     """Row t + 1, from max|y| of step t. mailbox: its address. widen, raised: bits by which X, and the ratio, are widened before."""
     row = ledger + t.to(tl.int64) * WORDS
     nxt = row + WORDS
-    ymax, bad = largest(y, n, rounds, BLOCK)
-    tl.atomic_max(nxt + YMAX, ymax)
+    most, bad = largest(y, n, rounds, BLOCK)
+    tl.atomic_max(nxt + YMAX, most)
     tl.atomic_max(nxt + YBAD, bad)
     if tl.atomic_add(nxt + DONE, 1) == tl.num_programs(0) - 1:
-        ymax, bad = f64(tl.atomic_max(nxt + YMAX, 0)), tl.atomic_max(nxt + YBAD, 0)  # read where the others wrote
-        planes = decide(row, t, ymax, bad, fresh, widen, raised, LIMIT, ULIMIT, BITS, TOP)
+        ymax, ybad = f64(tl.atomic_max(nxt + YMAX, 0)), tl.atomic_max(nxt + YBAD, 0)  # read where the others wrote
+        planes = decide(row, t, ymax, ybad, fresh, widen, raised, LIMIT, ULIMIT, BITS, TOP)
         if STORE:
             take(row, t.to(tl.int64), planes, mailbox.to(tl.pointer_type(tl.int64)), capacity)

@@ -8,6 +8,7 @@ it is NaN. The time from which it is NaN is written into the element itself, so 
 a float64 (no integer has an exponent of 1 ... 1022, nor one of 1077 and more), else into the 11 top bits of X (which holds 21).
 """
 # mypy: ignore-errors
+# ruff: noqa: RET505, SIM108, SIM300
 
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ def rint(q):
     """q rounded half to even, exact for every finite q: from 2^52 on a float64 is an integer already."""
     if NATIVE:
         return tl.inline_asm_elementwise("cvt.rni.f64.f64 $0, $1;", "=d,d", [q], dtype=tl.float64, is_pure=True, pack=1)
-    big = tl.where(q < 0, -4503599627370496.0, 4503599627370496.0).to(tl.float64)
-    return tl.where(tl.abs(q) < 4503599627370496.0, (q + big) - big, q)
+    else:
+        big = tl.where(q < 0, -4503599627370496.0, 4503599627370496.0).to(tl.float64)
+        return tl.where(tl.abs(q) < 4503599627370496.0, (q + big) - big, q)
 
 
 @triton.jit
@@ -48,9 +50,11 @@ def nearest(q, like):
     """q rounded half to even, in the dtype of `like`."""
     if like.dtype == tl.float64:
         return rint(q)
-    if NATIVE:
-        return tl.inline_asm_elementwise("cvt.rni.s32.f64 $0, $1;", "=r,d", [q], dtype=tl.int32, is_pure=True, pack=1)
-    return rint(q).to(tl.int32)
+    else:
+        if NATIVE:
+            return tl.inline_asm_elementwise("cvt.rni.s32.f64 $0, $1;", "=r,d", [q], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            return rint(q).to(tl.int32)
 
 
 @triton.jit
@@ -79,7 +83,8 @@ def word(x):
     """The bits of an X or U as an int64."""
     if x.dtype == tl.float64:
         return bits_of(x)
-    return x.to(tl.int64)
+    else:
+        return x.to(tl.int64)
 
 
 @triton.jit
@@ -87,7 +92,8 @@ def odd(v):
     """Whether v is inf, NaN or beyond 2^1000 (`eager.LARGEST`)."""
     if v.dtype == tl.float64:
         return (tl.abs(v) <= 1.0715086071862673e301) == 0
-    return (tl.abs(v.to(tl.float32)) <= 3.4028234663852886e38) == 0
+    else:
+        return (tl.abs(v.to(tl.float32)) <= 3.4028234663852886e38) == 0
 
 
 @triton.jit
@@ -95,7 +101,8 @@ def infinite(o):
     """Whether a number that is no NaN is inf, in its own dtype."""
     if o.dtype == tl.float64:
         return tl.abs(o) > 1.7976931348623157e308
-    return tl.abs(o.to(tl.float32)) > 3.4028234663852886e38
+    else:
+        return tl.abs(o.to(tl.float32)) > 3.4028234663852886e38
 
 
 @triton.jit
@@ -103,9 +110,10 @@ def narrowed(f, DTYPE: tl.constexpr):
     """A float32 as a 16-bit float, ties to even. Triton's interpreter would cut bfloat16 off."""
     if NATIVE or DTYPE == tl.float16:
         return f.to(DTYPE)
-    w = f.to(tl.int32, bitcast=True)
-    up = (w + 0x7FFF + ((w >> 16) & 1)) >> 16
-    return tl.where(f == f, up, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        w = f.to(tl.int32, bitcast=True)
+        up = (w + 0x7FFF + ((w >> 16) & 1)) >> 16
+        return tl.where(f == f, up, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -114,9 +122,11 @@ def put(x, unit, DTYPE: tl.constexpr):
     q = x.to(tl.float64) * unit
     if DTYPE == tl.float64:
         return q
-    if DTYPE == tl.float32:
-        return q.to(tl.float32)
-    return narrowed(q.to(tl.float32), DTYPE)
+    else:
+        if DTYPE == tl.float32:
+            return q.to(tl.float32)
+        else:
+            return narrowed(q.to(tl.float32), DTYPE)
 
 
 @triton.jit
@@ -124,7 +134,8 @@ def put_normal(x, unit, DTYPE: tl.constexpr):
     """The same where `eager.is_normal(unit)`: no float64 where float32 gives the same bits."""
     if (x.dtype == tl.int32) and (DTYPE == tl.float32):
         return x.to(tl.float32) * unit.to(tl.float32)
-    return put(x, unit, DTYPE)
+    else:
+        return put(x, unit, DTYPE)
 
 
 @triton.jit
@@ -132,10 +143,12 @@ def put_masked(o, gone):
     """o, and NaN where gone."""
     if o.dtype == tl.float64:
         return tl.where(gone, float("nan"), o)
-    f = tl.where(gone, float("nan"), o.to(tl.float32))
-    if o.dtype == tl.float32:
-        return f
-    return narrowed(f, o.dtype)
+    else:
+        f = tl.where(gone, float("nan"), o.to(tl.float32))
+        if o.dtype == tl.float32:
+            return f
+        else:
+            return narrowed(f, o.dtype)
 
 
 @triton.jit
@@ -148,9 +161,10 @@ def split(x, u):
         held = ((w & _MANTISSA) + tl.where(e > 1076, _MANTISSA + 1, 0)).to(tl.float64)
         plain = tl.where(gone, tl.where(w < 0, 0.0 - held, held), u)
         return x, plain, tl.where(gone, e - tl.where(e > 1076, 1077, 1), -1)
-    field = (x >> 21) & 2047
-    born = tl.where((field > 0) & (field < 2047), field - 1, -1).to(tl.int64)
-    return (x << 11) >> 11, u, born
+    else:
+        field = (x >> 21) & 2047
+        born = tl.where((field > 0) & (field < 2047), field - 1, -1).to(tl.int64)
+        return (x << 11) >> 11, u, born
 
 
 @triton.jit
@@ -161,8 +175,9 @@ def joined(x, u, born):
         held = tl.abs(u).to(tl.int64)  # below 2^53
         e = tl.where(held > _MANTISSA, 1077, 1) + tl.maximum(born, 0)
         return x, tl.where(gone, f64((bits_of(u) & _SIGN) | (e << 52) | (held & _MANTISSA)), u)
-    field = (tl.maximum(born, 0) + 1).to(tl.int32) << 21
-    return tl.where(gone, (x & 0x1FFFFF) | field, x), u
+    else:
+        field = (tl.maximum(born, 0) + 1).to(tl.int32) << 21
+        return tl.where(gone, (x & 0x1FFFFF) | field, x), u
 
 
 @triton.jit
