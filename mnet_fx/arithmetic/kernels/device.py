@@ -12,7 +12,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_decide import DONE, GONE, LOST, PLANE, RATIO, SCALE, UMAX, UNIT, UPLANES, USHIFT, WIDEN, WORDS, XMAX, XPLANES, XSHIFT, YMAX
+from .device_decide import (
+    DONE,
+    GONE,
+    LOST,
+    PLANE,
+    RATIO,
+    SCALE,
+    STEPS,
+    UMAX,
+    UNIT,
+    UPLANES,
+    USHIFT,
+    WIDEN,
+    WORDS,
+    XMAX,
+    XPLANES,
+    XSHIFT,
+    YMAX,
+)
 from .device_math import (
     bits_of,
     brought_back,
@@ -28,6 +46,7 @@ from .device_math import (
     put_masked,
     put_normal,
     split,
+    widened,
     word,
 )
 
@@ -60,12 +79,12 @@ def fill(x0, v0, X, U, ledger, sums, slot, n, rounds, HAS_V: tl.constexpr, PROOF
     for i in range(rounds):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         ok = at < n
-        q = tl.load(x0 + at, ok, 0.0)
+        q = widened(tl.load(x0 + at, ok, 0.0))
         bad = odd(q)
         x = nearest(tl.where(bad, 0.0, q.to(tl.float64)) * scale, xtop) + tl.zeros([BLOCK], X.dtype.element_ty)  # no -0.0
         u = tl.zeros([BLOCK], U.dtype.element_ty)
         if HAS_V:
-            v = tl.load(v0 + at, ok, 0.0)
+            v = widened(tl.load(v0 + at, ok, 0.0))
             bad = bad | odd(v)
             u += nearest(tl.where(odd(v), 0.0, v.to(tl.float64)) * v_scale, utop)
         xtop, utop = tl.maximum(xtop, tl.abs(x)), tl.maximum(utop, tl.abs(u))
@@ -112,7 +131,7 @@ def shear(X, U, y, out, ledger, sums, slot, n, t, rounds, STORE: tl.constexpr, P
     for i in range(rounds):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         ok = at < n
-        x, u, v = tl.load(X + at, ok, 0), tl.load(U + at, ok, 0), tl.load(y + at, ok, 0.0)
+        x, u, v = tl.load(X + at, ok, 0), tl.load(U + at, ok, 0), widened(tl.load(y + at, ok, 0.0))
         if special:
             x_word, u_word, x, u, o = shear_any(x, u, v, nxt, at, ok, t, STORE, out.dtype.element_ty)
         else:
@@ -202,7 +221,7 @@ def unshear_u(X, U, y, ledger, sums, slot, n, t, rounds, PROOF: tl.constexpr, BL
     for i in range(rounds):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         ok = at < n
-        u, v = tl.load(U + at, ok, 0), tl.load(y + at, ok, 0.0)
+        u, v = tl.load(U + at, ok, 0), widened(tl.load(y + at, ok, 0.0))
         if special:
             u = unshear_u_any(X, u, v, nxt, at, ok, t)
         else:
@@ -214,7 +233,7 @@ def unshear_u(X, U, y, ledger, sums, slot, n, t, rounds, PROOF: tl.constexpr, BL
         tl.atomic_add(sums + 2 * slot + 1, tl.sum(fpu, 0))
     if tl.program_id(0) == 0:  # for a step forward again; nobody reads them before
         for w in tl.static_range(YMAX, DONE + 1):
-            tl.store(nxt + w, scale.to(tl.int64) * 0)
+            tl.store(nxt + w, tl.load(nxt + STEPS) * 0)
 
 
 @triton.jit(do_not_specialize=["t", "rounds"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_math import bits_of, exponent, f64, odd, pow2
+from .device_math import bits_of, exponent, f64, odd, pow2, widened
 
 UNIT = tl.constexpr(0)  # exponent of the unit
 RATIO = tl.constexpr(1)
@@ -53,7 +53,7 @@ def largest(y, n, rounds, BLOCK: tl.constexpr):
     base = tl.program_id(0).to(tl.int64) * rounds * BLOCK
     for i in range(rounds):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
-        v = tl.load(y + at, at < n, 0.0).to(WIDE)
+        v = widened(tl.load(y + at, at < n, 0.0))
         off = odd(v)
         most = tl.maximum(most, tl.where(off, 0.0, tl.abs(v)))
         bad = bad | off.to(tl.int32)

@@ -88,12 +88,24 @@ def word(x):
 
 
 @triton.jit
+def widened(v):
+    """v as a float32, or as the float64 that it is. Triton's interpreter would lose a bfloat16 that is not normal."""
+    if v.dtype == tl.float64:
+        return v
+    else:
+        if NATIVE or v.dtype != tl.bfloat16:
+            return v.to(tl.float32)
+        else:
+            return (v.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def odd(v):
-    """Whether v is inf, NaN or beyond 2^1000 (`eager.LARGEST`)."""
+    """Whether v, as `widened` gives it, is inf, NaN or beyond 2^1000 (`eager.LARGEST`)."""
     if v.dtype == tl.float64:
         return (tl.abs(v) <= 1.0715086071862673e301) == 0
     else:
-        return (tl.abs(v.to(tl.float32)) <= 3.4028234663852886e38) == 0
+        return (tl.abs(v) <= 3.4028234663852886e38) == 0
 
 
 @triton.jit
@@ -102,7 +114,7 @@ def infinite(o):
     if o.dtype == tl.float64:
         return tl.abs(o) > 1.7976931348623157e308
     else:
-        return tl.abs(o.to(tl.float32)) > 3.4028234663852886e38
+        return tl.abs(widened(o)) > 3.4028234663852886e38
 
 
 @triton.jit
@@ -144,7 +156,7 @@ def put_masked(o, gone):
     if o.dtype == tl.float64:
         return tl.where(gone, float("nan"), o)
     else:
-        f = tl.where(gone, float("nan"), o.to(tl.float32))
+        f = tl.where(gone, float("nan"), widened(o))
         if o.dtype == tl.float32:
             return f
         else:
