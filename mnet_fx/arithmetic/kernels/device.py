@@ -5,7 +5,7 @@ unit is a normal float32; else the long way (`*_any`), which gives the same bits
 the two words of `sums` that the host names, for X and for U; of the words as they are at the time that is reached.
 """
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM108, SIM300
+# ruff: noqa: RET505, SIM108
 
 from __future__ import annotations
 

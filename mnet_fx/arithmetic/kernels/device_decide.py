@@ -9,7 +9,6 @@ the addresses of free planes into the mailbox, memory of the host that a device 
 and goes on: the forward pass is right all the same, and only the way back is gone.
 """
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM108, SIM300
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ One launch serves any number of tensors: a table says which part of which tensor
 addresses, which are the same from step to step where they are those of parameters.
 """
 # mypy: ignore-errors
-# ruff: noqa: SIM108, SIM300
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ it is NaN. The time from which it is NaN is written into the element itself, so 
 a float64 (no integer has an exponent of 1 ... 1022, nor one of 1077 and more), else into the 11 top bits of X (which holds 21).
 """
 # mypy: ignore-errors
-# ruff: noqa: RET505, SIM108, SIM300
+# ruff: noqa: RET505, SIM300
 
 from __future__ import annotations
 
