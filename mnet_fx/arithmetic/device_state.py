@@ -35,6 +35,7 @@ def _modules() -> tuple[Any, Any, Any]:
     """The kernels; Triton is imported when the first chain wants it."""
     from .kernels import device, device_decide, device_math
 
+    device_math.lean(device_decide.start, device_decide.reach, *(getattr(device, name) for name in device.__all__))
     return device, device_decide, device_math
 
 
