@@ -9,11 +9,8 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 GROUPS = [
-    "float32,bfloat16",
-    "float16,float64",
-    "held,promoted",
-    "magnitudes,again",
-    "forward_only,layouts,lost,refusals,words,fingerprints",
+    "float32,bfloat16,float16,float64",
+    "held,promoted,magnitudes,again,forward_only,layouts,lost,refusals,words,fingerprints",
     "drawn",
 ]
 
