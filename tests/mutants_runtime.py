@@ -26,6 +26,7 @@ ARITHMETIC = ["tests/arithmetic/test_fixed_point.py", "tests/arithmetic/test_dty
 TESTS = {
     "mnet_fx/runtime/tape.py": TAPE,
     "mnet_fx/runtime/shear.py": TAPE,
+    "mnet_fx/runtime/proofs.py": ["tests/runtime/test_proofs.py", *TAPE],
     "mnet_fx/runtime/steps.py": TAPE,
     "mnet_fx/runtime/replay.py": [*TAPE, "tests/runtime/test_threads.py"],
     "mnet_fx/runtime/surroundings.py": ["tests/runtime/test_surroundings.py"],
@@ -63,11 +64,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "isinstance(now[name], Tensor) or now[name] != self.prints[name]", "now[name] != self.prints[name]"),
     ("mnet_fx/runtime/tape.py", '() if self.on_drift == "ignore" else of()', '() if self.on_drift != "raise" else of()'),
     ("mnet_fx/runtime/tape.py", "self.from_rest = state.v_bound == 0.0", "self.from_rest = True"),
-    (
-        "mnet_fx/runtime/tape.py",
-        "self.prints[t], lambda differing: self._returned(t, differing))",
-        "self.prints[t], lambda differing: None)",
-    ),
+    ("mnet_fx/runtime/tape.py", "lambda differing: self._returned(t, differing))", "lambda differing: None)"),
     (
         "mnet_fx/runtime/tape.py",
         "self.prove(self.fingerprint(self.state.fingerprint), self.prints[self.time], after",
@@ -86,7 +83,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     # Copies of what is overwritten after a named layer.
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), False)"),
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), True) or True"),
-    ("mnet_fx/runtime/own_copies.py", "key = (id(t), print_)", "key = (id(t), 0)"),
+    ("mnet_fx/runtime/own_copies.py", "isinstance(print_, Tensor) else print_)", "isinstance(print_, Tensor) else 0)"),
     ("mnet_fx/runtime/steps.py", "if any(t._version != version for t, version in saved):", "if False:"),
     ("mnet_fx/runtime/steps.py", "noted.clear()", "pass"),
     ("mnet_fx/runtime/own_copies.py", "self.learnt.overwritten = {key: True for key, was in known.items() if was}", "pass"),
@@ -97,8 +94,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "self.copies[key], self.buffer_of[key] = copy, name", "pass"),
     (
         "mnet_fx/runtime/replay.py",
-        "self.overwritten = self.copies.keys() & set(differing)",
-        "self.overwritten = self.copies.keys() & set()",
+        "self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}",
+        "self.overwritten = set()",
     ),
     ("mnet_fx/runtime/steps.py", "if version is not None and x._version != version:", "if False:"),
     ("mnet_fx/runtime/steps.py", "except CheckpointError as error:", "except MnetError as error:"),
@@ -149,7 +146,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/attributes.py", "            container.clear()\n\n\n@context", "            pass\n\n\n@context"),
     ("mnet_fx/runtime/attributes.py", "value if value.grad_fn is None else value.detach().requires_grad_()", "value"),
     ("mnet_fx/runtime/attributes.py", "for name in live.keys() - then.keys():", "for name in ():"),
-    ("mnet_fx/runtime/steps.py", "if print_ != stream_print(tape, x):", "if False:"),
+    ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(stream_print(tape, x), print_,", "tape.proofs.put_off((), (),"),
     ("mnet_fx/runtime/steps.py", "if self.running:", "if False:"),
     ("mnet_fx/runtime/steps.py", "*needing[:1]), *extras", "), *extras"),
     ("mnet_fx/runtime/tape.py", "        self._seek(t)  # where", "        pass  # where"),
@@ -162,8 +159,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "t.detach().requires_grad_(t.requires_grad).clone() for", "t.detach() for"),
     (
         "mnet_fx/runtime/replay.py",
-        "if after.get(name) is not before[name] or was[name] != now[name]:",
-        "if after.get(name) is not before[name]:",
+        "or _may_differ(before[name], was[name], now[name], versions[name]):",
+        ":",
     ),
     ("mnet_fx/runtime/replay.py", "if after.get(name) is not before[name] or _may_differ(", "if _may_differ("),
     ("mnet_fx/runtime/replay.py", "if child is not None and child not in seen:", "if child is not None:"),
