@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --out DIR [--only arithmetic models study largest inductor] [--models encoder_bf16 gpt2] [--minutes 8]
     python -m benchmarks.gpu --out DIR --device cpu --tiny      # whether everything runs; under a minute
 
-Writes DIR/gpu.json, anew after each row. Needs no network: all weights are random. What fails, for want of memory or of a package, is a row with
-the error. In order of priority:
+Writes DIR/gpu.json, anew after each row. Needs no network: all weights are random. What fails, for want of memory or of a package, is a row
+with the error. `python -m benchmarks.gpu.table` makes the tables of docs/measurements.md. In order of priority:
 
 - arithmetic: bandwidth of the exact arithmetic, beside a copy on the device;
 - models: an encoder of 24 layers, GPT-2, a Llama of 1.1 B parameters, a ResNet-152: plain, with checkpoints (also on the host), here;

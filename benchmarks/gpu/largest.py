@@ -62,7 +62,7 @@ def with_cap(session: Session, about: dict[str, Any], search: Callable[[], dict[
 
 
 def largest(fits: Callable[[int], bool], first: int, parts: int) -> dict[str, Any]:
-    """Doubles until it does not fit, then halves what is between, to 1 / parts; the largest that fits, and the least that was seen not to."""
+    """Doubles until it does not fit, then halves what is between, to 1 / parts: the largest that fits, and the least seen not to."""
     low, high, probes = 0, first, 0
     try:
         while fits(high):

@@ -110,8 +110,8 @@ def deterministic() -> Iterator[None]:
 
 
 def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:
-    """The loss and all gradients of one step from a fixed seed. The backward pass alone is made deterministic: under that switch Dynamo would
-    capture a forward pass anew."""
+    """The loss and all gradients of one step from a fixed seed. The backward pass alone is made deterministic: under that switch, Dynamo
+    would capture a forward pass anew."""
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad.zero_()
