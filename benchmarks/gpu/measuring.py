@@ -99,14 +99,14 @@ def _repeating() -> Iterator[None]:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Every operation that can repeat does; those of flash attention's gradient add in an order of their own otherwise."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:

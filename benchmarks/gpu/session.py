@@ -33,7 +33,7 @@ class Session:
 
     def __init__(self, device: str, tiny: bool, out: Path, seconds: float, compiler: str = "inductor") -> None:
         self.device, self.tiny, self.out, self.seconds, self.compiler = device, tiny, out, seconds, compiler
-        self.cuda = device == "cuda"
+        self.cuda, self.reserve = device == "cuda", 0.0
         self.begin = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.parts: dict[str, float | None] = {}
@@ -41,8 +41,8 @@ class Session:
         self.save()
 
     def left(self) -> float:
-        """Seconds until this run is to end."""
-        return self.seconds - (time.monotonic() - self.begin)
+        """Seconds until this run is to end, without those that are kept for later parts."""
+        return self.seconds - self.reserve - (time.monotonic() - self.begin)
 
     def add(self, part: str, **values: Any) -> dict[str, Any]:
         """Adds a row, writes the JSON, and prints the row."""
@@ -66,9 +66,9 @@ class Session:
         os.replace(part, self.out)
 
     def clear(self) -> None:
-        """Gives back what nobody holds any more."""
-        gc.collect()
+        """Gives back the device's memory that nobody holds any more."""
         if self.cuda:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 

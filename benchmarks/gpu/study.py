@@ -6,6 +6,7 @@ GradScaler. The batch is not told, so it is the one with which stored activation
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Encoder
-from .measuring import allocate_gradients, clocked, peak
-from .models import ROUNDS, exactness
+from .measuring import allocate_gradients, peak
+from .models import exactness, rounds
 from .session import GIB, Session, failure
 from .subjects import Subject
 from .ways import Way, checkpointed, momentum, plain
@@ -34,7 +35,8 @@ WAYS: dict[str, Way] = {
     "momentum": momentum,
     "momentum, unproved": partial(momentum, on_drift="ignore"),
 }
-SPARE = 15.0
+SPARE = 15.0  # seconds that must be left of the run to begin with another way
+SECONDS = 20.0  # of all rounds
 
 
 class Decoder(nn.Module):
@@ -117,7 +119,8 @@ def nearest(session: Session, made: tuple[nn.Module, int, int], training: Traini
 
 
 def measured(session: Session, subject: Subject, training: Training) -> None:
-    rows, calls = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], None]] = {}
     batch = subject.name.rpartition(" ")[2]
     for way, build in WAYS.items():
         about = {"way": way, "batch": int(batch), "theirs": THEIRS.get(way)}
@@ -130,14 +133,11 @@ def measured(session: Session, subject: Subject, training: Training) -> None:
             if way == "momentum":
                 allocate_gradients(subject.model)
                 found |= exactness(session, subject, call, partial(build, session, subject))
-            rows[way], calls[way] = session.add("study", **about, **found), call
+            rows[way], steps[way] = session.add("study", **about, **found), partial(training.step, subject, call)
         except Exception as error:
             session.add("study", **about, error=failure(error))
-    times: dict[str, list[float]] = {way: [] for way in calls}
-    for _ in range(2 if session.tiny else ROUNDS):
-        for way, call in calls.items():
-            times[way].append(clocked(session, partial(training.step, subject, call)))
-    for way, taken in times.items():
-        rows[way] |= {"ms": median(taken[1:]), "per_second": subject.units / median(taken[1:]) * 1e3}
-        session.say(part="study", way=way, ms=rows[way]["ms"])
+    for way, taken in rounds(session, steps, rows, time.monotonic() + SECONDS).items():
+        if taken:
+            rows[way] |= {"ms": median(taken), "per_second": subject.units / median(taken) * 1e3}
+            session.say(way=way, ms=median(taken))
     session.save()

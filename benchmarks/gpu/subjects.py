@@ -133,7 +133,7 @@ def _resnet(session: Session, how: str, autocast: torch.dtype | None, layout: to
 
 def resnet_float(session: Session) -> Subject:
     """Convolutions in TF32, as torch does by default."""
-    return _resnet(session, "float32", None, torch.contiguous_format)
+    return _resnet(session, "float32, convolutions in TF32", None, torch.contiguous_format)
 
 
 def resnet_autocast(session: Session) -> Subject:

@@ -65,8 +65,8 @@ def momentum_compiled(session: Session, subject: Subject, **options: Any) -> Cal
 EAGER: dict[str, Way] = {
     "plain": plain,
     "checkpoint": checkpointed,
-    "checkpoint, CPU offload": partial(checkpointed, offload=True),
     "momentum": momentum,
     "momentum, unproved": partial(momentum, on_drift="ignore"),
+    "checkpoint, CPU offload": partial(checkpointed, offload=True),
 }
-COMPILED: dict[str, Way] = {"plain": plain, "inductor": compiled, "momentum, inductor": momentum_compiled}
+COMPILED: dict[str, Way] = {"plain": plain, "momentum, inductor": momentum_compiled, "inductor": compiled}
