@@ -56,15 +56,18 @@ def measured(session: Session, dtype: torch.dtype) -> None:
     times = there_and_back(session, states, ys)
     exact = equal_bits(before, held(states[0]))
     del before
-    counts = counted(session, states[0], ys[0])
     # What each reads and writes: (X, U, y) and (X, U, x); (X, U) and (X, x); (U, y) and (U).
     moved = {"step": 2 * (state + element), "unstep_x": 2 * state - u + element, "unstep_u": 2 * u + element}
+    rows = {}
     for name, bytes_ in moved.items():
         copied = copy_milliseconds(session, bytes_ * elements)
-        add(session, f"state.{name}", bytes_, times[name], copied, exact=exact, **counts[name], **about)
+        rows[name] = add(session, f"state.{name}", bytes_, times[name], copied, exact=exact, **about)
     through(session, states[0], ys[0], moved, about)
     floats(session, ys, about)
     proof(session, states[0], state, about)
+    for name, counts in counted(session, states[1], ys[1]).items():
+        rows[name] |= counts
+    session.save()
 
 
 def held(state: Any) -> list[Tensor]:
@@ -114,7 +117,7 @@ def timed(session: Session, work: Callable[[], Any]) -> float:
 
 
 def counted(session: Session, state: Any, y: Tensor) -> dict[str, dict[str, int | None]]:
-    """Host reads and launches of each loop."""
+    """Host reads and launches of each loop; the last thing that is done, as the profiler may fail in the middle of a step."""
     found: dict[str, dict[str, int | None]] = {"step": {}, "unstep_x": {}, "unstep_u": {}}
     for key, count in {"host_reads": host_reads, "launches": launches}.items():
         records: list[Any] = []
@@ -137,7 +140,7 @@ def copy_milliseconds(session: Session, bytes_: int) -> list[float]:
 
 
 def floats(session: Session, ys: list[Tensor], about: dict[str, Any]) -> None:
-    """The momentum update of floats that the exact one stands for: two operations of torch."""
+    """The momentum update of floats that the exact one stands for: three operations of torch."""
     y = ys[0]
     x, v = torch.randn_like(y), torch.randn_like(y)
 
@@ -145,7 +148,7 @@ def floats(session: Session, ys: list[Tensor], about: dict[str, Any]) -> None:
         v.mul_(GAMMA).add_(y, alpha=WEIGHT)
         x.add_(v)
 
-    bytes_ = 6 * y.element_size()  # x, v, y are read, x and v written, were it one loop; x comes out as another tensor
+    bytes_ = 8 * y.element_size()  # v read and written, v and y read and v written, x and v read and x written
     taken = [timed(session, update) for _ in range(PASSES + 1)][1:]
     add(session, "float update", bytes_, taken, copy_milliseconds(session, bytes_ * y.numel()), **about)
 
@@ -158,8 +161,8 @@ def proof(session: Session, state: Any, bytes_: int, about: dict[str, Any]) -> N
     add(session, "state.fingerprint", bytes_, taken, copy_milliseconds(session, bytes_ * about["elements"]), **about)
 
 
-def add(session: Session, loop: str, bytes_: int, taken: list[float], copied: list[float], **about: Any) -> None:
+def add(session: Session, loop: str, bytes_: int, taken: list[float], copied: list[float], **about: Any) -> dict[str, Any]:
     """One row; `bytes_` per element, `taken` and `copied` in milliseconds."""
     speed = {key: bytes_ * about["elements"] / median(ms) / 1e6 for key, ms in {"gb_s": taken, "copy_gb_s": copied}.items()}
     of_copy = speed["gb_s"] / speed["copy_gb_s"]
-    session.add("arithmetic", loop=loop, bytes_per_element=bytes_, ms=median(taken), of_copy=of_copy, **speed, **about)
+    return session.add("arithmetic", loop=loop, bytes_per_element=bytes_, ms=median(taken), of_copy=of_copy, **speed, **about)

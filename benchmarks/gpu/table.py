@@ -34,7 +34,7 @@ def page(run: dict[str, Any] | None) -> str:
     """What stands between the marks, for the JSON of a run."""
     if run is None or not run["rows"]:
         return NOTHING
-    parts = [(name, [row for row in run["rows"] if row["part"] == name]) for name in TABLES]
+    parts = [(name, [row for row in run["rows"] if row["part"] == name and ("ms" in row or "fits" in row)]) for name in TABLES]
     texts = [TABLES[name](rows) for name, rows in parts if rows]
     return "\n\n".join([about(run), *texts, *left_out(run["rows"])])
 
