@@ -20,6 +20,7 @@ from ..errors import StreamError
 from .device_planes import LostBits, Planes, Reserve
 from .fixed_point import _check_stream
 from .formats import Format
+from .kernels.choice import usable
 from .kernels.eager import strides
 
 __all__ = ["DeviceState", "LostBits", "Reserve", "supported"]
@@ -39,18 +40,6 @@ def _modules() -> tuple[Any, Any, Any]:
     return device, device_decide, device_math
 
 
-@cache
-def _usable(device: torch.device) -> bool:
-    """Whether Triton is there and can compile for a device; its interpreter takes tensors on the CPU."""
-    try:
-        interpreted = _modules()[2].INTERPRETED
-    except ImportError:
-        return False
-    if device.type == "cpu" or interpreted:
-        return device.type == "cpu" and interpreted
-    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
-
-
 def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dtype | None = None) -> bool:
     """Whether a `DeviceState` can carry a chain; `State` can carry any."""
     return (
@@ -59,7 +48,7 @@ def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dt
         and x0.dtype in _FLOATS
         and (held is None or held in _FLOATS)
         and len(factors) > 0
-        and _usable(x0.device)
+        and usable(x0.device)
         and len(factors) <= _modules()[2].MOST_STEPS
     )
 
@@ -133,8 +122,10 @@ class DeviceState:
         to = (self.X, self.U, self.ledger, self.sums, self.slot, self.n, self.rounds)
         self._run(self.loops.fill, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
 
-    def step(self, y: Tensor) -> tuple[int, Tensor]:
-        """One step of the recurrence, in place, as `State.step`: the next one. Returns its index, and the new x as a fresh tensor.
+    def step(self, y: Tensor, *factors: float) -> tuple[int, Tensor]:
+        """One step of the recurrence, in place, as `State.step`: the next one, whose factors were told at the start.
+
+        Returns its index, and the new x as a fresh tensor.
 
         Raises:
             StreamError: y is on another device, or of a dtype that no stream has.

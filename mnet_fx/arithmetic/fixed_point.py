@@ -44,12 +44,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import StreamError
-from .fingerprints import fingerprint
+from .fingerprints import prints
 from .formats import Format
 from .kernels.eager import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
@@ -113,6 +114,7 @@ class State:
         self.v_bound += 0.5 * self.unit * self.ratio if self.v_bound else 0.0
         if v0 is not None:
             fill(self.U, v0, 1 / (self.unit * self.ratio), self.mask is None)
+        self.from_rest = self.v_bound == 0.0
 
     def _finite(self, t: Tensor) -> tuple[Tensor, float]:
         """t in the layout of X and max|t| over its finite elements; the others, and those beyond LARGEST, join the mask."""
@@ -261,9 +263,9 @@ class State:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
 
-    def fingerprint(self) -> tuple[int, ...]:
-        """Fingerprints of X and U."""
-        return fingerprint(self.X, self.U)
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Fingerprints of X and U, which stay on their device."""
+        return tuple(prints([self.X, self.U]))
 
 
 def _shifted(T: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
