@@ -383,15 +383,21 @@ def speed():
 def moves(n, dtype, steps, title):
     x0, y, reserve = torch.randn(n).to(DEVICE, dtype), torch.randn(n).to(DEVICE, dtype), Reserve()
     wide = x0.element_size()
-    moved = {"step": 4 * wide + 24 if dtype is F32 else 3 * wide + 16, "unstep_x": 20 if dtype is F32 else 14, "unstep_u": 20 if dtype is F32 else 10}
+    moved = {
+        "step": 4 * wide + 24 if dtype is F32 else 3 * wide + 16,
+        "unstep_x": 20 if dtype is F32 else 14,
+        "unstep_u": 20 if dtype is F32 else 10,
+    }
     for _ in range(3):
         dev, host, events = DeviceState(x0, None, [(0.9, 0.1)] * steps, 10.0, reserve=reserve), dict.fromkeys(moved, 0.0), []
         torch.cuda.synchronize()
-        for name, t in [("step", t) for t in range(steps)] + [(name, t) for t in reversed(range(steps)) for name in ("unstep_x", "unstep_u")]:
+        for name, t in [("step", t) for t in range(steps)] + [
+            (name, t) for t in reversed(range(steps)) for name in ("unstep_x", "unstep_u")
+        ]:
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             pair[0].record()
             begin = time.perf_counter()
-            {"step": lambda t: dev.step(y), "unstep_x": dev.unstep_x, "unstep_u": lambda t: dev.unstep_u(t, y)}[name](t)
+            dev.step(y) if name == "step" else dev.unstep_x(t) if name == "unstep_x" else dev.unstep_u(t, y)
             host[name] += time.perf_counter() - begin
             pair[1].record()
             events.append((name, pair))
