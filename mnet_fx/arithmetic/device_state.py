@@ -25,7 +25,7 @@ from .kernels.eager import strides
 
 __all__ = ["DeviceState", "LostBits", "Reserve", "supported"]
 
-BLOCK, BLOCK_16, REACH_BLOCK = 256, 512, 1024  # elements that a program takes at once; 16: of 16-bit streams
+BLOCK, REACH_BLOCK = 256, 1024  # elements that a program takes at once; with more, too few programs have room for their registers
 PROGRAMS = 2048  # at most, since each ends in atomic operations on the same words
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPS = {dtype: torch.finfo(dtype).max for dtype in _FLOATS}
@@ -105,8 +105,8 @@ class DeviceState:
         self.U = torch.empty_like(self.X, dtype=self.format.u_dtype)
         self.device, self.n, self.steps, self.store = self.X.device, self.X.numel(), len(factors), store
         self.proof = store if proof is None else proof
-        self.block = BLOCK_16 if self.format.u_dtype is torch.int32 else BLOCK
-        self.grid, self.rounds = _split(self.n, self.block)
+        self.block = BLOCK
+        self.grid, self.rounds = _split(self.n, BLOCK)
         self.reach_grid, self.reach_rounds = _split(self.n, REACH_BLOCK)
         self.ledger = _template(tuple((float(g), float(b)) for g, b in factors), self.device).clone()
         gammas, reserve = [g for g, _ in factors], reserve or Reserve()

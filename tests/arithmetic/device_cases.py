@@ -375,7 +375,7 @@ def speed():
     for n, steps in ((1000, 400), (1 << 24, 12)):
         for dtype in (F32, BF16):
             for block, programs in ((256, 2048), (256, 8192), (512, 2048), (512, 8192)) if n > 1000 else ((256, 2048),):
-                device_state.BLOCK = device_state.BLOCK_16 = block
+                device_state.BLOCK = block
                 device_state.PROGRAMS = programs
                 moves(n, dtype, steps, f"{n} elements of {dtype}, blocks of {block}, {programs} programs")
 
@@ -422,7 +422,6 @@ def run(name, n):
     if DEVICE == "cpu":  # either several programs of several rounds, or one of one, which the interpreter is quicker with
         sizes = (32, 32, 2) if name in ("float32", "words") else (128, 128, 1)
         device_state.BLOCK, device_state.REACH_BLOCK, device_state.PROGRAMS = sizes
-        device_state.BLOCK_16 = device_state.BLOCK
     try:
         GROUPS.get(name, long)(n)
         state = "ok"
