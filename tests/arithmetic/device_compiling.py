@@ -70,7 +70,7 @@ def variants(dtypes):
                 "STORE": some,
                 "HAS_V": some,
                 "RESTEP": not some,
-                "BLOCK": device_state.BLOCK_16 if form.u_dtype is torch.int32 else device_state.BLOCK,
+                "BLOCK": device_state.BLOCK,
             }
             limits = {"LIMIT": form.limit, "ULIMIT": form.u_limit, "BITS": form.bits, "TOP": top}
             yield device_decide.reach, types, base | limits | {"BLOCK": device_state.REACH_BLOCK}
