@@ -13,9 +13,14 @@ settings.register_profile("mutants", max_examples=40, phases=[Phase.explicit, Ph
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+DEVICE = os.environ.get("MNET_FX_DEVICE")  # such as cuda: where tests make their tensors; the processor, if not set
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.set_num_threads(1)  # on a busy machine, two threads make small operations a hundred times slower
+    if DEVICE is not None:
+        torch.set_default_device(DEVICE)
     torch.manual_seed(0)
 
 
