@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ..arithmetic.fingerprints import fingerprint
 from ..arithmetic.fixed_point import Record, State
-from ..errors import InversionError, MnetError, MnetWarning
+from ..errors import InversionError, MnetError, MnetWarning, is_of_device
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
 from .replay import Conditions
@@ -120,6 +120,8 @@ class Tape:
         except (MnetError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if is_of_device(error):
+                raise
             raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
     def fingerprint(self, of: Callable[[], Print]) -> Print:
