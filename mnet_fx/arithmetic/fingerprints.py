@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from .kernels.c import NativeError, hashes
 from .kernels.eager import flat, is_dense
 from .valueless import valueless
 
-__all__ = ["fingerprint", "fingerprints"]
+__all__ = ["fingerprint", "fingerprints", "prints"]
 
 log = logging.getLogger("mnet_fx")
 _ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
+ON_HOST = {"cpu"}
+"""Types of the devices whose numbers are at hand; those of others stay there until somebody reads them."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,21 +39,32 @@ def fingerprint(*tensors: Tensor) -> tuple[int, ...]:
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     """A number for each tensor, of any dtype, strides and device; one synchronisation for each device. 0 where there are no values."""
+    found = prints(tensors)
+    for device in {number.device for number in found if isinstance(number, Tensor)}:
+        places = [i for i, number in enumerate(found) if isinstance(number, Tensor) and number.device == device]
+        for i, number in zip(places, torch.stack([found[i] for i in places]).tolist(), strict=True):
+            found[i] = number
+    return found
+
+
+def prints(tensors: Sequence[Tensor]) -> list[Any]:
+    """The same numbers, those of devices as int64 tensors that are still there: nothing waits for them."""
     if valueless(*tensors):
         for t in tensors:
             _dense(t)  # for the memory that it takes
         return [0] * len(tensors)
     native = _native()
     by_device: dict[torch.device, list[int]] = {}
-    found, in_c = [0] * len(tensors), list[int]()
+    found, in_c = list[Any]([0] * len(tensors)), list[int]()
     for i, t in enumerate(tensors):
-        plain = native is not None and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
+        plain = native is not None and t.device.type == "cpu" and "cpu" in ON_HOST and type(t) in (Tensor, nn.Parameter)
         (in_c if plain else by_device.setdefault(t.device, [])).append(i)
     if native is not None and in_c:
         for i, number in zip(in_c, native([_dense(tensors[i]) for i in in_c]), strict=True):
             found[i] = number
-    for places in by_device.values():
-        for i, number in zip(places, _by_torch([tensors[i] for i in places]).tolist(), strict=True):
+    for device, places in by_device.items():
+        numbers = _by_torch([tensors[i] for i in places])
+        for i, number in zip(places, numbers.tolist() if device.type in ON_HOST else numbers.unbind(), strict=True):
             found[i] = number
     return found
 
@@ -81,8 +95,7 @@ def _by_torch(tensors: Sequence[Tensor]) -> Tensor:
     words = [_summed(t) for t in tensors]
     lengths = [sum(part.numel() for part in parts) for parts in words]
     mixed = _mixed(torch.cat(list(itertools.chain(*words))), lengths).cumsum_(0)
-    sums = torch.cat([mixed.new_zeros(1), mixed])[torch.tensor([0, *itertools.accumulate(lengths)], device=mixed.device)]
-    return sums.diff()
+    return torch.cat([mixed.new_zeros(1), mixed])[_ends(tuple(lengths), mixed.device)].diff()
 
 
 def _summed(t: Tensor) -> list[Tensor]:
@@ -107,6 +120,13 @@ def _mixed(z: Tensor, lengths: Sequence[int]) -> Tensor:
     z = z.bitwise_xor_(z >> 30).mul_(-4658895280553007687)
     z = z.bitwise_xor_(z >> 27).mul_(-7723592293110705685)
     return z.bitwise_xor_(z >> 31)
+
+
+@lru_cache(maxsize=256)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each of some tensors ends, after a 0. Kept: a list that goes to a device waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, *itertools.accumulate(lengths)], device=device)
 
 
 @lru_cache(maxsize=64)

@@ -44,12 +44,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import StreamError
-from .fingerprints import fingerprint
+from .fingerprints import prints
 from .formats import Format, has_float64
 from .kernels.eager import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
@@ -261,9 +262,9 @@ class State:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
 
-    def fingerprint(self) -> tuple[int, ...]:
-        """Fingerprints of X and U."""
-        return fingerprint(self.X, self.U)
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Fingerprints of X and U, which stay on their device."""
+        return tuple(prints([self.X, self.U]))
 
 
 def _shifted(T: Tensor, dtype: torch.dtype, bits: int) -> Tensor:

@@ -48,8 +48,11 @@ class OwnCopies:
         return self.learnt.overwritten.get((layer, name), True)
 
     def shared(self, t: Tensor, print_: Any) -> Tensor:
-        """A copy of t as it is now, with that fingerprint; the same one for every layer that reads t so."""
-        key = (id(t), print_)
+        """A copy of t as it is now, with that fingerprint; the same one for every layer that reads t so.
+
+        What has its fingerprint on a device is the same as long as autograd sees no change.
+        """
+        key = (id(t), (None if t.is_inference() else t._version) if isinstance(print_, Tensor) else print_)
         if key not in self.copies:
             self.copies[key] = (t, _copy(t))
         return self.copies[key][1]

@@ -31,19 +31,20 @@ from torch.autograd import forward_ad
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
-from ..arithmetic.fingerprints import fingerprints
+from ..arithmetic.fingerprints import prints
 from ..arithmetic.valueless import Drawn, Effects, valueless
 from .attributes import STANDARD, Attributes, without_traces
 from .generators import generators, moved
 from .guise import is_ordinary, plain
 from .own_copies import OwnCopies, is_copyable
+from .proofs import Proofs
 from .surroundings import surrounded, surroundings, untuned
 from .turns import Turns
 
 __all__ = ["Conditions", "exported", "transformed", "undisturbed"]
 
-
 _TURNS = Turns()
+SMALL = 1 << 18  # bytes of a buffer on a device whose copy is kept whether or not the step changed it: to know, one would have to wait
 
 
 class Conditions:
@@ -101,6 +102,7 @@ class Conditions:
             self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
+            versions = {name: _version(t) for name, t in before.items()}
             sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
                 result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
@@ -111,14 +113,14 @@ class Conditions:
                 return result
             self.random = [(source, state) for source, state in self.random if moved(state, source.get_state())]
             if before:
-                self._note_buffers(before, copies)
+                self._note_buffers(before, copies, versions)
             return result
 
-    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
+    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor], versions: dict[str, Any]) -> None:
         self.buffers = {}
         after, was, now = self._tensors(), _fingerprints(copies), _fingerprints(before)  # batch_norm's statistics get no new _version
         for name, copy in copies.items():
-            if after.get(name) is not before[name] or was[name] != now[name]:
+            if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name]):
                 self.buffers[name] = copy
             elif self.proven is not None:
                 key = f"buffer '{self.path_of(name)}'"
@@ -126,23 +128,33 @@ class Conditions:
                 if self.own is not None and self.own.wanted(self.layer, key):
                     self.copies[key], self.buffer_of[key] = copy, name
 
-    def changed(self) -> str | None:
-        """Which parameter, buffer or side input no longer is what the first run saw, and cannot be made so; None if none."""
+    def look(self, proofs: Proofs, report: Callable[[str], None]) -> None:
+        """Reports which parameter, buffer or side input no longer is what the first run saw, and cannot be made so.
+
+        The values of those on a device are compared when the backward pass ends; till then, what has a copy is read from that.
+        """
         for name, (t, needed) in self.requires_grad.items():
             if t.requires_grad != needed and not t.is_leaf and name not in self.copies:
-                return f"whether {name} requires a gradient"
+                report(f"whether {name} requires a gradient")
+                return
         proven = self.proven or {}
         if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
-            return (
+            report(
                 f"{freed}, whose memory was freed (under fully_shard around single layers, a second or partial backward needs layers that "
                 "are sharded again by then: use fully_shard on the root alone),"
             )
-        now = _fingerprints(proven)
-        differing = [name for name in now if now[name] != self.prints[name]]
-        self.overwritten = self.copies.keys() & set(differing)
-        if self.own is not None:
-            self.own.learn(self.layer, self.copies, {name for name in differing if not name.startswith("parameter")})
-        return next((name for name in differing if name not in self.overwritten), None)
+            return
+        names, now = list(proven), _fingerprints(proven)
+        self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
+
+        def conclude(places: list[int]) -> None:
+            differing = {names[i] for i in places}
+            if self.own is not None:
+                self.own.learn(self.layer, self.copies, {name for name in differing if not name.startswith("parameter")})
+            if (first := next((name for name in names if name in differing and name not in self.copies), None)) is not None:
+                report(first)
+
+        proofs.compare([now[name] for name in names], [self.prints[name] for name in names], conclude)
 
     def run(self, x: Tensor) -> Any:
         """Runs the step again, as the first time."""
@@ -274,12 +286,26 @@ def _freed(t: Tensor) -> bool:
     return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
+def _may_differ(t: Tensor, was: Any, now: Any, version: Any) -> bool:
+    """Whether a step may have changed a buffer, of which these are the fingerprints before and after.
+
+    On a device nobody reads them: small buffers count as changed, others where autograd saw a change.
+    """
+    if not isinstance(was, Tensor):
+        return was != now
+    return t.untyped_storage().nbytes() <= SMALL or version != _version(t)
+
+
+def _version(t: Tensor) -> Any:
+    return None if t.is_inference() else t._version
+
+
 def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
-    """A number for each tensor that changes with its values; one synchronisation for each device.
+    """A number for each tensor that changes with its values; those of a device stay there.
 
     For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
     """
     named = {name: plain(t) for name, t in named.items()}
     ordinary = [name for name, t in named.items() if is_ordinary(t)]
-    values: dict[str, Any] = {name: None if t.is_inference() else t._version for name, t in named.items()}
-    return values | dict(zip(ordinary, fingerprints([named[name] for name in ordinary]), strict=True))
+    values: dict[str, Any] = {name: _version(t) for name, t in named.items()}
+    return values | dict(zip(ordinary, prints([named[name] for name in ordinary]), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from ..arithmetic.fingerprints import fingerprint
+from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
+from .proofs import Print
 from .replay import Conditions, transformed, undisturbed
-from .tape import FloatTape, PlainTape, Print, Rerun, Tape
+from .tape import FloatTape, PlainTape, Rerun, Tape
 
 __all__ = ["Chain", "run_chain", "watched"]
 
@@ -84,11 +86,11 @@ class Step:
         """Notes the extra outputs that have gradients, or compares: the state does not depend on them."""
         graded = [plain(e) for e in extras if isinstance(e, Tensor) and e.requires_grad]
         graded = [e for e in graded if is_ordinary(e)]
-        prints = self.tape.fingerprint(lambda: fingerprint(*graded))
+        found = self.tape.fingerprint(lambda: prints(graded))
         if not rerun:
-            self.prints = prints
-        elif prints != self.prints:
-            self.tape.drifted(self.t, f"what step {self.t} gives besides the stream")
+            self.prints = found
+        else:
+            self.tape.prove(found, self.prints, self.t, f"what step {self.t} gives besides the stream")
 
 
 @contextmanager
@@ -124,19 +126,27 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
             f"{tape.region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
             "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
         )
-    if print_ != stream_print(tape, x):
+    tape.proofs.put_off(stream_print(tape, x), print_, partial(_unseen_write, tape.region, t))
+    return outputs
+
+
+def _unseen_write(region: str, t: int, differing: list[int]) -> None:
+    """
+    Raises:
+        StreamError: the fingerprint of the stream differs.
+    """
+    if differing:
         raise StreamError(
-            f"{tape.region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
+            f"{region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
             "by the step or before it; make that operation out of place (inplace=False)"
         )
-    return outputs
 
 
 def stream_print(tape: Tape, x: Tensor) -> Print:
     """The fingerprint of the stream; nothing where nobody wants proof, and autograd's version tells most."""
     if isinstance(tape, FloatTape) or (tape.on_drift == "ignore" and not x.is_inference()):
         return ()
-    return fingerprint(plain(x.detach()))
+    return prints([plain(x.detach())])
 
 
 class Close(Function):
@@ -207,6 +217,8 @@ class Chain:
         for watch in _WATCHERS:
             watch(self.tape, self.t, self.x)
         self.print = stream_print(self.tape, self.x) if self.t < len(self.tape.factors) else ()
+        if self.t == len(self.tape.factors) and isinstance(self.tape, PlainTape):
+            self.tape.proofs.settle()  # no backward pass of ours would
         return extras
 
 

@@ -1,0 +1,153 @@
+"""Comparisons of fingerprints, of which those of a device are read once, at the end of a backward pass.
+
+Reading a number from a device waits until everything asked of it is done, and the device then waits for Python. So numbers stay where they
+are: what a rerun finds is put beside what the first run noted, and a callback of autograd's compares all pairs as the pass ends, with one
+read for each device. A difference raises out of `backward()` or `torch.autograd.grad`; `.grad` has been written by then, and is not to be
+used.
+
+On a CPU, where numbers are at hand, every comparison is made at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from ..errors import InversionError, MnetWarning
+
+__all__ = ["Drift", "Print", "Proofs"]
+
+Print = Sequence[Any]
+"""Numbers, or int64 tensors of them that are still on a device."""
+Conclude = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What is done about a recomputation that differs: "raise", "warn" or "ignore"."""
+
+    region: str
+    on_drift: str
+
+    def __call__(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
+        """Reports that `what` differed in a rerun of step t."""
+        error = InversionError(self.region, t, what, elements, largest)
+        if self.on_drift == "raise":
+            raise error
+        if self.on_drift == "warn":
+            warnings.warn(str(error), MnetWarning, stacklevel=2)
+
+
+class Proofs:
+    """What one chain compares. Holds no tape, which would be a cycle: what waits concludes without one."""
+
+    def __init__(self) -> None:
+        self.waiting: list[_Comparison] = []
+
+    def compare(self, found: Print, noted: Print, conclude: Conclude) -> None:
+        """Has `conclude` called with the places in which a rerun found other numbers: now, or as the backward pass around ends."""
+        comparison = _Comparison(found, noted, conclude)
+        if not comparison.is_on_device():
+            comparison.conclude(comparison.on_host())
+            return
+        around = _around()
+        if around is None:
+            self.settle([comparison])
+            return
+        around.comparisons += [*self.waiting, comparison]
+        self.waiting.clear()
+
+    def put_off(self, found: Print, noted: Print, conclude: Conclude) -> None:
+        """The same in a forward pass: now, or as the first backward pass through the chain ends, or in `settle`."""
+        comparison = _Comparison(found, noted, conclude)
+        if comparison.is_on_device():
+            self.waiting.append(comparison)
+        else:
+            comparison.conclude(comparison.on_host())
+
+    def settle(self, comparisons: Sequence[_Comparison] = ()) -> None:
+        """Compares what waits, and these, now."""
+        waiting, self.waiting = self.waiting, []
+        _settle([*waiting, *comparisons])
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    found: Print
+    noted: Print
+    conclude: Conclude
+
+    def is_on_device(self) -> bool:
+        return any(isinstance(a, Tensor) and isinstance(b, Tensor) for a, b in zip(self.found, self.noted, strict=False))
+
+    def on_host(self) -> list[int]:
+        """Places that differ without a look at a device; all where there are more of one than of the other."""
+        if len(self.found) != len(self.noted):
+            return list(range(max(len(self.found), len(self.noted))))
+        pairs = enumerate(zip(self.found, self.noted, strict=True))
+        return [i for i, (a, b) in pairs if not _on_one_device(a, b) and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)]
+
+    def on_device(self) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """Places, and the tensors to be compared there."""
+        if len(self.found) == len(self.noted):
+            for i, (a, b) in enumerate(zip(self.found, self.noted, strict=True)):
+                if _on_one_device(a, b):
+                    yield i, a, b
+
+
+def _on_one_device(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and a.shape == b.shape
+
+
+class _Pass:
+    """The comparisons of one backward pass in one of its threads. Autograd's callback alone keeps it, so it dies with a pass that fails."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.comparisons: list[_Comparison] = []
+
+    def end(self) -> None:
+        comparisons, self.comparisons = self.comparisons, []
+        _settle(comparisons)
+
+
+_LOCAL = threading.local()
+
+
+def _around() -> _Pass | None:
+    """The backward pass in which this thread is."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        return None
+    known: weakref.ref[_Pass] | None = getattr(_LOCAL, "around", None)
+    around = None if known is None else known()
+    if around is None or around.task != task:
+        around = _Pass(task)
+        Variable._execution_engine.queue_callback(around.end)
+        _LOCAL.around = weakref.ref(around)
+    return around
+
+
+def _settle(comparisons: Sequence[_Comparison]) -> None:
+    """Reads what is on devices, once for each, and concludes in order."""
+    places = [(k, i, a, b) for k, comparison in enumerate(comparisons) for i, a, b in comparison.on_device()]
+    differing: list[set[int]] = [set(comparison.on_host()) for comparison in comparisons]
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        for device in {a.device for _, _, a, _ in places}:
+            here = [place for place in places if place[2].device == device]
+            found, noted = (torch.cat([side.reshape(-1) for side in sides]) for sides in zip(*(place[2:] for place in here), strict=True))
+            if torch.equal(found, noted):
+                continue
+            for k, i, a, b in here:
+                if not torch.equal(a, b):
+                    differing[k].add(i)
+    for comparison, which in zip(comparisons, differing, strict=True):
+        comparison.conclude(sorted(which))

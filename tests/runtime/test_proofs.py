@@ -1,0 +1,156 @@
+"""Fingerprints that stay on a device until a backward pass ends; shown on a CPU, by calling it no host."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mnet_fx import InversionError, MnetWarning, StreamError, momentumize
+from mnet_fx.arithmetic import fingerprints
+from mnet_fx.runtime.proofs import Proofs
+
+D = 6
+
+
+@pytest.fixture(autouse=True)
+def _later(monkeypatch):
+    monkeypatch.setattr(fingerprints, "ON_HOST", set())
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+def net(steps=6, **options):
+    torch.manual_seed(0)
+    return momentumize(nn.Sequential(*(Block() for _ in range(steps))), regions=[""], gamma=0.9, **options)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What Python has asked a device for: one entry for each tensor that would have come from there, the states of generators left out."""
+    found = []
+    for owner, name in [(torch.Tensor, "tolist"), (torch.Tensor, "item"), (torch.Tensor, "__bool__"), (torch, "equal")]:
+        real = getattr(owner, name)
+
+        def asked(t, *others, name=name, real=real):
+            if t.dtype is not torch.uint8:
+                found.append(name)
+            return real(t, *others)
+
+        monkeypatch.setattr(owner, name, asked)
+    return found
+
+
+def test_proofs_are_read_once_when_a_backward_pass_ends(reads):
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    model(x).sum().backward()
+    reads.clear()
+    out = model(x)
+    assert reads == ["tolist"] * (6 + 1)  # the largest of x[0] and of each residual
+    reads.clear()
+    out.sum().backward()
+    assert reads == ["equal"]
+
+
+@pytest.mark.parametrize("differentiate", [lambda out, x: out.sum().backward(), lambda out, x: torch.autograd.grad(out.sum(), x)])
+def test_a_difference_raises_out_of_the_pass(differentiate):
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    out = model(x)
+    with torch.no_grad():
+        model[2].linear.weight[0, 0] += 1
+    with pytest.raises(InversionError, match=r"step 2: parameter .*linear.weight"):
+        differentiate(out, x)
+
+
+def test_the_first_difference_of_a_pass_is_reported_and_each_where_warnings_are_asked_for():
+    model, x = net(on_drift="warn"), torch.randn(3, D, requires_grad=True)
+    out = model(x)
+    with torch.no_grad():
+        model[4].linear.weight[0, 0] += 1
+        model[1].linear.bias[0] += 1
+    with pytest.warns(MnetWarning, match="differs") as caught:
+        out.sum().backward()
+    texts = [str(w.message) for w in caught]
+    assert "step 4: parameter" in texts[0]
+    assert any("step 1: parameter" in text for text in texts)
+
+
+def test_a_write_to_the_stream_that_autograd_does_not_see_is_found_by_the_backward_pass():
+    class Writing(nn.Module):
+        def forward(self, x):
+            x.data.mul_(2)
+            return x + x.sin()
+
+    model = momentumize(nn.Sequential(Block(), Writing(), Block()), regions=[""], gamma=0.9)
+    out = model(torch.randn(3, D))
+    with pytest.raises(StreamError, match="step 1: the stream was changed in place where autograd"):
+        out.sum().backward()
+
+
+def test_each_of_two_passes_through_one_graph_is_proved():
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    out = model(x)
+    first = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out.sum(), x, retain_graph=True)[0], first)
+    with torch.no_grad():
+        model[0].linear.weight[0, 0] += 1
+    with pytest.raises(InversionError, match="step 0: parameter"):
+        torch.autograd.grad(out.sum(), x)
+
+
+def test_double_backward_is_proved():
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), x)
+    stored = net(backward="stored")
+    (g_,) = torch.autograd.grad(stored(x).square().sum(), x, create_graph=True)
+    (h_,) = torch.autograd.grad(g_.square().sum(), x)
+    assert torch.equal(g, g_)
+    assert torch.equal(h, h_)
+
+
+def test_a_pass_that_fails_leaves_nothing():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            raise RuntimeError("lost")
+
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    out = model(Failing.apply(x))
+    tape = weakref.ref(next(f for f in _functions(out.grad_fn) if hasattr(f, "region")))
+    with pytest.raises(RuntimeError, match="lost"):
+        out.sum().backward()
+    del out
+    gc.collect()
+    assert tape() is None
+
+
+def _functions(root):
+    seen, todo = set(), [root]
+    while todo:
+        f = todo.pop()
+        if f is not None and f not in seen:
+            seen.add(f)
+            yield f
+            todo += [g for g, _ in f.next_functions]
+
+
+def test_what_was_on_a_device_and_is_so_no_more_differs():
+    found = []
+    Proofs().compare([torch.tensor(3)], [3], found.append)
+    Proofs().compare([3, 4], [3], found.append)
+    Proofs().compare([3, torch.tensor(4)], [3, torch.tensor(4)], found.append)
+    Proofs().compare([3, torch.tensor(4)], [2, torch.tensor(5)], found.append)
+    assert found == [[0], [0, 1], [], [0, 1]]
