@@ -18,11 +18,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 DEVICE = os.environ.get("MNET_FX_DEVICE")  # such as cuda: where tests make their tensors; the processor, if not set
 
 
+class _Generator(torch.Generator):
+    """One on the device of the tests, where none is named: generators take no notice of the default device."""
+
+    def __new__(cls, device=DEVICE):
+        return super().__new__(cls, device)
+
+
 @pytest.fixture(autouse=True)
-def _repeatable():
+def _repeatable(monkeypatch):
     torch.set_num_threads(1)  # on a busy machine, two threads make small operations a hundred times slower
     if DEVICE is not None:
         torch.set_default_device(DEVICE)
+        monkeypatch.setattr(torch, "Generator", _Generator)
     torch.manual_seed(0)
 
 

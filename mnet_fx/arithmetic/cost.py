@@ -20,7 +20,7 @@ import torch
 from ..errors import SettingsError
 from .formats import Format
 
-__all__ = ["state_bits", "state_bytes", "step_bits", "storage"]
+__all__ = ["spilled_planes", "state_bits", "state_bytes", "step_bits", "storage"]
 
 WHOLE = 32.0  # bits of a whole v: what a step with g = 0 sheds
 
@@ -89,17 +89,23 @@ def state_bytes(gammas: Sequence[float], dtype: torch.dtype = torch.float32, zer
     for gamma in gammas:
         step_bits(gamma)  # raises where it is out of range
     form = Format.of(dtype)
-    room, shed, spilled = math.log2(form.u_limit) - form.bits - 8, 0.0, 0
-    for gamma in gammas[1:] if zero_velocity else gammas:
-        if gamma == 0.0:
+    return float(form.state_bytes + spilled_planes(gammas, form, zero_velocity)[-1])
+
+
+def spilled_planes(gammas: Sequence[float], form: Format, zero_velocity: bool = True) -> list[int]:
+    """Bytes per element that u has shed by theory until each time 0 ... len(gammas), see `state_bytes`."""
+    room, shed, spilled, planes = math.log2(form.u_limit) - form.bits - 8, 0.0, 0, [0]
+    for t, gamma in enumerate(gammas):
+        if gamma == 0.0 and (t > 0 or not zero_velocity):
             spilled += math.ceil((form.bits + 4) / 8)
             shed = 0.0
-            continue
-        shed += math.log2(1 / gamma)
-        if shed > room:
-            moved = math.ceil((shed - room) / 8)
-            spilled, shed = spilled + moved, shed - 8 * moved
-    return float(form.state_bytes + spilled)
+        elif t > 0 or not zero_velocity:
+            shed += math.log2(1 / gamma)
+            if shed > room:
+                moved = math.ceil((shed - room) / 8)
+                spilled, shed = spilled + moved, shed - 8 * moved
+        planes.append(spilled)
+    return planes
 
 
 def storage(gammas: Sequence[float], dtype: torch.dtype, zero_velocity: bool = True, held: torch.dtype | None = None) -> tuple[str, float]:

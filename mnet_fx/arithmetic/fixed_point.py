@@ -240,7 +240,7 @@ class State:
     def _room_in_x(self, record: Record, x_bound: float) -> None:
         if x_bound < self.format.limit * self.unit - 4 * self.unit:
             return
-        bits = _exponent(x_bound) - round(math.log2(self.unit)) - (self.format.bits - 1)  # room for more than one doubling
+        bits = _exponent(x_bound) - (math.frexp(self.unit)[1] - 1) - (self.format.bits - 1)  # room for more than one doubling
         bound = self.x_bound / self.unit
         if bound >= 0.5:  # else X is all zeros, which any unit serves
             record.x_spill = spill(self.X, bits, bound)
@@ -254,7 +254,7 @@ class State:
             record.u_spill = spill(self.U, math.inf, held)
             self.ratio = self._fresh()
         elif v_bound >= self.format.u_limit * self.ratio * self.unit:
-            bits = 8 * math.floor(math.log2(self._fresh() / self.ratio) / 8)
+            bits = (math.frexp(self._fresh() / self.ratio)[1] - 1) // 8 * 8  # whole bytes; by frexp, as a device does, never by log2
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 

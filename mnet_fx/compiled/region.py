@@ -85,6 +85,7 @@ class _Step(nn.Module):
     def __init__(self, artifact: Artifact, names: list[str], velocity: nn.Module | None) -> None:
         super().__init__()
         self.velocity = velocity
+        self.stateless = velocity is None
         self._artifact, self._names = artifact, names
         self._keys = tuple(f"a{i}" for i in range(len(names)))
         self._sizes: tuple[int, ...] = ()

@@ -51,7 +51,7 @@ class Conditions:
     """Everything but its stream input that determines what one step computes, as it was at the step's first run.
 
     Args:
-        module: the step, called as `module(x, *sides)`.
+        module: the step, called as `module(x, *sides)`; `module.stateless` says that it has no attributes that matter.
         sides: the side inputs of this call.
         device: device of the stream.
         proof: whether `changed` is to look; without it, it finds nothing.
@@ -65,8 +65,9 @@ class Conditions:
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
         self.sides = _rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
-        self.tree = list(_modules(module, "", set()))
-        self.attributes = Attributes([m for _, m in self.tree])
+        stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
+        self.tree = [("", module)] if stateless else list(_modules(module, "", set()))
+        self.attributes = None if stateless else Attributes([m for _, m in self.tree])
         with untuned(device):
             self.surroundings = surroundings()
         self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
@@ -106,7 +107,8 @@ class Conditions:
             sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
                 result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
-            self.attributes.let_go()
+            if self.attributes is not None:
+                self.attributes.let_go()
             if effects is not None:
                 self.random = [(source, source.get_state()) for source in map(Drawn, effects.drew)]
                 self.buffers = {n: c for n, c in copies.items() if effects.wrote(before[n]) or self._tensors().get(n) is not before[n]}
@@ -180,7 +182,7 @@ class Conditions:
     def _tensors(self) -> dict[str, Tensor]:
         """The buffers, and the tensors that are attributes."""
         own = {}
-        for prefix, module in self.tree:
+        for prefix, module in self.tree if self.attributes is not None else ():
             for name in module.__dict__.keys() - STANDARD:
                 if isinstance(value := module.__dict__[name], Tensor):
                     own[prefix + name] = value
@@ -188,7 +190,7 @@ class Conditions:
 
     def _generators(self) -> list[Any]:
         """The generators that the step may draw from: the default ones of its devices, and its own."""
-        return generators(self.device, self.attributes.generators())
+        return generators(self.device, () if self.attributes is None else self.attributes.generators())
 
     def _named(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
@@ -199,7 +201,10 @@ class Conditions:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        with surrounded(self.surroundings), self.attributes.put_back(), without_traces(self.attributes.modules), ExitStack() as stack:
+        with surrounded(self.surroundings), ExitStack() as stack:
+            if self.attributes is not None:
+                stack.enter_context(self.attributes.put_back())
+                stack.enter_context(without_traces(self.attributes.modules))
             for source, state in self.random:
                 stack.callback(source.set_state, source.get_state())
                 source.set_state(state)

@@ -57,6 +57,7 @@ _PAIRS = (
 
 
 _DEVICES: list[str] = _C._autocast_supported_devices()
+_COMMON = ["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Switch:
 
 def surroundings() -> tuple[Any, ...]:
     """The values of all switches."""
-    return tuple([switch.get() for switch in SWITCHES])
+    return tuple([get() for get in _GETTERS])
 
 
 @contextmanager
@@ -186,17 +187,16 @@ def _precision(backend: str, op: str) -> Switch:
     return Switch(f"fp32_precision of {backend} {op}", get, set_)
 
 
-def _autocast() -> list[Any]:
-    """Of every device, whether it is on, and its dtype; and whether casts are kept."""
-    states: list[Any] = [torch.is_autocast_cache_enabled()]
-    for device in _DEVICES:
-        states += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return states
+def _autocast() -> tuple[Any, ...]:
+    """Whether casts are kept; and of each device, whether it is on, and its dtype: of all devices only where it is on for some."""
+    devices = _DEVICES if _C._is_any_autocast_enabled() else _COMMON
+    return torch.is_autocast_cache_enabled(), {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices}
 
 
-def _set_autocast(states: list[Any]) -> None:
+def _set_autocast(states: tuple[Any, ...]) -> None:
     torch.set_autocast_cache_enabled(states[0])
-    for device, enabled, dtype in zip(_DEVICES, states[1::2], states[2::2], strict=True):
+    for device in _DEVICES:
+        enabled, dtype = states[1].get(device, (False, torch.get_autocast_dtype(device)))
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
 
@@ -243,3 +243,5 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("__torch_function__", _C._get_torch_function_state, _C._set_torch_function_state),  # off in Tensor.backward
 )
 """Every switch; see above. A setter may move switches that come later, never one that comes before."""
+
+_GETTERS = tuple(switch.get for switch in SWITCHES)

@@ -32,7 +32,7 @@ OTHERS = {
     "cublas_allow_bf16_reduced_precision_reduction": (False, False),
     "sdp_priority_order": [2, 1, 0, 3, 4],
     "float32_matmul_precision": "medium",
-    "autocast": [False, *[True, torch.float16, False, torch.bfloat16] * (len(_DEVICES) // 2)],
+    "autocast": (False, {d: (True, torch.float16) if i % 2 else (False, torch.bfloat16) for i, d in enumerate(_DEVICES)}),
     "__torch_function__": torch._C._TorchFunctionState.SUBCLASSES_DISABLED,
     "strategy of opt_einsum": "greedy",
 }

@@ -208,7 +208,8 @@ def spill(T: Tensor, bits: float, bound: float) -> Spill:
     Returns:
         The spill, `unspill` of which restores T exactly. Holds ceil((log2(min(2**(bits - 1), bound)) + 1) / 8) bytes per element.
     """
-    reach = math.ceil(math.log2(max(bound, 1.0) + 1))  # |T| < 2**reach
+    fraction, reach = math.frexp(max(bound, 1.0) + 1)
+    reach -= fraction == 0.5  # |T| < 2**reach
     if bits > reach:
         bits = math.inf
     planes = math.ceil((min(bits - 1, reach) + 1) / 8)
