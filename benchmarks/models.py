@@ -11,22 +11,22 @@ __all__ = ["Attention", "Encoder", "Layer", "checkpointed"]
 class Attention(nn.Module):
     """Pre-norm self-attention without the skip: x (batch, tokens, d) -> the same shape."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2))
 
 
 class Layer(nn.Module):
     """Pre-norm transformer layer, two residual adds."""
 
-    def __init__(self, d: int, heads: int, dropout: float) -> None:
+    def __init__(self, d: int, heads: int, dropout: float, causal: bool = False) -> None:
         super().__init__()
-        self.attention = Attention(d, heads)
+        self.attention = Attention(d, heads, causal)
         self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
         self.dropout = nn.Dropout(dropout)
 
@@ -38,9 +38,9 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Pre-norm transformer encoder over embedded tokens (batch, tokens, d), in plain Python."""
 
-    def __init__(self, layers: int, d: int = 256, heads: int = 8, dropout: float = 0.0) -> None:
+    def __init__(self, layers: int, d: int = 256, heads: int = 8, dropout: float = 0.0, causal: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(d, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(d, heads, dropout, causal) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -96,7 +96,7 @@ def spilled_planes(gammas: Sequence[float], form: Format, zero_velocity: bool = 
     """Bytes per element that u has shed by theory until each time 0 ... len(gammas), see `state_bytes`."""
     room, shed, spilled, planes = math.log2(form.u_limit) - form.bits - 8, 0.0, 0, [0]
     for t, gamma in enumerate(gammas):
-        if gamma == 0.0 and (t > 0 or not zero_velocity):
+        if gamma < 2.0**-300 and (t > 0 or not zero_velocity):  # as none
             spilled += math.ceil((form.bits + 4) / 8)
             shed = 0.0
         elif t > 0 or not zero_velocity:

@@ -122,12 +122,15 @@ class Planes:
         self.most = _MOST.get(form.dtype, 11)
         self.size, self.device, self.reserve = like.numel(), like.device, reserve
         self.planes: list[Tensor] = []
+        self.told = 0  # the time until which the reserve knows
         self.mail = _POOL.take(len(gammas), like.device)
         self.words = self.mail.words
 
     def __del__(self) -> None:
-        if "mail" in self.__dict__:
-            self._learn(max((t for t in range(self.mail.last + 1) if self.words[t] != _UNSEEN), default=0))
+        if "words" in self.__dict__:
+            last = next((t for t in range(self.mail.last, 0, -1) if self.words[t] != _UNSEEN), 0)
+            if last > self.told:
+                self._learn(last)
             _POOL.give(self.mail, self.device)
 
     def make_room(self, t: int) -> int:
@@ -164,13 +167,13 @@ class Planes:
         if used < _UNSEEN:
             self.reserve.forget()
             raise LostBits(-2 - used)
-        if len(self.planes) > used:
+        del self.planes[used:]
+        if last > self.told:
             self._learn(last)
-            del self.planes[used:]
 
     def _learn(self, last: int) -> None:
         """Tells the reserve what the steps until a time took beyond theory, any two that follow each other."""
-        words, theory = self.words, self.theory
+        words, theory, self.told = self.words, self.theory, last
         if last > 0 and words[last] >= 0:
             self.reserve.learn(max(words[t] - theory[t] - words[max(t - 2, 0)] + theory[max(t - 2, 0)] for t in range(1, last + 1)))
 

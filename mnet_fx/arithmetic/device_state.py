@@ -20,11 +20,12 @@ from ..errors import StreamError
 from .device_planes import LostBits, Planes, Reserve
 from .fixed_point import _check_stream, _shifted
 from .formats import Format
+from .kernels.choice import usable
 from .kernels.eager import strides
 
 __all__ = ["DeviceState", "LostBits", "Reserve", "supported"]
 
-BLOCK, REACH_BLOCK = 256, 1024  # elements that a program takes at once
+BLOCK, BLOCK_16, REACH_BLOCK = 256, 512, 1024  # elements that a program takes at once; 16: of 16-bit streams
 PROGRAMS = 2048  # at most, since each ends in atomic operations on the same words
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPS = {dtype: torch.finfo(dtype).max for dtype in _FLOATS}
@@ -35,19 +36,8 @@ def _modules() -> tuple[Any, Any, Any]:
     """The kernels; Triton is imported when the first chain wants it."""
     from .kernels import device, device_decide, device_math
 
+    device_math.lean(device_decide.start, device_decide.reach, *(getattr(device, name) for name in device.__all__))
     return device, device_decide, device_math
-
-
-@cache
-def _usable(device: torch.device) -> bool:
-    """Whether Triton is there and can compile for a device; its interpreter takes tensors on the CPU."""
-    try:
-        interpreted = _modules()[2].INTERPRETED
-    except ImportError:
-        return False
-    if device.type == "cpu" or interpreted:
-        return device.type == "cpu" and interpreted
-    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dtype | None = None) -> bool:
@@ -58,7 +48,7 @@ def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dt
         and x0.dtype in _FLOATS
         and (held is None or held in _FLOATS)
         and len(factors) > 0
-        and _usable(x0.device)
+        and usable(x0.device)
         and len(factors) <= _modules()[2].MOST_STEPS
     )
 
@@ -115,7 +105,8 @@ class DeviceState:
         self.U = torch.empty_like(self.X, dtype=self.format.u_dtype)
         self.device, self.n, self.steps, self.store = self.X.device, self.X.numel(), len(factors), store
         self.proof = store if proof is None else proof
-        self.grid, self.rounds = _split(self.n, BLOCK)
+        self.block = BLOCK_16 if self.format.u_dtype is torch.int32 else BLOCK
+        self.grid, self.rounds = _split(self.n, self.block)
         self.reach_grid, self.reach_rounds = _split(self.n, REACH_BLOCK)
         self.ledger = _template(tuple((float(g), float(b)) for g, b in factors), self.device).clone()
         gammas, reserve = [g for g, _ in factors], reserve or Reserve()
@@ -129,10 +120,12 @@ class DeviceState:
         bits, fresh, some = self.format.bits, min(self.fine, self.format.fine), x0 if v0 is None else v0
         self._run(start, self.reach_grid, x0, some, self.ledger, fresh, self.n, self.reach_rounds, bits, v0 is not None, REACH_BLOCK)
         to = (self.X, self.U, self.ledger, self.sums, self.slot, self.n, self.rounds)
-        self._run(self.loops.fill, self.grid, x0, some, *to, v0 is not None, self.proof, BLOCK)
+        self._run(self.loops.fill, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
 
-    def step(self, y: Tensor) -> tuple[int, Tensor]:
-        """One step of the recurrence, in place, as `State.step`: the next one. Returns its index, and the new x as a fresh tensor.
+    def step(self, y: Tensor, *factors: float) -> tuple[int, Tensor]:
+        """One step of the recurrence, in place, as `State.step`: the next one, whose factors were told at the start.
+
+        Returns its index, and the new x as a fresh tensor.
 
         Raises:
             StreamError: y is on another device, or of a dtype that no stream has.
@@ -156,7 +149,7 @@ class DeviceState:
             self.planes.launched(t)
         slot = self._fresh_slot()
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
-        self._run(self.loops.shear, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, BLOCK)
+        self._run(self.loops.shear, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, self.block)
         self.time, self.dtype, self.slot = t + 1, dtype, slot
         self.kinds[t + 1 :] = [(dtype, form)]
         return t, out
@@ -174,7 +167,7 @@ class DeviceState:
         slot = self._fresh_slot()
         told = slot if form == self.format else 0
         of = (self.ledger, self.sums, told, self.n, t, self.rounds)
-        self._run(self.loops.unshear_x, self.grid, self.X, self.U, out, *of, False, self.proof, BLOCK)
+        self._run(self.loops.unshear_x, self.grid, self.X, self.U, out, *of, False, self.proof, self.block)
         self.X = _shifted(self.X, form.dtype, -form.widening(self.format)) if form != self.format else self.X
         self.time, self.half, self.dtype, self.format, self.slot = t, True, dtype, form, slot
         return out
@@ -188,14 +181,14 @@ class DeviceState:
         t, form, y = self.time, self.kinds[self.time + 1][1], self._aligned(y)
         narrow = form != self.format
         of = (self.ledger, self.sums, 0 if narrow else self.slot, self.n, t, self.rounds)
-        self._run(self.loops.unshear_u, self.grid, self.X, self.U, y, *of, self.proof, BLOCK)
+        self._run(self.loops.unshear_u, self.grid, self.X, self.U, y, *of, self.proof, self.block)
         if self.U.dtype != self.format.u_dtype:
             U = torch.empty_like(self.U, dtype=self.format.u_dtype)
             bits = -self.format.widening(form)
-            self._run(self.loops.recode, self.grid, self.X, self.U, self.X, U, 0, bits, self.n, self.rounds, BLOCK)
+            self._run(self.loops.recode, self.grid, self.X, self.U, self.X, U, 0, bits, self.n, self.rounds, self.block)
             self.U = U
         if narrow and self.proof:
-            self._run(self.loops.note, self.grid, self.X, self.U, self.sums, self.slot, self.n, self.rounds, BLOCK)
+            self._run(self.loops.note, self.grid, self.X, self.U, self.sums, self.slot, self.n, self.rounds, self.block)
         self.half = False
         if t == 0:
             self.confirm()
@@ -207,7 +200,7 @@ class DeviceState:
         slot = self._fresh_slot()
         self.X = _shifted(self.X, form.dtype, self.format.widening(form)) if form != self.format else self.X
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
-        self._run(self.loops.unshear_x, self.grid, self.X, self.U, self.X, *of, True, self.proof, BLOCK)
+        self._run(self.loops.unshear_x, self.grid, self.X, self.U, self.X, *of, True, self.proof, self.block)
         if self.proof:
             sums, old = self.before
             self.sums[slot, 1].copy_(sums[old, 1])  # U has not moved
@@ -216,7 +209,7 @@ class DeviceState:
     def read(self) -> Tensor:
         """x as a fresh tensor of the stream's dtype, in the layout of X; NaN where it is."""
         out = torch.empty_like(self.X, dtype=self.dtype)
-        self._run(self.loops.read, self.grid, self.X, self.U, out, self.ledger, self.n, self.time, self.rounds, BLOCK)
+        self._run(self.loops.read, self.grid, self.X, self.U, out, self.ledger, self.n, self.time, self.rounds, self.block)
         return out
 
     def confirm(self) -> None:
@@ -268,7 +261,7 @@ class DeviceState:
             return 0, 0
         bits, keeps = self.format.widening(wider), self.format.u_dtype == wider.u_dtype
         X, U = torch.empty_like(self.X, dtype=wider.dtype), torch.empty_like(self.U, dtype=wider.u_dtype)
-        self._run(self.loops.recode, self.grid, self.X, self.U, X, U, bits, 0 if keeps else bits, self.n, self.rounds, BLOCK)
+        self._run(self.loops.recode, self.grid, self.X, self.U, X, U, bits, 0 if keeps else bits, self.n, self.rounds, self.block)
         self.X, self.U, self.format = X, U, wider
         return bits, bits if keeps else 0
 

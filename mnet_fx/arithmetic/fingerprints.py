@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.c import NativeError, hashes
+from .kernels.choice import usable
 from .kernels.eager import flat, is_dense
 from .valueless import valueless
 
@@ -63,10 +64,20 @@ def prints(tensors: Sequence[Tensor]) -> list[Any]:
         for i, number in zip(in_c, native([_dense(tensors[i]) for i in in_c]), strict=True):
             found[i] = number
     for device, places in by_device.items():
-        numbers = _by_torch([tensors[i] for i in places])
+        numbers = _on_device(device)([tensors[i] for i in places])
         for i, number in zip(places, numbers.tolist() if device.type in ON_HOST else numbers.unbind(), strict=True):
             found[i] = number
     return found
+
+
+@cache
+def _on_device(device: torch.device) -> Callable[[Sequence[Tensor]], Tensor]:
+    """By Triton where it is there and MNET_FX_FUSED is not 0, else by torch."""
+    if device.type == "cpu" or not usable(device):
+        return _by_torch
+    from .kernels.device_hash import hashes_on_device
+
+    return lambda tensors: hashes_on_device([_dense(t).detach() for t in tensors])
 
 
 @cache

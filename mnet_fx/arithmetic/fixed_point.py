@@ -114,6 +114,7 @@ class State:
         self.v_bound += 0.5 * self.unit * self.ratio if self.v_bound else 0.0
         if v0 is not None:
             fill(self.U, v0, 1 / (self.unit * self.ratio), self.mask is None)
+        self.from_rest = self.v_bound == 0.0
 
     def _finite(self, t: Tensor) -> tuple[Tensor, float]:
         """t in the layout of X and max|t| over its finite elements; the others, and those beyond LARGEST, join the mask."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from ..runtime.own_copies import Learnt
 from ..runtime.start import Recurrence
@@ -58,7 +59,7 @@ class NamedRegion:
         self.widest = {p.dtype for layer in layers.values() for p in layer.parameters() if p.is_floating_point()}
         self.widest |= set() if settings.held is None else {settings.held}
         self.layers = list(layers.values())
-        self.learnt = Learnt()
+        self.learnt, self.reserve = Learnt(), Reserve()
         self._index()
 
     @property
@@ -122,7 +123,7 @@ class NamedRegion:
         if index:
             self._broken(index)
         recurrence = Recurrence(
-            self.title, self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest, learnt=self.learnt
+            self.title, self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest, None, self.learnt, self.reserve
         )
         return recurrence.start(x)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from ..reporting.build import REPORT, note_transform
 from ..runtime.own_copies import Learnt
@@ -74,7 +75,7 @@ class MomentumNet(nn.Module):
             self.add_module("init", init_function)
         self.gamma, self.init_speed, self.use_backprop, self.is_residual = gamma, init_speed, use_backprop, is_residual
         self.n_functions = len(found)
-        self.learnt = Learnt()
+        self.learnt, self.reserve = Learnt(), Reserve()
         self._factors()
 
     @property
@@ -139,7 +140,7 @@ class MomentumNet(nn.Module):
     def _chain(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], backward: str, inverse: bool = False) -> Chain:
         velocity = self.init_function if self.init_speed else None
         widest = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        recurrence = Recurrence("MomentumNet", self._factors(), backward, "raise", velocity, widest, learnt=self.learnt)
+        recurrence = Recurrence("MomentumNet", self._factors(), backward, "raise", velocity, widest, None, self.learnt, self.reserve)
         chain = recurrence.start(x, reversing=inverse)
         for i, function in enumerate(self.functions):
             call = LayerCall(str(i), (x, *args), kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from passes import RegionCode, StepCode
 
+from ..arithmetic.device_planes import Reserve
 from ..arithmetic.kernels.eager import Kernels
 from ..errors import UNCOMPILED, StreamError
 from ..runtime.start import Recurrence
@@ -147,6 +148,7 @@ class ChainRegion(nn.Module):
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
+        self.reserve = Reserve()
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity = (settings.velocity,)
@@ -176,7 +178,9 @@ class ChainRegion(nn.Module):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         dtypes = {dtype for step, _ in steps for dtype in self.dtypes(step)}
         widest = {dtype for dtype in dtypes if dtype.is_floating_point} | (set() if self.held is None else {self.held})
-        recurrence = Recurrence(self.name, self.factors, backward, self.on_drift, self.velocity, widest, self.arithmetic)
+        recurrence = Recurrence(
+            self.name, self.factors, backward, self.on_drift, self.velocity, widest, self.arithmetic, reserve=self.reserve
+        )
         last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arithmetic.cost import storage
+from ..arithmetic.device_state import DeviceState, Reserve, supported
 from ..arithmetic.fake_state import FakeState
 from ..arithmetic.fixed_point import State
 from ..arithmetic.kernels.choice import kernels
@@ -49,6 +50,7 @@ class Recurrence:
         widest: dtypes of which the state must hold the widest: those of the steps' parameters, which the stream may be promoted to.
         arithmetic: the loops over elements; None for those that the environment asks for.
         learnt: what the region has learnt about writes that come after its steps; None: it keeps no copies.
+        reserve: what the region's chains have spilled on a device so far.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Recurrence:
     widest: Iterable[torch.dtype] = ()
     arithmetic: Kernels | None = None
     learnt: Learnt | None = None
+    reserve: Reserve | None = None
 
     def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
@@ -72,13 +75,11 @@ class Recurrence:
             StreamError: x is a tensor that wraps others, or of another layout; or v[0] does not fit x.
         """
         v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
-        tape = self._tape(x, v0)
-        if reversing and not isinstance(tape, ReversingTape):
-            tape = ReversingTape(tape.region, tape.state, tape.factors)
+        tape = self._tape(x, v0, reversing)
         tape.own = None if self.learnt is None or valueless(x) else OwnCopies(self.learnt)  # on fake tensors: as after a first call
         return Chain(tape, x, v0)
 
-    def _tape(self, x: Tensor, v0: Tensor | None) -> Tape:
+    def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:
         reversible = torch.is_grad_enabled() and self.backward == "reversible"
         floats = transformed() or exported() or FLOATING.get()
         if not floats:
@@ -87,16 +88,22 @@ class Recurrence:
             return self._in_floats(x, reversible and transformed())
         gammas = [gamma for gamma, _ in self.factors]
         held = reduce(torch.promote_types, self.widest, x.dtype)
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            horizon = min(max(1 / (1 - gamma) for gamma in gammas), len(gammas))
-            kind_of_state = FakeState if valueless(x) else State
-            loops = self.arithmetic or kernels()
-            state = kind_of_state(plain(x.detach()), None if v0 is None else plain(v0.detach()), horizon, loops, held)
-        kind: type[Tape] = PlainTape
-        if reversible:
+        kind: type[Tape] = ReversingTape if reversing else PlainTape
+        if reversible and not reversing:
             kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]
-        log.debug("%s: %d steps of %s %s, %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            state = self._state(plain(x.detach()), None if v0 is None else plain(v0.detach()), held, kind is ReversingTape)
+        log.debug("%s: %d steps of %s %s, %s on %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__, type(state).__name__)
         return kind(self.name, state, self.factors, self.on_drift)
+
+    def _state(self, x: Tensor, v0: Tensor | None, held: torch.dtype, goes_back: bool) -> State | DeviceState:
+        horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))
+        if valueless(x):
+            return FakeState(x, v0, horizon, self.arithmetic or kernels(), held)
+        if supported(x, self.factors, held) and (v0 is None or v0.device == x.device):
+            proof = goes_back and self.on_drift != "ignore"
+            return DeviceState(x, v0, self.factors, horizon, held, goes_back, self.reserve, proof)
+        return State(x, v0, horizon, self.arithmetic or kernels(), held)
 
     def _in_floats(self, x: Tensor, reversible: bool) -> Tape:
         if reversible:

@@ -44,8 +44,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
-from ..arithmetic.fixed_point import Record, State
+from ..arithmetic.fixed_point import State
 from ..errors import InversionError, MnetError, is_of_device
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
@@ -76,7 +77,7 @@ class Tape:
         on_drift: "raise", "warn" or "ignore" a recomputation that differs.
     """
 
-    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+    def __init__(self, region: str, state: State | DeviceState, factors: Factors, on_drift: str = "raise") -> None:
         self.state = state
         self._begin(region, factors, on_drift)
 
@@ -138,12 +139,12 @@ class Tape:
 class ReversingTape(Tape):
     """Holds (X, U) of one time, and moves it to and fro."""
 
-    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+    def __init__(self, region: str, state: State | DeviceState, factors: Factors, on_drift: str = "raise") -> None:
         super().__init__(region, state, factors, on_drift)
         self.time = 0
         self.half = False
-        self.from_rest = state.v_bound == 0.0
-        self.records: list[Record] = []
+        self.from_rest = state.from_rest
+        self.records: list[Any] = []
         self.prints = [self.fingerprint(state.fingerprint)]
 
     def push(self, t: int, y: Tensor) -> Tensor:
@@ -162,7 +163,10 @@ class ReversingTape(Tape):
         return self._halve()
 
     def close(self, t: int, y: Tensor) -> None:
-        self.state.unstep_u(self.records[t], y)
+        try:
+            self.state.unstep_u(self.records[t], y)
+        except LostBits as lost:
+            raise self._lost(lost) from lost
         self.half = False
         self.proofs.compare(self.fingerprint(self.state.fingerprint), self.prints[t], lambda differing: self._returned(t, differing))
 
@@ -184,9 +188,15 @@ class ReversingTape(Tape):
         return x
 
     def _halve(self) -> Tensor:
-        x = self.state.unstep_x(self.records[self.time - 1])
+        try:
+            x = self.state.unstep_x(self.records[self.time - 1])
+        except LostBits as lost:
+            raise self._lost(lost) from lost
         self.half, self.time = True, self.time - 1
         return x
+
+    def _lost(self, lost: LostBits) -> InversionError:
+        return InversionError(self.region, lost.step, "the room that was ready for what the step outgrew (there will be more from now on)")
 
     def _seek(self, t: int) -> None:
         """Goes to time t, rerunning the steps in between."""
@@ -211,7 +221,7 @@ class ReversingTape(Tape):
 class StoringTape(Tape):
     """Keeps the inputs x[t], as a checkpoint does; (X, U) is only needed on the way forward."""
 
-    def __init__(self, region: str, state: State, factors: Factors, on_drift: str = "raise") -> None:
+    def __init__(self, region: str, state: State | DeviceState, factors: Factors, on_drift: str = "raise") -> None:
         super().__init__(region, state, factors, on_drift)
         self.prints: list[Print] = []
         self.inputs: list[tuple[Tensor, Print]] = []

@@ -65,7 +65,13 @@ def variants(dtypes):
         types = {"X": X, "U": U, "y": f"*{NAMES[y]}", "out": f"*{NAMES[out]}", "x0": f"*{NAMES[stream]}", "v0": f"*{NAMES[y]}"}
         top = device_state._TOPS[out]
         for some in (True, False):
-            base = {"PROOF": some, "STORE": some, "HAS_V": some, "RESTEP": not some, "BLOCK": device_state.BLOCK}
+            base = {
+                "PROOF": some,
+                "STORE": some,
+                "HAS_V": some,
+                "RESTEP": not some,
+                "BLOCK": device_state.BLOCK_16 if form.u_dtype is torch.int32 else device_state.BLOCK,
+            }
             limits = {"LIMIT": form.limit, "ULIMIT": form.u_limit, "BITS": form.bits, "TOP": top}
             yield device_decide.reach, types, base | limits | {"BLOCK": device_state.REACH_BLOCK}
             yield device_decide.start, types, base | limits | {"BLOCK": device_state.REACH_BLOCK}

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...errors import MnetWarning
 from .c import compiled
 from .eager import EAGER, Kernels, flat, is_normal
 
-__all__ = ["AUTOMATIC", "FUSED", "fusing", "kernels"]
+__all__ = ["AUTOMATIC", "FUSED", "fusing", "kernels", "usable"]
 
 log = logging.getLogger("mnet_fx")
 SMALLEST = {"cpu": 1 << 12, "other": 1 << 17}  # elements; below, the eager loop is as quick, or calling inductor's takes longer
@@ -36,6 +37,18 @@ Loop = Callable[[Sequence[Tensor], Sequence[float]], None]
 def kernels() -> Kernels:
     """The loops that the environment asks for, see above."""
     return {"0": EAGER, "1": FUSED}.get(os.environ.get("MNET_FX_FUSED", ""), AUTOMATIC)
+
+
+@cache
+def usable(device: torch.device) -> bool:
+    """Whether Triton is there, wanted, and can compile for a device; its interpreter takes tensors on the CPU."""
+    try:
+        from .device_math import INTERPRETED
+    except ImportError:
+        return False
+    if device.type == "cpu" or INTERPRETED or not fusing():
+        return device.type == "cpu" and INTERPRETED
+    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def fusing() -> bool:

@@ -156,13 +156,13 @@ def shear(X, U, y, out, ledger, sums, slot, n, t, rounds, STORE: tl.constexpr, P
 def unshear_x_any(x, u, nxt, unit, at, ok, t, RESTEP: tl.constexpr, DTYPE: tl.constexpr):
     """A block of `unshear_x`, whatever there is: (word of X to keep, to be proved, out)."""
     x, u, born = split(x, u)
-    shift, planes = tl.load(nxt + XSHIFT), tl.load(nxt + XPLANES)
+    shift, planes, lost = tl.load(nxt + XSHIFT), tl.load(nxt + XPLANES), tl.load(nxt + LOST)
     moved = nearest(u.to(tl.float64) * f64(tl.load(nxt + RATIO)), x)
     if RESTEP:
         x = put_away(x, shift, planes * 0, nxt + PLANE, at, ok) + moved  # the planes hold the bits still
     else:
-        x = brought_back(x - moved, shift, tl.where(tl.load(nxt + LOST) == 0, planes, 0), nxt + PLANE, at, ok)
-    o = put_masked(put(x, unit, DTYPE), ((born >= 0) & (born <= t)) | ((tl.load(nxt + LOST) == t + 1) & (planes > 0)))
+        x = brought_back(x - moved, shift, tl.where(lost == 0, planes, 0), nxt + PLANE, at, ok)
+    o = put_masked(put(x, unit, DTYPE), ((born >= 0) & (born <= t)) | (lost == t + 1))  # all NaN from where bits are lost
     kept, _ = joined(x, u, born)
     proved, _ = joined(x, u, tl.where(born > t, -1, born))
     return kept, proved, o
@@ -175,7 +175,7 @@ def unshear_x(X, U, out, ledger, sums, slot, n, t, rounds, RESTEP: tl.constexpr,
     nxt = row + WORDS
     e = tl.load(row + UNIT) - tl.load(nxt + WIDEN)
     unit, ratio = pow2(e), f64(tl.load(nxt + RATIO))
-    special = ((tl.load(nxt + GONE) | tl.load(nxt + XSHIFT)) > 0) | abnormal(e)
+    special = ((tl.load(nxt + GONE) | tl.load(nxt + XSHIFT) | tl.load(nxt + LOST)) > 0) | abnormal(e)
     base = tl.program_id(0).to(tl.int64) * rounds * BLOCK
     fpx = tl.zeros([BLOCK], tl.int64)
     for i in range(rounds):

@@ -121,7 +121,7 @@ def room_in_u(ratio, unit, gamma, vb, v1, held, fresh, ULIMIT: tl.constexpr):
 
 
 @triton.jit
-def decide(row, t, ymax, ybad, fresh, widen, raised, LIMIT: tl.constexpr, ULIMIT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
+def decide(row, ymax, ybad, fresh, widen, raised, LIMIT: tl.constexpr, ULIMIT: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr):
     """State._make_room. TOP: the largest finite number of the stream's dtype. Returns the planes that the step needs."""
     nxt = row + WORDS
     gamma, weight = f64(tl.load(nxt + GAMMA)), f64(tl.load(nxt + WEIGHT))
@@ -195,6 +195,6 @@ def reach(
     tl.atomic_max(nxt + YBAD, bad)
     if tl.atomic_add(nxt + DONE, 1) == tl.num_programs(0) - 1:
         ymax, ybad = f64(tl.atomic_max(nxt + YMAX, 0)), tl.atomic_max(nxt + YBAD, 0)  # read where the others wrote
-        planes = decide(row, t, ymax, ybad, fresh, widen, raised, LIMIT, ULIMIT, BITS, TOP)
+        planes = decide(row, ymax, ybad, fresh, widen, raised, LIMIT, ULIMIT, BITS, TOP)
         if STORE:
             take(row, t.to(tl.int64), planes, mailbox.to(tl.pointer_type(tl.int64)), capacity)

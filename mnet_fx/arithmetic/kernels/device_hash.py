@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import OPTIONS, mixed
+from .device_math import OPTIONS, lean, mixed
 
 __all__ = ["hashes_on_device"]
 
@@ -56,6 +56,9 @@ def hash_one(address, size, sums, part, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * part
     start, size = first * 0 + address, first * 0 + size
     tl.atomic_add(sums, hash_part(start, size, first, tl.minimum(first + part, (size + 7) // 8), BLOCK))
+
+
+lean(hash_table, hash_one)
 
 
 class _Tables:
