@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import StreamError
 from .device_planes import LostBits, Planes, Reserve
-from .fixed_point import _check_stream, _shifted
+from .fixed_point import _check_stream
 from .formats import Format
 from .kernels.choice import usable
 from .kernels.eager import strides
@@ -162,13 +162,15 @@ class DeviceState:
         """
         t = self._previous(record)
         dtype, form = self.kinds[t]
-        out = torch.empty_like(self.X, dtype=dtype)
+        out = torch.empty_like(self.X, dtype=dtype)  # before anything moves, as it may fail
+        X = self.X if form == self.format else torch.empty_like(self.X, dtype=form.dtype)
         self.before = (self.sums, self.slot)
         slot = self._fresh_slot()
         told = slot if form == self.format else 0
         of = (self.ledger, self.sums, told, self.n, t, self.rounds)
         self._run(self.loops.unshear_x, self.grid, self.X, self.U, out, *of, False, self.proof, self.block)
-        self.X = _shifted(self.X, form.dtype, -form.widening(self.format)) if form != self.format else self.X
+        if X is not self.X:
+            self._recode(X, self.U, -form.widening(self.format), 0)
         self.time, self.half, self.dtype, self.format, self.slot = t, True, dtype, form, slot
         return out
 
@@ -180,13 +182,11 @@ class DeviceState:
         """
         t, form, y = self.time, self.kinds[self.time + 1][1], self._aligned(y)
         narrow = form != self.format
+        U = self.U if self.U.dtype == self.format.u_dtype else torch.empty_like(self.U, dtype=self.format.u_dtype)
         of = (self.ledger, self.sums, 0 if narrow else self.slot, self.n, t, self.rounds)
         self._run(self.loops.unshear_u, self.grid, self.X, self.U, y, *of, self.proof, self.block)
-        if self.U.dtype != self.format.u_dtype:
-            U = torch.empty_like(self.U, dtype=self.format.u_dtype)
-            bits = -self.format.widening(form)
-            self._run(self.loops.recode, self.grid, self.X, self.U, self.X, U, 0, bits, self.n, self.rounds, self.block)
-            self.U = U
+        if U is not self.U:
+            self._recode(self.X, U, 0, -self.format.widening(form))
         if narrow and self.proof:
             self._run(self.loops.note, self.grid, self.X, self.U, self.sums, self.slot, self.n, self.rounds, self.block)
         self.half = False
@@ -198,7 +198,8 @@ class DeviceState:
         t = self.time
         dtype, form = self.kinds[t + 1]
         slot = self._fresh_slot()
-        self.X = _shifted(self.X, form.dtype, self.format.widening(form)) if form != self.format else self.X
+        if form != self.format:
+            self._recode(torch.empty_like(self.X, dtype=form.dtype), self.U, self.format.widening(form), 0)
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
         self._run(self.loops.unshear_x, self.grid, self.X, self.U, self.X, *of, True, self.proof, self.block)
         if self.proof:
@@ -260,10 +261,15 @@ class DeviceState:
         if wider.bits <= self.format.bits:
             return 0, 0
         bits, keeps = self.format.widening(wider), self.format.u_dtype == wider.u_dtype
-        X, U = torch.empty_like(self.X, dtype=wider.dtype), torch.empty_like(self.U, dtype=wider.u_dtype)
-        self._run(self.loops.recode, self.grid, self.X, self.U, X, U, bits, 0 if keeps else bits, self.n, self.rounds, self.block)
-        self.X, self.U, self.format = X, U, wider
+        X = torch.empty_like(self.X, dtype=wider.dtype)
+        self._recode(X, self.U if keeps else torch.empty_like(self.U, dtype=wider.u_dtype), bits, 0 if keeps else bits)
+        self.format = wider
         return bits, bits if keeps else 0
+
+    def _recode(self, X: Tensor, U: Tensor, xbits: int, ubits: int) -> None:
+        """Goes over to X and U, which are X * 2^xbits and U * 2^ubits then; either may be what it was."""
+        self._run(self.loops.recode, self.grid, self.X, self.U, X, U, xbits, ubits, self.n, self.rounds, self.block)
+        self.X, self.U = X, U
 
     def _fresh_slot(self) -> int:
         """A row of `sums` that holds zeros; `self.sums` is another tensor then if need be."""

@@ -370,6 +370,45 @@ EVERYWHERE = ("float32", "bfloat16", "float64", "fingerprints")  # on a GPU, for
 SIZES = (1000, 1, 17, 70001, 1 << 20)
 
 
+def speed():
+    """Microseconds of the host for a move of few elements; milliseconds and GB/s of many, with other sizes of blocks."""
+    for n, steps in ((1000, 400), (1 << 24, 12)):
+        for dtype in (F32, BF16):
+            for block, programs in ((256, 2048), (256, 8192), (512, 2048), (512, 8192)) if n > 1000 else ((256, 2048),):
+                device_state.BLOCK = device_state.BLOCK_16 = block
+                device_state.PROGRAMS = programs
+                moves(n, dtype, steps, f"{n} elements of {dtype}, blocks of {block}, {programs} programs")
+
+
+def moves(n, dtype, steps, title):
+    x0, y, reserve = torch.randn(n).to(DEVICE, dtype), torch.randn(n).to(DEVICE, dtype), Reserve()
+    wide = x0.element_size()
+    moved = {
+        "step": 4 * wide + 24 if dtype is F32 else 3 * wide + 16,
+        "unstep_x": 20 if dtype is F32 else 14,
+        "unstep_u": 20 if dtype is F32 else 10,
+    }
+    for _ in range(3):
+        dev, host, events = DeviceState(x0, None, [(0.9, 0.1)] * steps, 10.0, reserve=reserve), dict.fromkeys(moved, 0.0), []
+        torch.cuda.synchronize()
+        for name, t in [("step", t) for t in range(steps)] + [
+            (name, t) for t in reversed(range(steps)) for name in ("unstep_x", "unstep_u")
+        ]:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            begin = time.perf_counter()
+            dev.step(y) if name == "step" else dev.unstep_x(t) if name == "unstep_x" else dev.unstep_u(t, y)
+            host[name] += time.perf_counter() - begin
+            pair[1].record()
+            events.append((name, pair))
+        torch.cuda.synchronize()
+    for name, size in moved.items():
+        times = sorted(a.elapsed_time(b) for which, (a, b) in events if which == name)
+        ms = times[len(times) // 2]
+        found = f"{1e6 * host[name] / steps:.0f} us of the host" if n < 1 << 20 else f"{ms:.3f} ms, {n * size / ms / 1e6:.0f} GB/s"
+        print(f"{title}: {name} {found}", flush=True)
+
+
 def jobs(device):
     """(name, elements) of all groups."""
     if device == "cpu":
@@ -403,9 +442,12 @@ def main():
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--part", default="")  # K/N: the K-th of N processes, as which all groups run on a GPU
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--speed", action="store_true")  # on a GPU: how long moves take, and nothing else
     options = parser.parse_args()
     DEVICE, EXAMPLES = options.device, options.examples
     torch.set_num_threads(1)
+    if options.speed:
+        return speed()
     if DEVICE != "cpu" and not options.part and options.processes > 1:
         parts = [[sys.executable, __file__, *sys.argv[1:], "--part", f"{k}/{options.processes}"] for k in range(options.processes)]
         return sum(child.wait() for child in [subprocess.Popen(part) for part in parts])

@@ -105,7 +105,8 @@ def main(capability, dtypes):
         widest[name] = max([widest.get(name, 0), *loads(sass)])
     assert all(widest[name] == 128 for name in ("reach", "shear", "unshear_x", "unshear_u")), widest
     for kernel in (device_hash.hash_table, device_hash.hash_one):
-        built(kernel, capability, {"table": "*i64", "address": "i64", "size": "i64"}, {"BLOCK": 1024})
+        for size in ("i32", "i64"):
+            built(kernel, capability, {"table": "*i64", "address": "i64", "size": size}, {"BLOCK": 1024})
     print(f"sm_{capability}: {len(seen) + 2} kernels, at most {most} registers")
 
 
