@@ -259,6 +259,10 @@ class State:
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on a device, but for what is in records."""
+        return [self.X, self.U]
+
     def off_zero(self) -> tuple[int, float]:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
