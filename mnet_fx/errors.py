@@ -1,6 +1,8 @@
 """The errors that `mnet_fx` raises. All derive from `MnetError`; those that concern an argument are also `ValueError`s."""
 
-__all__ = ["UNCOMPILED", "InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"]
+import warnings
+
+__all__ = ["UNCOMPILED", "InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError", "is_of_device", "warn_once"]
 
 UNCOMPILED = (
     "mnet_fx runs momentum chains outside of the graphs of torch.compile, so that forward and backward run the same kernels: leave "
@@ -41,7 +43,9 @@ class InversionError(MnetError, RuntimeError):
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
             "(optimizer.step(), .data, load_state_dict; or the model itself, which writes to it after the chain: give the layers a clone "
             "of it); state that is no attribute of the step's modules (Python's random, a global "
-            "variable, what an object holds, a cache that the step appends to: use_cache=False). Make the step repeatable, or use "
+            "variable, what an object holds, a cache that the step appends to: use_cache=False); on CUDA, another algorithm for the same "
+            "convolution (torch.backends.cudnn.benchmark, which each thread tunes by itself; memory so low that a workspace no longer "
+            "fits: torch.backends.cudnn.deterministic = True leaves fewer to choose from). Make the step repeatable, or use "
             "backward='stored'."
         )
 
@@ -51,3 +55,24 @@ class InversionError(MnetError, RuntimeError):
 
 class MnetWarning(UserWarning):
     """Something that works but will not give what was probably wanted."""
+
+
+_TOLD: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """An `MnetWarning`, once per process, from wherever it comes first."""
+    if message not in _TOLD:
+        _TOLD.add(message)
+        warnings.warn(message, MnetWarning, stacklevel=3)
+
+
+_STARTS = ("CUDA error", "CUDA driver error", "HIP error", "NCCL error")
+_STATUS = ("CUBLAS_STATUS_", "CUDNN_STATUS_", "CUSOLVER_STATUS_")
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether an error is about a device itself, such as an illegal access made earlier, and not about who meets it."""
+    text = str(error)
+    kinds = ("AcceleratorError", "DistBackendError")  # of torch 2.8, and of torch.distributed
+    return type(error).__name__ in kinds or text.startswith(_STARTS) or any(status in text for status in _STATUS)

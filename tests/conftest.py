@@ -15,9 +15,24 @@ settings.register_profile("mutants", max_examples=40, phases=[Phase.explicit, Ph
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+DEVICE = os.environ.get("MNET_FX_DEVICE")  # such as cuda: where tests make their tensors; the processor, if not set
+
+
+class _Generator(torch.Generator):
+    """One on the device of the tests, where none is named: generators take no notice of the default device."""
+
+    def __new__(cls, device=DEVICE):
+        return super().__new__(cls, device)
+
+
 @pytest.fixture(autouse=True)
-def _repeatable():
+def _repeatable(request, monkeypatch):
     torch.set_num_threads(1)  # on a busy machine, two threads make small operations a hundred times slower
+    if DEVICE is not None:
+        in_c = request.path.stem in ("test_fused", "test_native") or "[c-" in request.node.name  # loops for the processor
+        torch.set_default_device("cpu" if in_c else DEVICE)
+        if not in_c:
+            monkeypatch.setattr(torch, "Generator", _Generator)
     torch.manual_seed(0)
 
 

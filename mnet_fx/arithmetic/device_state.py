@@ -222,6 +222,11 @@ class DeviceState:
         if self.planes is not None:
             self.planes.look(wait=True)
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device."""
+        planes = [] if self.planes is None else self.planes.planes
+        return [self.X, self.U, self.ledger, self.sums, *planes]
+
     def off_zero(self) -> tuple[int, float]:
         """As of `State`; waits for the device."""
         _, U, _ = self.integers()

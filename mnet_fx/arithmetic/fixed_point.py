@@ -51,7 +51,7 @@ from torch import Tensor
 
 from ..errors import StreamError
 from .fingerprints import prints
-from .formats import Format
+from .formats import Format, has_float64
 from .kernels.eager import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
 
 __all__ = ["Record", "State"]
@@ -259,6 +259,10 @@ class State:
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on a device, but for what is in records."""
+        return [self.X, self.U]
+
     def off_zero(self) -> tuple[int, float]:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
@@ -281,6 +285,11 @@ def _exponent(bound: float) -> int:
 def _check_stream(x: Tensor) -> None:
     if x.device.type == "meta":
         raise StreamError("the stream is on the meta device: it has no values to put on a grid; move model and input to a real device")
+    if not has_float64(x.device):
+        raise StreamError(
+            f"the stream is on {x.device}, which has no float64, and a momentum chain needs that to be exact: run on a CPU or on CUDA, or "
+            "leave this part out"
+        )
     if not x.dtype.is_floating_point:
         raise StreamError(f"the stream of a momentum region must be real floating point, got {x.dtype}: convert it, or leave this part out")
     if x.numel() == 0:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-__all__ = ["Format"]
+__all__ = ["Format", "has_float64"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,11 @@ _FLOAT64 = Format(torch.float64, torch.float64, bits=39, limit=2.0**41, u_limit=
 _FLOAT32 = Format(torch.int32, torch.float64, bits=30, limit=2.0**31 - 2.0**16, u_limit=2.0**52, fine=13)
 _FLOAT16 = Format(torch.int32, torch.int32, bits=18, limit=2.0**20, u_limit=2.0**30, fine=2)
 _FORMATS = {torch.float64: _FLOAT64, torch.float32: _FLOAT32, torch.bfloat16: _FLOAT16, torch.float16: _FLOAT16}
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, in which products and roundings are made: Apple's does not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"

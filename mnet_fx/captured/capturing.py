@@ -52,7 +52,7 @@ class Capture(Backend):
         assert forward is not None
         return forward
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
         call = self.forward.running()
         found = self.planned(gm)
         if isinstance(found, Found):

@@ -90,11 +90,7 @@ def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> 
 
 def mnet_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Any:
     """The backend by its registered name, `torch.compile(model, backend="mnet_fx", options={...})`; options are those of `backend`."""
-    if mode is not None:
-        raise SettingsError(
-            f"mode={mode!r} is an option of inductor: give options={{'inner': a callable}} with that mode set in torch._inductor.config"
-        )
-    return backend(**(options or {}))(gm, example_inputs)
+    return backend(**(options or {}))(gm, example_inputs, mode=mode)
 
 
 def checked_inner(inner: Inner) -> Inner:
@@ -110,6 +106,21 @@ def checked_inner(inner: Inner) -> Inner:
     return inner
 
 
+def _check_call(mode: str | None, options: Any) -> None:
+    """
+    Raises:
+        SettingsError: torch.compile was given what only inductor knows.
+    """
+    if mode is not None:
+        graphs = ", whose CUDA graphs overwrite what a recomputed step has saved" if mode in ("reduce-overhead", "max-autotune") else ""
+        raise SettingsError(
+            f"mode={mode!r} is an option of inductor{graphs}: give options={{'inner': a callable}} with that mode set in "
+            "torch._inductor.config (max_autotune, coordinate_descent_tuning; not triton.cudagraphs)"
+        )
+    if options:
+        raise SettingsError(f"options={options!r} beside a backend made by mnet_fx.backend(...): give them to that function")
+
+
 class Backend:
     """See `backend`."""
 
@@ -117,7 +128,10 @@ class Backend:
         self.settings, self.inner = settings, checked_inner(inner)
         self.__name__ = "mnet_fx"
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, mode: str | None = None
+    ) -> Callable[..., Any]:
+        _check_call(mode, options)
         found = self.planned(gm)
         if _is_bucket(gm) and (isinstance(found, Refusal) or found.plan.residual_adds):
             raise MnetError(_DDP)

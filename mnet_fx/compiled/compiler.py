@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 import torch.fx as fx
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -16,6 +17,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from ..errors import warn_once
 
 __all__ = ["Compile", "Compiler", "faking"]
 
@@ -51,8 +54,21 @@ class Compiler:
         # which then knows whether retain_graph forbids it to overwrite what the forward saved.
         now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
         at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
-        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _only_own_floats(inputs, self.fake_mode):
+        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _without_graphs(), _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
+
+
+def _without_graphs() -> Any:
+    """Without inductor's CUDA graphs: what a graph gave is overwritten by its next run, which under a checkpoint comes before the gradient
+    (pytorch #154306).
+    """
+    if not inductor_config.triton.cudagraphs:
+        return contextlib.nullcontext()
+    warn_once(
+        "torch._inductor.config.triton.cudagraphs is on: it is off for the parts of a momentum network, as PyTorch's CUDA graphs overwrite "
+        "what a recomputed step has saved (pytorch issue 154306)"
+    )
+    return inductor_config.patch({"triton.cudagraphs": False})
 
 
 def _forget_budgets(gm: fx.GraphModule) -> None:

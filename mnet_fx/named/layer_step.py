@@ -82,6 +82,11 @@ class LayerStep(nn.Module):
                 f"layer {self.path} turns a stream of shape {tuple(x.shape)} into one of shape {tuple(y.shape)}, and a momentum "
                 "chain keeps one shape: leave that layer out of the container, or rewrite another one"
             )
+        if y.device != x.device:
+            raise StreamError(
+                f"layer {self.path} takes a stream on {x.device} to {y.device}, and a momentum chain runs on one device: one region per "
+                "device (a container for the layers of each), and move the stream between the two"
+            )
         if not self.residual:
             y = y - x
         if torch.promote_types(x.dtype, y.dtype) != x.dtype and not torch.is_autocast_enabled(x.device.type):

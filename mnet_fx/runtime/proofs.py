@@ -55,7 +55,7 @@ class Proofs:
     def compare(self, found: Print, noted: Print, conclude: Conclude) -> None:
         """Has `conclude` called with the places in which a rerun found other numbers: now, or as the backward pass around ends."""
         comparison = _Comparison(found, noted, conclude)
-        if not comparison.is_on_device():
+        if not comparison.is_on_device:
             comparison.conclude(comparison.on_host())
             return
         around = _around()
@@ -68,7 +68,7 @@ class Proofs:
     def put_off(self, found: Print, noted: Print, conclude: Conclude) -> None:
         """The same in a forward pass: now, or as the first backward pass through the chain ends, or in `settle`."""
         comparison = _Comparison(found, noted, conclude)
-        if comparison.is_on_device():
+        if comparison.is_on_device:
             self.waiting.append(comparison)
         else:
             comparison.conclude(comparison.on_host())
@@ -79,14 +79,17 @@ class Proofs:
         _settle([*waiting, *comparisons])
 
 
-@dataclass(frozen=True)
 class _Comparison:
-    found: Print
-    noted: Print
-    conclude: Conclude
+    """
+    Attributes:
+        stream: of CUDA, on which the numbers that were found are being worked out; None elsewhere.
+    """
 
-    def is_on_device(self) -> bool:
-        return any(isinstance(a, Tensor) and isinstance(b, Tensor) for a, b in zip(self.found, self.noted, strict=False))
+    def __init__(self, found: Print, noted: Print, conclude: Conclude) -> None:
+        self.found, self.noted, self.conclude = found, noted, conclude
+        device = next((a.device for a, b in zip(found, noted, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)), None)
+        self.is_on_device = device is not None
+        self.stream = torch.cuda.current_stream(device) if device is not None and device.type == "cuda" else None
 
     def on_host(self) -> list[int]:
         """Places that differ without a look at a device; all where there are more of one than of the other."""
@@ -140,6 +143,8 @@ def _settle(comparisons: Sequence[_Comparison]) -> None:
     """Reads what is on devices, once for each, and concludes in order."""
     places = [(k, i, a, b) for k, comparison in enumerate(comparisons) for i, a, b in comparison.on_device()]
     differing: list[set[int]] = [set(comparison.on_host()) for comparison in comparisons]
+    for stream in {comparison.stream for comparison in comparisons if comparison.stream is not None}:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         for device in {a.device for _, _, a, _ in places}:
             here = [place for place in places if place[2].device == device]

@@ -34,10 +34,11 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.valueless import Drawn, Effects, valueless
 from .attributes import STANDARD, Attributes, without_traces
+from .generators import generators, moved
 from .guise import is_ordinary, plain
 from .own_copies import OwnCopies, is_copyable
 from .proofs import Proofs
-from .surroundings import surrounded, surroundings
+from .surroundings import surrounded, surroundings, untuned
 from .turns import Turns
 
 __all__ = ["Conditions", "exported", "transformed", "undisturbed"]
@@ -67,11 +68,12 @@ class Conditions:
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
         self.tree = [("", module)] if stateless else list(_modules(module, "", set()))
         self.attributes = None if stateless else Attributes([m for _, m in self.tree])
-        self.surroundings = surroundings()
+        with untuned(device):
+            self.surroundings = surroundings()
         self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
         self.buffers: dict[str, Tensor] = {}  # and other attributes: those that the step changed, as they were before
         self.before = self._tensors()  # for the first run
-        self.random: list[tuple[Any, Tensor]] = []
+        self.random: list[tuple[Any, Any]] = []
         named = self._named()
         flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self.before.items() if t.is_leaf}
         self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
@@ -96,7 +98,7 @@ class Conditions:
 
         All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
         """
-        with _TURNS:
+        with _TURNS, untuned(self.device):
             fake = valueless(x)
             self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
@@ -111,7 +113,7 @@ class Conditions:
                 self.random = [(source, source.get_state()) for source in map(Drawn, effects.drew)]
                 self.buffers = {n: c for n, c in copies.items() if effects.wrote(before[n]) or self._tensors().get(n) is not before[n]}
                 return result
-            self.random = [(source, state) for source, state in self.random if not torch.equal(state, source.get_state())]
+            self.random = [(source, state) for source, state in self.random if moved(state, source.get_state())]
             if before:
                 self._note_buffers(before, copies, versions)
             return result
@@ -188,8 +190,7 @@ class Conditions:
 
     def _generators(self) -> list[Any]:
         """The generators that the step may draw from: the default ones of its devices, and its own."""
-        default = [_Default(torch.random), *([] if self.device.type == "cpu" else [_Default(torch.get_device_module(self.device))])]
-        return default if self.attributes is None else default + self.attributes.generators()
+        return generators(self.device, () if self.attributes is None else self.attributes.generators())
 
     def _named(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
@@ -212,13 +213,6 @@ class Conditions:
                     stack.callback(t.requires_grad_, not needed)
                     t.requires_grad_(needed)
             yield
-
-
-class _Default:
-    """The default generator of a device, given by its module."""
-
-    def __init__(self, module: Any) -> None:
-        self.get_state, self.set_state = module.get_rng_state, module.set_rng_state
 
 
 def transformed() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..errors import UNCOMPILED
+from ..errors import UNCOMPILED, StreamError
 from .guise import Guise, dressed, plain
 
 __all__ = ["Enter", "Factors", "Shear"]
@@ -48,6 +48,11 @@ class Shear(Function):
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Any, t: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
+        if y.device != x.device:
+            raise StreamError(
+                f"{tape.region}, step {t}: the stream is on {x.device}, and what the step adds to it on {y.device}: one region per device, "
+                "with the stream moved between the two, or move what is added"
+            )
         guise = Guise.of_sum(x, y, tape.region)
         with torch._C.DisableTorchFunction():
             after = tape.push(t, plain(y))

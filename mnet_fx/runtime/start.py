@@ -119,6 +119,11 @@ class Recurrence:
     def _checked(self, v0: Any, x: Tensor) -> Tensor:
         """v[0] as the module gave it for x[0] = x."""
         found = f"shape {tuple(v0.shape)} and dtype {v0.dtype}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+        if isinstance(v0, Tensor) and v0.device != x.device:
+            raise StreamError(
+                f"{self.name}: the initial velocity is on {v0.device} and the stream on {x.device}: one region per device, with its "
+                "initial_velocity there"
+            )
         if not isinstance(v0, Tensor) or v0.shape != x.shape or not v0.dtype.is_floating_point:
             raise StreamError(
                 f"{self.name}: the initial velocity module gave {found} for a stream of shape {tuple(x.shape)} and dtype {x.dtype}; "

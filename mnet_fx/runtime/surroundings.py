@@ -20,7 +20,9 @@ from torch.backends import mha, opt_einsum
 from torch.nn import attention
 from torch.utils import _device
 
-__all__ = ["SWITCHES", "Switch", "surrounded", "surroundings"]
+from ..errors import warn_once
+
+__all__ = ["SWITCHES", "Switch", "surrounded", "surroundings", "untuned"]
 
 
 _C: Any = torch._C  # of which the type stubs know a part
@@ -86,6 +88,27 @@ def surrounded(then: tuple[Any, ...]) -> Iterator[None]:
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
         _turn(now)
+
+
+@contextmanager
+def untuned(device: torch.device) -> Iterator[None]:
+    """Without cudnn.benchmark, where a rerun in another thread would tune apart from the first run, and take another algorithm.
+
+    The plans that cuDNN found fastest are kept by each thread, and autograd goes back on CUDA in a thread of its own.
+    """
+    if device.type != "cuda" or not _C._get_cudnn_benchmark() or not _C._is_multithreading_enabled():
+        yield
+        return
+    warn_once(
+        "torch.backends.cudnn.benchmark is on: it is off within the steps of reversible chains, as autograd's thread would choose other "
+        "algorithms for a rerun than the forward pass did, and the gradient would be lost. "
+        "torch.autograd.set_multithreading_enabled(False) around the forward and the backward pass keeps it on"
+    )
+    _C._set_cudnn_benchmark(False)
+    try:
+        yield
+    finally:
+        _C._set_cudnn_benchmark(True)
 
 
 def _turn(values: tuple[Any, ...]) -> None:

@@ -46,8 +46,9 @@ from torch import Tensor
 
 from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
-from ..arithmetic.fixed_point import State
-from ..errors import InversionError, MnetError
+from ..arithmetic.fixed_point import Record, State
+from ..errors import InversionError, MnetError, is_of_device
+from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
 from .proofs import Drift, Print, Proofs
@@ -123,6 +124,8 @@ class Tape:
         except (MnetError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if is_of_device(error):
+                raise
             raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
     def fingerprint(self, of: Callable[[], Print]) -> Print:
@@ -144,6 +147,7 @@ class ReversingTape(Tape):
         self.from_rest = state.from_rest
         self.records: list[Any] = []
         self.prints = [self.fingerprint(state.fingerprint)]
+        self.handover = Handover(state.X.device)
 
     def push(self, t: int, y: Tensor) -> Tensor:
         self._seek(t)  # where a backward pass through earlier steps has come in between
@@ -161,6 +165,7 @@ class ReversingTape(Tape):
         return self._halve()
 
     def close(self, t: int, y: Tensor) -> None:
+        self.handover(self._tensors)
         try:
             self.state.unstep_u(self.records[t], y)
         except LostBits as lost:
@@ -179,13 +184,23 @@ class ReversingTape(Tape):
         return self.state.read()
 
     def _forward(self, y: Tensor) -> Tensor:
+        self.handover(self._tensors)
         del self.records[self.time :]
         record, x = self.state.step(y, *self.factors[self.time])
         self.records.append(record)
         self.time += 1
         return x
 
+    def _tensors(self) -> list[Tensor]:
+        """What the state is made of."""
+        spilled = [
+            spill.bytes for record in self.records if isinstance(record, Record) for spill in (record.x_spill, record.u_spill) if spill
+        ]
+        noted = [number for print_ in self.prints for number in print_ if isinstance(number, Tensor)]
+        return [*self.state.tensors(), *spilled, *noted]
+
     def _halve(self) -> Tensor:
+        self.handover(self._tensors)
         try:
             x = self.state.unstep_x(self.records[self.time - 1])
         except LostBits as lost:

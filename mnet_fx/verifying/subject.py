@@ -176,8 +176,8 @@ def _weighted(output: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    generator = torch.Generator().manual_seed(_SEED)
-    parts = [(t * torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)).sum() for t in _floats(output) if t.requires_grad]
+    options: Any = {"generator": torch.Generator("cpu").manual_seed(_SEED), "dtype": torch.float32, "device": "cpu"}
+    parts = [(t * torch.rand(t.shape, **options).to(t)).sum() for t in _floats(output) if t.requires_grad]
     return torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).sum() if parts else default_loss(output)
 
 

@@ -76,3 +76,8 @@ def test_no_folder_to_write_to_is_an_error(monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with pytest.raises(native.NativeError, match="read-only"):
         hashes(monkeypatch, "gcc")
+
+
+def test_the_loop_is_tried_on_a_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):  # on CUDA, it would read the memory of a GPU, and the process would end
+        assert native.hashes.__wrapped__() is not None

@@ -9,7 +9,7 @@ import torch.fx as fx
 from torch import nn
 
 import mnet_fx
-from mnet_fx.verifying.subject import Subject
+from mnet_fx.verifying.subject import Subject, _weighted
 
 COUNT = [0]
 
@@ -207,3 +207,10 @@ def test_where_nothing_is_finite_nothing_is_verified():
     found = mnet_fx.verify(net, torch.full((3, 2, 8), float("nan")))
     assert not found.ok
     assert "finite" in found.check("sound").detail
+
+
+def test_the_weights_of_a_loss_do_not_depend_on_the_default_device():
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.device("meta"):
+        found = _weighted(x)
+    assert torch.equal(found, _weighted(x))

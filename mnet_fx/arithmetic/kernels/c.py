@@ -155,7 +155,7 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
         function(data, bytes_, sums, count, _PARALLEL, torch.get_num_threads())
         return list(sums)
 
-    sample = torch.arange(20, dtype=torch.uint8)
+    sample = torch.arange(20, dtype=torch.uint8, device="cpu")  # whatever the default device is
     if run([sample]) != [_hash(bytes(sample.tolist()))]:
         raise NativeError("it gives other numbers than Python")
     return run

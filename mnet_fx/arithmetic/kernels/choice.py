@@ -138,7 +138,7 @@ def by_inductor(function: Callable[..., None], dtypes: Sequence[torch.dtype]) ->
 
     def run(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         with _plain(tensors[0].device.type):
-            fast(*map(flat, tensors), *(torch.tensor(factor, dtype=torch.float64) for factor in factors))
+            fast(*map(flat, tensors), *(torch.tensor(factor, dtype=torch.float64, device="cpu") for factor in factors))
 
     return run
 

@@ -1,0 +1,46 @@
+"""A chain whose passes run on several CUDA streams.
+
+Autograd runs the backward of an operation on the stream of its forward, and orders streams by the gradients that pass between them. The
+state of a tape passes beside these: what one stream asked for must be done before another goes on with it, and its memory must not go to
+others before that one is through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Handover"]
+
+
+class Handover:
+    """Remembers the stream on which a chain's state was used last.
+
+    Called before each use of the state, with the tensors it is made of (X, U, what was spilled, noted fingerprints):
+
+        self.handover = Handover(x0.device)             as the tape begins
+        self.handover(lambda: [state.X, state.U, ...])  before each move to and fro
+
+    On other devices than CUDA, and while the stream stays the same, it does nothing, and asks for no tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else None
+        self.last: Any = None if self.device is None else torch.cuda.current_stream(self.device)
+
+    def __call__(self, tensors: Any) -> None:
+        """Has the present stream wait for the last one, if it is another.
+
+        Args:
+            tensors: a function that returns those of the state.
+        """
+        if self.device is None or (now := torch.cuda.current_stream(self.device)) == self.last:
+            return
+        now.wait_stream(self.last)
+        held: Iterable[Tensor] = tensors()
+        for t in held:
+            t.record_stream(now)
+        self.last = now
