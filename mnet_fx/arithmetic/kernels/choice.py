@@ -42,13 +42,14 @@ def kernels() -> Kernels:
 @cache
 def usable(device: torch.device) -> bool:
     """Whether Triton is there, wanted, and can compile for a device; its interpreter takes tensors on the CPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != ("cpu" if interpreted else "cuda") or not (interpreted or fusing()):
+        return False
     try:
-        from .device_math import INTERPRETED
+        from . import device_math  # noqa: F401
     except ImportError:
         return False
-    if device.type == "cpu" or INTERPRETED or not fusing():
-        return device.type == "cpu" and INTERPRETED
-    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+    return interpreted or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fusing() -> bool:
