@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .fixed_point import _check_stream
 from .formats import Format
 from .kernels.choice import usable
 from .kernels.eager import strides
+from .kernels.launching import Launcher
 
 __all__ = ["DeviceState", "LostBits", "Reserve", "supported"]
 
@@ -32,12 +34,14 @@ _TOPS = {dtype: torch.finfo(dtype).max for dtype in _FLOATS}
 
 
 @cache
-def _modules() -> tuple[Any, Any, Any]:
-    """The kernels; Triton is imported when the first chain wants it."""
-    from .kernels import device, device_decide, device_math
+def _kernels() -> Any:
+    """All kernels by name, and the words of a ledger; Triton is imported when the first chain wants it."""
+    from .kernels import device, device_decide
+    from .kernels.device_math import MOST_STEPS, OPTIONS
 
-    device_math.lean(device_decide.start, device_decide.reach, *(getattr(device, name) for name in device.__all__))
-    return device, device_decide, device_math
+    kernels = {name: getattr(device, name) for name in device.__all__} | {"start": device_decide.start, "reach": device_decide.reach}
+    launchers = {name: Launcher(kernel, OPTIONS) for name, kernel in kernels.items()}
+    return SimpleNamespace(**launchers, words=device_decide, most_steps=MOST_STEPS)
 
 
 def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dtype | None = None) -> bool:
@@ -49,14 +53,14 @@ def supported(x0: Tensor, factors: Sequence[tuple[float, float]], held: torch.dt
         and (held is None or held in _FLOATS)
         and len(factors) > 0
         and usable(x0.device)
-        and len(factors) <= _modules()[2].MOST_STEPS
+        and len(factors) <= _kernels().most_steps
     )
 
 
 @lru_cache(maxsize=64)
 def _template(factors: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
     """A ledger with what is known beforehand."""
-    words = _modules()[1]
+    words = _kernels().words
     with torch.inference_mode(False):
         rows = torch.zeros((len(factors) + 1, words.WORDS.value), dtype=torch.int64, device="cpu")
         gamma = words.GAMMA.value
@@ -96,8 +100,7 @@ class DeviceState:
         proof: bool | None = None,
     ) -> None:
         _check_stream(x0)
-        self.loops, decide, math_ = _modules()
-        self.reach, self.options = decide.reach, math_.OPTIONS
+        self.loops = _kernels()
         self.dtype, self.format = x0.dtype, Format.of(held or x0.dtype)
         self.kinds, self.time, self.half, self.from_rest = [(self.dtype, self.format)], 0, False, v0 is None
         self.fine = 2 + math.ceil(math.log2(max(horizon, 1.0)))
@@ -112,15 +115,16 @@ class DeviceState:
         gammas, reserve = [g for g, _ in factors], reserve or Reserve()
         self.planes = Planes(gammas, self.format, self.from_rest, self.X, reserve) if store else None
         self.mailbox = self.planes.mail.address if self.planes is not None else 0
-        self._fill(self._aligned(x0), None if v0 is None else self._aligned(v0), decide.start)
+        self._fill(self._aligned(x0), None if v0 is None else self._aligned(v0), self.loops.start)
 
     def _fill(self, x0: Tensor, v0: Tensor | None, start: Any) -> None:
-        self.sums = torch.zeros((2 * self.steps + 4, 2), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros((3 * self.steps + 5, 2), dtype=torch.int64, device=self.device)
+        self.none = self.sums[-1]
         self.slot = 1  # 0 is for numbers that nobody wants
         bits, fresh, some = self.format.bits, min(self.fine, self.format.fine), x0 if v0 is None else v0
-        self._run(start, self.reach_grid, x0, some, self.ledger, fresh, self.n, self.reach_rounds, bits, v0 is not None, REACH_BLOCK)
+        start(self.device, self.reach_grid, x0, some, self.ledger, fresh, self.n, self.reach_rounds, bits, v0 is not None, REACH_BLOCK)
         to = (self.X, self.U, self.ledger, self.sums, self.slot, self.n, self.rounds)
-        self._run(self.loops.fill, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
+        self.loops.fill(self.device, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
 
     def step(self, y: Tensor, *factors: float) -> tuple[int, Tensor]:
         """One step of the recurrence, in place, as `State.step`: the next one, whose factors were told at the start.
@@ -139,8 +143,8 @@ class DeviceState:
         capacity = self.planes.make_room(t) if self.planes is not None else 0
         widen, raised = self._widen(Format.of(dtype))
         form = self.format
-        self._run(
-            self.reach,
+        self.loops.reach(
+            self.device,
             self.reach_grid,
             *(y, self.ledger, self.mailbox, t, capacity, min(self.fine, form.fine), widen, raised, self.n, self.reach_rounds),
             *(form.limit, form.u_limit, form.bits, _TOPS[dtype], self.store, REACH_BLOCK),
@@ -149,7 +153,7 @@ class DeviceState:
             self.planes.launched(t)
         slot = self._fresh_slot()
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
-        self._run(self.loops.shear, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, self.block)
+        self.loops.shear(self.device, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, self.block)
         self.time, self.dtype, self.slot = t + 1, dtype, slot
         self.kinds[t + 1 :] = [(dtype, form)]
         return t, out
@@ -168,7 +172,7 @@ class DeviceState:
         slot = self._fresh_slot()
         told = slot if form == self.format else 0
         of = (self.ledger, self.sums, told, self.n, t, self.rounds)
-        self._run(self.loops.unshear_x, self.grid, self.X, self.U, out, *of, False, self.proof, self.block)
+        self.loops.unshear_x(self.device, self.grid, self.X, self.U, out, *of, False, self.proof, self.block)
         if X is not self.X:
             self._recode(X, self.U, -form.widening(self.format), 0)
         self.time, self.half, self.dtype, self.format, self.slot = t, True, dtype, form, slot
@@ -184,11 +188,11 @@ class DeviceState:
         narrow = form != self.format
         U = self.U if self.U.dtype == self.format.u_dtype else torch.empty_like(self.U, dtype=self.format.u_dtype)
         of = (self.ledger, self.sums, 0 if narrow else self.slot, self.n, t, self.rounds)
-        self._run(self.loops.unshear_u, self.grid, self.X, self.U, y, *of, self.proof, self.block)
+        self.loops.unshear_u(self.device, self.grid, self.X, self.U, y, *of, self.proof, self.block)
         if U is not self.U:
             self._recode(self.X, U, 0, -self.format.widening(form))
         if narrow and self.proof:
-            self._run(self.loops.note, self.grid, self.X, self.U, self.sums, self.slot, self.n, self.rounds, self.block)
+            self.loops.note(self.device, self.grid, self.X, self.U, self.sums, self.slot, self.n, self.rounds, self.block)
         self.half = False
         if t == 0:
             self.confirm()
@@ -201,7 +205,7 @@ class DeviceState:
         if form != self.format:
             self._recode(torch.empty_like(self.X, dtype=form.dtype), self.U, self.format.widening(form), 0)
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
-        self._run(self.loops.unshear_x, self.grid, self.X, self.U, self.X, *of, True, self.proof, self.block)
+        self.loops.unshear_x(self.device, self.grid, self.X, self.U, self.X, *of, True, self.proof, self.block)
         if self.proof:
             sums, old = self.before
             self.sums[slot, 1].copy_(sums[old, 1])  # U has not moved
@@ -210,7 +214,7 @@ class DeviceState:
     def read(self) -> Tensor:
         """x as a fresh tensor of the stream's dtype, in the layout of X; NaN where it is."""
         out = torch.empty_like(self.X, dtype=self.dtype)
-        self._run(self.loops.read, self.grid, self.X, self.U, out, self.ledger, self.n, self.time, self.rounds, self.block)
+        self.loops.read(self.device, self.grid, self.X, self.U, out, self.ledger, self.n, self.time, self.rounds, self.block)
         return out
 
     def confirm(self) -> None:
@@ -221,6 +225,13 @@ class DeviceState:
         """
         if self.planes is not None:
             self.planes.look(wait=True)
+
+    def unlike(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Two prints that are equal if x still is the stream of this time, but for elements that are NaN."""
+        x, slot, narrow = self._aligned(x), self._fresh_slot(), self.format.u_dtype is torch.int32
+        of = (self.ledger, self.sums, slot, self.n, self.time, self.rounds)
+        self.loops.compare(self.device, self.grid, self.X, x, *of, narrow, self.block)
+        return (self.sums[slot],), (self.none,)
 
     def tensors(self) -> list[Tensor]:
         """What it keeps on the device."""
@@ -273,13 +284,13 @@ class DeviceState:
 
     def _recode(self, X: Tensor, U: Tensor, xbits: int, ubits: int) -> None:
         """Goes over to X and U, which are X * 2^xbits and U * 2^ubits then; either may be what it was."""
-        self._run(self.loops.recode, self.grid, self.X, self.U, X, U, xbits, ubits, self.n, self.rounds, self.block)
+        self.loops.recode(self.device, self.grid, self.X, self.U, X, U, xbits, ubits, self.n, self.rounds, self.block)
         self.X, self.U = X, U
 
     def _fresh_slot(self) -> int:
         """A row of `sums` that holds zeros; `self.sums` is another tensor then if need be."""
         self.used = getattr(self, "used", 1) + 1
-        if self.used >= self.sums.shape[0]:
+        if self.used >= self.sums.shape[0] - 1:
             self.sums, self.used = torch.zeros_like(self.sums), 1
         return self.used
 
@@ -295,18 +306,9 @@ class DeviceState:
         same = t.stride() == self.X.stride() or strides(t) == strides(self.X)
         return t if same else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
 
-    def _run(self, kernel: Any, grid: tuple[int], *arguments: Any) -> None:
-        """Launches a kernel on the device of X, whichever is the current one."""
-        index = self.device.index
-        if index is None or index == torch.cuda.current_device():
-            kernel.run(*arguments, grid=grid, warmup=False, **self.options)
-        else:
-            with torch.cuda.device(index):
-                kernel.run(*arguments, grid=grid, warmup=False, **self.options)
 
-
-def _split(n: int, block: int) -> tuple[tuple[int], int]:
-    """(grid, rounds): how many programs go over n elements, and how often each takes a block of them."""
+def _split(n: int, block: int) -> tuple[int, int]:
+    """(programs, rounds): how many programs go over n elements, and how often each takes a block of them."""
     blocks = -(-n // block)
     rounds = -(-blocks // PROGRAMS)
-    return (-(-blocks // rounds),), rounds
+    return -(-blocks // rounds), rounds

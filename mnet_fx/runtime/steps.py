@@ -126,7 +126,8 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
             f"{tape.region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
             "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
         )
-    tape.proofs.put_off(stream_print(tape, x), print_, partial(_unseen_write, tape.region, t))
+    if is_watched(tape, x):
+        tape.proofs.put_off(*tape.noted(t, plain(x.detach()), print_), partial(_unseen_write, tape.region, t))
     return outputs
 
 
@@ -142,11 +143,14 @@ def _unseen_write(region: str, t: int, differing: list[int]) -> None:
         )
 
 
+def is_watched(tape: Tape, x: Tensor) -> bool:
+    """Whether writes to the stream that autograd does not see are looked for; not where nobody wants proof, and its version tells most."""
+    return not isinstance(tape, FloatTape) and (tape.on_drift != "ignore" or x.is_inference())
+
+
 def stream_print(tape: Tape, x: Tensor) -> Print:
-    """The fingerprint of the stream; nothing where nobody wants proof, and autograd's version tells most."""
-    if isinstance(tape, FloatTape) or (tape.on_drift == "ignore" and not x.is_inference()):
-        return ()
-    return prints([plain(x.detach())])
+    """What `Tape.noted` wants to know of the stream, just given."""
+    return tape.note(plain(x.detach())) if is_watched(tape, x) else ()
 
 
 class Close(Function):

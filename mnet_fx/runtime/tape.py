@@ -100,6 +100,20 @@ class Tape:
         """x[0], on the grid."""
         return self.state.read()
 
+    def note(self, x: Tensor) -> Print:
+        """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, if the state does not tell."""
+        return () if isinstance(self.state, DeviceState) else prints([x])
+
+    def noted(self, t: int, x: Tensor, print_: Print) -> tuple[Print, Print]:
+        """Two prints that are equal if x still is the x[t] that was given, with that note."""
+        if isinstance(self.state, DeviceState):
+            self._seek(t)
+            return self.state.unlike(x)
+        return prints([x]), print_
+
+    def _seek(self, t: int) -> None:
+        """Goes to time t; for tapes that are ever elsewhere."""
+
     def push(self, t: int, y: Tensor) -> Tensor:
         """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]."""
         raise NotImplementedError

@@ -64,7 +64,7 @@ class Run:
         assert index == t
         same(found, x, f"x after step {t}")
         spilled = sum(s.bytes.shape[0] for s in (record.x_spill, record.u_spill) if s is not None)
-        words = device_state._modules()[1]
+        words = device_state._kernels().words
         used = self.dev.ledger[t : t + 2, words.USED.value].diff().item()
         assert used == spilled, f"{used} planes for {spilled} in step {t}"
         self.note()
@@ -301,7 +301,7 @@ def words(n):
     U, X = U.view(F64).to(DEVICE), torch.arange(len(U), dtype=torch.int32, device=DEVICE)
     dev = DeviceState(torch.ones(len(U), device=DEVICE), None, [(0.5, 0.5)])
     X2, U2 = torch.zeros_like(X), torch.zeros_like(U)
-    dev._run(dev.loops.recode, dev.grid, X, U, X2, U2, 0, 0, len(U), dev.rounds, device_state.BLOCK)
+    dev.loops.recode(dev.device, dev.grid, X, U, X2, U2, 0, 0, len(U), dev.rounds, device_state.BLOCK)
     assert torch.equal(raw(U), raw(U2))
     assert torch.equal(X, X2)
     dev.U = U

@@ -50,7 +50,7 @@ from .device_math import (
     word,
 )
 
-__all__ = ["fill", "note", "read", "recode", "shear", "unshear_u", "unshear_x"]
+__all__ = ["compare", "fill", "note", "read", "recode", "shear", "unshear_u", "unshear_x"]
 
 
 @triton.jit
@@ -245,6 +245,22 @@ def read(X, U, out, ledger, n, t, rounds, BLOCK: tl.constexpr):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         x, _, born = split(tl.load(X + at, at < n, 0), tl.load(U + at, at < n, 0))
         tl.store(out + at, put_masked(put(x, unit, out.dtype.element_ty), (born >= 0) & (born <= t)), at < n)
+
+
+@triton.jit(do_not_specialize=["slot", "t", "rounds"])
+def compare(X, x, ledger, sums, slot, n, t, rounds, NARROW: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the elements of x that are not those of X at time t, and not NaN either."""
+    base = tl.program_id(0).to(tl.int64) * rounds * BLOCK
+    unit = pow2(tl.load(ledger + t.to(tl.int64) * WORDS + UNIT))
+    count = tl.zeros([BLOCK], tl.int64)
+    for i in range(rounds):
+        at = base + i * BLOCK + tl.arange(0, BLOCK)
+        found, held = tl.load(x + at, at < n, 0), tl.load(X + at, at < n, 0)
+        if NARROW:
+            held, _, _ = split(held, held)
+        off = (found != put(held, unit, x.dtype.element_ty)) & (found == found)
+        count += tl.where(off & (at < n), 1, 0).to(tl.int64)
+    tl.atomic_add(sums + 2 * slot, tl.sum(count, 0))
 
 
 @triton.jit(do_not_specialize=["slot", "rounds"])

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import OPTIONS, lean, mixed
+from .device_math import OPTIONS, mixed
+from .launching import Launcher
 
 __all__ = ["hashes_on_device"]
 
@@ -58,7 +59,7 @@ def hash_one(address, size, sums, part, BLOCK: tl.constexpr):
     tl.atomic_add(sums, hash_part(start, size, first, tl.minimum(first + part, (size + 7) // 8), BLOCK))
 
 
-lean(hash_table, hash_one)
+_OF_TABLE, _OF_ONE = Launcher(hash_table, OPTIONS), Launcher(hash_one, OPTIONS)
 
 
 class _Tables:
@@ -105,18 +106,10 @@ def hashes_on_device(tensors: list[Tensor]) -> Tensor:
     device = tensors[0].device
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     parts = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
-    if device.index is None or device.index == torch.cuda.current_device():
-        _launch(parts, sums, device)
-    else:
-        with torch.cuda.device(device.index):
-            _launch(parts, sums, device)
-    return sums
-
-
-def _launch(parts: tuple[tuple[int, int], ...], sums: Tensor, device: torch.device) -> None:
     if len(parts) == 1:
         (address, size), words = parts[0], (parts[0][1] + 7) // 8
         if words:
-            hash_one.run(address, size, sums, PART, BLOCK, grid=(-(-words // PART),), warmup=False, **OPTIONS)
-    elif (rows := (table := _TABLES.of(parts, device)).shape[0]) > 0:
-        hash_table.run(table, sums, BLOCK, grid=(rows,), warmup=False, **OPTIONS)
+            _OF_ONE(device, -(-words // PART), address, size, sums, PART, BLOCK)
+    elif (programs := (table := _TABLES.of(parts, device)).shape[0]) > 0:
+        _OF_TABLE(device, programs, table, sums, BLOCK)
+    return sums

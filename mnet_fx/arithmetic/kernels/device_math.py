@@ -25,14 +25,6 @@ _MANTISSA = tl.constexpr((1 << 52) - 1)
 _EMPTIED = tl.constexpr(64)  # as a shift: nothing stays
 
 
-def lean(*kernels):
-    """Spares each launch the comparison of all constants that a kernel uses with what they were (in JITFunction.run): most of its time."""
-    for kernel in kernels:
-        if not INTERPRETED and isinstance(getattr(kernel, "used_global_vals", None), dict):
-            _ = kernel.cache_key  # notes them
-            kernel.used_global_vals.clear()
-
-
 @triton.jit
 def f64(bits):
     return bits.to(tl.float64, bitcast=True)
