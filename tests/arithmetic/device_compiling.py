@@ -79,6 +79,7 @@ def variants(dtypes):
                 yield kernel, types | ({"out": X} if base["RESTEP"] and kernel is device.unshear_x else {}), base
         yield device.read, types, base
         yield device.note, types, base
+        yield device.compare, types | {"x": f"*{NAMES[out]}"}, base | {"NARROW": form.u_dtype is torch.int32}
         narrow = Format.of(stream)
         yield device.recode, {"X": f"*{NAMES[narrow.dtype]}", "U": f"*{NAMES[narrow.u_dtype]}", "X2": X, "U2": U}, base
 
