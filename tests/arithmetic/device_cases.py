@@ -238,7 +238,7 @@ def layouts(n):
     assert ys[-1].is_neg()
     ref, dev = State(x0.cpu(), horizon=2.0), DeviceState(x0, None, [(0.5, 0.5)] * 5, 2.0)
     for t, y in enumerate(ys):
-        _, x = ref.step(y.cpu().clone() + 0.0, 0.5, 0.5)
+        _, x = ref.step(torch.zeros(y.shape) if y._is_zerotensor() else y.cpu().clone() + 0.0, 0.5, 0.5)
         found = dev.step(y)[1]
         same(found, x, f"step {t}")
         assert found.stride() == x.stride()
