@@ -50,6 +50,8 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
 
 def prints(tensors: Sequence[Tensor]) -> list[Any]:
     """The same numbers, those of devices as int64 tensors that are still there: nothing waits for them."""
+    if not tensors:
+        return []
     if valueless(*tensors):
         for t in tensors:
             _dense(t)  # for the memory that it takes
@@ -77,7 +79,7 @@ def _on_device(device: torch.device) -> Callable[[Sequence[Tensor]], Tensor]:
         return _by_torch
     from .kernels.device_hash import hashes_on_device
 
-    return lambda tensors: hashes_on_device([_dense(t).detach() for t in tensors])
+    return lambda tensors: hashes_on_device([_dense(t) for t in tensors])
 
 
 @cache

@@ -13,7 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Handover"]
+from ..arithmetic.kernels.launching import raw_stream
+
+__all__ = ["Handover", "present"]
+
+_KNOWN: dict[tuple[torch.device, int], Any] = {}
+
+
+def present(device: torch.device) -> Any:
+    """The current stream of a device, always the same object; None but on CUDA."""
+    if device.type != "cuda":
+        return None
+    key = (device, raw_stream(device))
+    if key not in _KNOWN:
+        _KNOWN[key] = torch.cuda.current_stream(device)
+    return _KNOWN[key]
 
 
 class Handover:
@@ -28,8 +42,7 @@ class Handover:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device if device.type == "cuda" else None
-        self.last: Any = None if self.device is None else torch.cuda.current_stream(self.device)
+        self.device, self.last = device, present(device)
 
     def __call__(self, tensors: Any) -> None:
         """Has the present stream wait for the last one, if it is another.
@@ -37,7 +50,7 @@ class Handover:
         Args:
             tensors: a function that returns those of the state.
         """
-        if self.device is None or (now := torch.cuda.current_stream(self.device)) == self.last:
+        if (now := present(self.device)) is self.last:
             return
         now.wait_stream(self.last)
         held: Iterable[Tensor] = tensors()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ..errors import InversionError, MnetWarning
+from .cuda_streams import present
 
 __all__ = ["Drift", "Print", "Proofs"]
 
@@ -89,7 +90,7 @@ class _Comparison:
         self.found, self.noted, self.conclude = found, noted, conclude
         device = next((a.device for a, b in zip(found, noted, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)), None)
         self.is_on_device = device is not None
-        self.stream = torch.cuda.current_stream(device) if device is not None and device.type == "cuda" else None
+        self.stream = None if device is None else present(device)
 
     def on_host(self) -> list[int]:
         """Places that differ without a look at a device; all where there are more of one than of the other."""

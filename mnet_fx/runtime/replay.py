@@ -19,7 +19,7 @@ no module holds, global variables) is not restored; if that changes a result, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -41,8 +41,10 @@ from .proofs import Proofs
 from .surroundings import surrounded, surroundings, untuned
 from .turns import Turns
 
-__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
+__all__ = ["Conditions", "Known", "exported", "noted", "transformed", "undisturbed"]
 
+Known = Mapping[int, tuple[Any, Any]]
+"""Of tensors that live, by id: the version and the fingerprint."""
 _TURNS = Turns()
 SMALL = 1 << 18  # bytes of a buffer on a device whose copy is kept whether or not the step changed it: to know, one would have to wait
 
@@ -56,10 +58,17 @@ class Conditions:
         device: device of the stream.
         proof: whether `changed` is to look; without it, it finds nothing.
         own: what the region has learnt about writes after its steps; None: nothing is copied.
+        known: what `noted` found as the chain began.
     """
 
     def __init__(
-        self, module: nn.Module, sides: Sequence[Any], device: torch.device, proof: bool = True, own: OwnCopies | None = None
+        self,
+        module: nn.Module,
+        sides: Sequence[Any],
+        device: torch.device,
+        proof: bool = True,
+        own: OwnCopies | None = None,
+        known: Known = MappingProxyType({}),
     ) -> None:
         self.module, self.device = module, device
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
@@ -78,7 +87,7 @@ class Conditions:
         flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self.before.items() if t.is_leaf}
         self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
         self.proven = named if proof else None  # what must not change, and its fingerprints
-        self.prints = _fingerprints(self.proven or {})
+        self.prints = _fingerprints(self.proven or {}, known)
         self.own = own if proof else None
         self.layer = "" if self.own is None else self.path_of("")
         self.copies = self._own_copies()
@@ -305,12 +314,29 @@ def _version(t: Tensor) -> Any:
     return None if t.is_inference() else t._version
 
 
-def _fingerprints(named: dict[str, Tensor]) -> dict[str, Any]:
+def noted(steps: Iterable[tuple[nn.Module, Sequence[Any]]]) -> Known:
+    """The fingerprints of the parameters and side inputs of all steps that are graphs, taken at once, which is quicker than one by one."""
+    found: dict[int, Tensor] = {}
+    for module, sides in steps:
+        if getattr(module, "stateless", False):
+            found.update((id(t), t) for t in (*module._parameters.values(), *sides) if isinstance(t, Tensor) and is_ordinary(t))
+    tensors = list(found.values())
+    return {id(t): (_version(t), number) for t, number in zip(tensors, prints(tensors), strict=True)}
+
+
+def _fingerprints(named: dict[str, Tensor], known: Known = MappingProxyType({})) -> dict[str, Any]:
     """A number for each tensor that changes with its values; those of a device stay there.
 
     For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
     """
     named = {name: plain(t) for name, t in named.items()}
-    ordinary = [name for name, t in named.items() if is_ordinary(t)]
-    values: dict[str, Any] = {name: _version(t) for name, t in named.items()}
-    return values | dict(zip(ordinary, prints([named[name] for name in ordinary]), strict=True))
+    values: dict[str, Any] = {}
+    asked = []
+    for name, t in named.items():
+        version, number = known.get(id(t), (None, None))
+        values[name] = _version(t)
+        if number is not None and version == values[name]:
+            values[name] = number
+        elif is_ordinary(t):
+            asked.append(name)
+    return values | dict(zip(asked, prints([named[name] for name in asked]), strict=True)) if asked else values

@@ -16,7 +16,7 @@ from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
 from .proofs import Print
-from .replay import Conditions, transformed, undisturbed
+from .replay import Conditions, Known, noted, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Rerun, Tape
 
 __all__ = ["Chain", "run_chain", "watched"]
@@ -38,12 +38,12 @@ def watched(watch: Callable[[Tape, int, Tensor], None]) -> Iterator[None]:
 class Step:
     """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
 
-    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor, print_: Print) -> None:
+    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor, print_: Print, known: Known) -> None:
         self.tape, self.t = tape, t
         self.live: tuple[Tensor, Print] | None = (x, print_)
         self.running = True
         self.prints: Print = ()
-        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own)
+        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own, known)
         tape.reruns.append(Rerun(conditions, x))
 
     def __call__(self) -> tuple[Any, ...]:
@@ -191,10 +191,12 @@ class Chain:
         x: the stream at time t; a caller that keeps it itself may take it away, and gives it back before the next step.
         t: number of steps done.
         print: the fingerprint of x, which nobody may write to.
+        known: fingerprints of what the steps read, where they are known already.
     """
 
     def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
         self.tape, self.t = tape, 0
+        self.known: Known = {}
         self.x: Any
         self.x, self.v = tape.begin(x0, v0)
         self.print = stream_print(tape, self.x)
@@ -214,7 +216,7 @@ class Chain:
         if isinstance(self.tape, PlainTape):
             y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:
-            step = Step(self.tape, self.t, module, sides, self.x, self.print)
+            step = Step(self.tape, self.t, module, sides, self.x, self.print, self.known)
             y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
         self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
         self.t += 1
@@ -243,6 +245,8 @@ def run_chain(
         StreamError: a step changed the stream in place.
     """
     escaped, extras = [], []
+    if not isinstance(chain.tape, PlainTape) and chain.tape.on_drift != "ignore":
+        chain.known = noted(steps)
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
             escaped.append(chain.x)

@@ -13,6 +13,7 @@ from torch import nn
 import mnet_fx
 from mnet_fx import InversionError, MnetError, MnetWarning, StreamError, errors
 from mnet_fx.arithmetic import fixed_point, formats
+from mnet_fx.runtime import cuda_streams
 from mnet_fx.runtime.cuda_streams import Handover
 from mnet_fx.runtime.generators import generators, moved
 from mnet_fx.runtime.replay import Conditions
@@ -248,7 +249,7 @@ class Recorded:
 def test_a_state_that_goes_over_to_another_stream(monkeypatch):
     main, side, state = Recorded("main"), Recorded("side"), Recorded("state")
     now = [main]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(cuda_streams, "present", lambda device: now[0] if device.type == "cuda" else None)
     handover = Handover(CUDA0)
     for now[0] in (main, main, side, side, main):
         handover(lambda: [state])

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import OPTIONS, mixed
-from .launching import Launcher
+from .launching import Launcher, raw_stream
 
 __all__ = ["hashes_on_device"]
 
 BLOCK = 1024  # words of 8 bytes
 PART = 16 * BLOCK  # words that one program reads
-_MOST_TABLES = 128
+_MOST_TABLES = 4096  # more than a deep model has steps
 
 
 @triton.jit
@@ -62,6 +62,29 @@ def hash_one(address, size, sums, part, BLOCK: tl.constexpr):
 _OF_TABLE, _OF_ONE = Launcher(hash_table, OPTIONS), Launcher(hash_one, OPTIONS)
 
 
+class _Zeros:
+    """Words that hold 0, each handed out once; allocated many at a time, since that takes longer than a launch."""
+
+    MANY = 1 << 12
+
+    def __init__(self) -> None:
+        self.left: dict[tuple[torch.device, int], tuple[Tensor, int]] = {}
+        self.lock = Lock()
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        key = (device, raw_stream(device))
+        with self.lock:
+            words, used = self.left.get(key, (None, self.MANY))
+            if words is None or used + count > self.MANY:
+                with torch.inference_mode(False):
+                    words, used = torch.zeros(max(count, self.MANY), dtype=torch.int64, device=device), 0
+            self.left[key] = (words, used + count)
+        return words[used : used + count]
+
+
+_ZEROS = _Zeros()
+
+
 class _Tables:
     """Tables on devices, the ones used last."""
 
@@ -71,8 +94,7 @@ class _Tables:
 
     def of(self, parts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
         """The table for (address, bytes) of some tensors, in the order of the current stream."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = (parts, device, stream)
+        key = (parts, device, raw_stream(device))
         with self.lock:
             if (table := self.known.get(key)) is not None:
                 self.known.move_to_end(key)
@@ -104,7 +126,7 @@ def hashes_on_device(tensors: list[Tensor]) -> Tensor:
         tensors: one or more, dense, on one device.
     """
     device = tensors[0].device
-    sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    sums = _ZEROS.take(len(tensors), device)
     parts = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
     if len(parts) == 1:
         (address, size), words = parts[0], (parts[0][1] + 7) // 8

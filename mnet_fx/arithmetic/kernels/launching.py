@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "raw_stream"]
 
 
 class Launcher:
@@ -50,6 +50,13 @@ class Launcher:
                 compiled[(programs, 1, 1)](*arguments)
             else:
                 self.compiled[key] = self.kernel.run(*arguments, grid=(programs,), warmup=False, **self.options)
+
+
+def raw_stream(device: torch.device) -> int:
+    """The address of the current stream of a device, in a tenth of the time that `torch.cuda.current_stream` takes; 0 but on CUDA."""
+    if device.type != "cuda":
+        return 0
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _kind_of(parameter: Any) -> Callable[[Any], Any]:
