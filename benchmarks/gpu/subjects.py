@@ -64,9 +64,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def encoder(session: Session, layers: int, batch: int, dtype: torch.dtype, autocast: torch.dtype | None = None) -> Subject:
-    """Pre-norm encoder, d = 1024, 16 heads, 2048 tokens."""
-    d, heads, tokens = (32, 2, 16) if session.tiny else (1024, 16, 2048)
+def encoder(session: Session, layers: int, batch: int, dtype: torch.dtype, autocast: torch.dtype | None = None, d: int = 1024) -> Subject:
+    """Pre-norm encoder, heads of 64, 2048 tokens."""
+    d, heads, tokens = (32, 2, 16) if session.tiny else (d, d // 64, 2048)
     with torch.device(session.device), default_dtype(dtype):  # made in it: 400 layers in float32 would take more than they do later
         model, x = Encoder(layers, d, heads), torch.randn(batch, tokens, d)
     how = "bf16" if autocast is None else "autocast bf16"
@@ -81,6 +81,11 @@ def encoder_bf16(session: Session) -> Subject:
 
 def encoder_autocast(session: Session) -> Subject:
     return encoder(session, *((2, 2) if session.tiny else (24, 8)), torch.float32, torch.bfloat16)
+
+
+def encoder_wide(session: Session) -> Subject:
+    """Where the device has more to do than Python."""
+    return encoder(session, *((2, 2) if session.tiny else (12, 8)), torch.bfloat16, d=2048)
 
 
 def gpt2(session: Session) -> Subject:
@@ -143,6 +148,7 @@ def resnet_autocast(session: Session) -> Subject:
 SUBJECTS: dict[str, Callable[[Session], Subject]] = {
     "encoder_bf16": encoder_bf16,
     "encoder_autocast": encoder_autocast,
+    "encoder_wide": encoder_wide,
     "gpt2": gpt2,
     "llama": llama,
     "resnet_float": resnet_float,
