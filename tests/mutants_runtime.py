@@ -146,7 +146,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/attributes.py", "            container.clear()\n\n\n@context", "            pass\n\n\n@context"),
     ("mnet_fx/runtime/attributes.py", "value if value.grad_fn is None else value.detach().requires_grad_()", "value"),
     ("mnet_fx/runtime/attributes.py", "for name in live.keys() - then.keys():", "for name in ():"),
-    ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(*tape.noted(t, plain(x.detach()), print_),", "tape.proofs.put_off((), (),"),
+    ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(stream_print(tape, x), print_,", "tape.proofs.put_off((), (),"),
     ("mnet_fx/runtime/steps.py", "if self.running:", "if False:"),
     ("mnet_fx/runtime/steps.py", "*needing[:1]), *extras", "), *extras"),
     ("mnet_fx/runtime/tape.py", "        self._seek(t)  # where", "        pass  # where"),

@@ -86,6 +86,7 @@ class DeviceState:
         X, U: dense tensors, as in `State` but for elements that are NaN, see `kernels.device_math`; `integers` gives them plain.
         dtype, format: of the stream at this time.
         from_rest: whether v[0] is known to be 0.
+        written: after a step, two prints that are equal if the stream it was given was that of its time, but for elements that are NaN.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class DeviceState:
         self._fill(self._aligned(x0), None if v0 is None else self._aligned(v0), self.loops.start)
 
     def _fill(self, x0: Tensor, v0: Tensor | None, start: Any) -> None:
-        self.sums = torch.zeros((3 * self.steps + 5, 2), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros((4 * self.steps + 8, 2), dtype=torch.int64, device=self.device)
         self.none = self.sums[-1]
         self.slot = 1  # 0 is for numbers that nobody wants
         bits, fresh, some = self.format.bits, min(self.fine, self.format.fine), x0 if v0 is None else v0
@@ -126,10 +127,11 @@ class DeviceState:
         to = (self.X, self.U, self.ledger, self.sums, self.slot, self.n, self.rounds)
         self.loops.fill(self.device, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
 
-    def step(self, y: Tensor, *factors: float) -> tuple[int, Tensor]:
+    def step(self, y: Tensor, *factors: float, given: Tensor | None = None) -> tuple[int, Tensor]:
         """One step of the recurrence, in place, as `State.step`: the next one, whose factors were told at the start.
 
-        Returns its index, and the new x as a fresh tensor.
+        Returns its index, and the new x as a fresh tensor. With `given`, the stream as somebody has it, `written` then tells whether that
+        still was x[t].
 
         Raises:
             StreamError: y is on another device, or of a dtype that no stream has.
@@ -152,8 +154,10 @@ class DeviceState:
         if self.planes is not None:
             self.planes.launched(t)
         slot = self._fresh_slot()
-        of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
-        self.loops.shear(self.device, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, self.block)
+        of = (self.ledger, self.sums, slot, widen, self.n, t, self.rounds)
+        how = (self.store, self.proof, given is not None, self.block)
+        self.loops.shear(self.device, self.grid, self.X, self.U, y, out, y if given is None else self._aligned(given), *of, *how)
+        self.written = ((self.sums[slot + 1],), (self.none,))
         self.time, self.dtype, self.slot = t + 1, dtype, slot
         self.kinds[t + 1 :] = [(dtype, form)]
         return t, out
@@ -226,13 +230,6 @@ class DeviceState:
         if self.planes is not None:
             self.planes.look(wait=True)
 
-    def unlike(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Two prints that are equal if x still is the stream of this time, but for elements that are NaN."""
-        x, slot, narrow = self._aligned(x), self._fresh_slot(), self.format.u_dtype is torch.int32
-        of = (self.ledger, self.sums, slot, self.n, self.time, self.rounds)
-        self.loops.compare(self.device, self.grid, self.X, x, *of, narrow, self.block)
-        return (self.sums[slot],), (self.none,)
-
     def tensors(self) -> list[Tensor]:
         """What it keeps on the device."""
         planes = [] if self.planes is None else self.planes.planes
@@ -288,10 +285,10 @@ class DeviceState:
         self.X, self.U = X, U
 
     def _fresh_slot(self) -> int:
-        """A row of `sums` that holds zeros; `self.sums` is another tensor then if need be."""
-        self.used = getattr(self, "used", 1) + 1
-        if self.used >= self.sums.shape[0] - 1:
-            self.sums, self.used = torch.zeros_like(self.sums), 1
+        """The first of two rows of `sums` that hold zeros; `self.sums` is another tensor then if need be."""
+        self.used = getattr(self, "used", 0) + 2
+        if self.used + 2 >= self.sums.shape[0]:
+            self.sums, self.used = torch.zeros_like(self.sums), 2
         return self.used
 
     def _aligned(self, t: Tensor) -> Tensor:

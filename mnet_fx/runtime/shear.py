@@ -55,7 +55,7 @@ class Shear(Function):
             )
         guise = Guise.of_sum(x, y, tape.region)
         with torch._C.DisableTorchFunction():
-            after = tape.push(t, plain(y))
+            after = tape.push(t, plain(y), plain(x))
             token = _token(after)
         return dressed(after, guise), token
 

@@ -17,7 +17,7 @@ from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
 from .proofs import Print
 from .replay import Conditions, Known, noted, transformed, undisturbed
-from .tape import FloatTape, PlainTape, Rerun, Tape
+from .tape import FloatTape, PlainTape, Rerun, Tape, unseen_write
 
 __all__ = ["Chain", "run_chain", "watched"]
 
@@ -126,31 +126,16 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
             f"{tape.region}, step {t}: the step writes to the stream in place (an in-place activation or x += ... on its input), "
             "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
         )
-    if is_watched(tape, x):
-        tape.proofs.put_off(*tape.noted(t, plain(x.detach()), print_), partial(_unseen_write, tape.region, t))
+    if print_:
+        tape.proofs.put_off(stream_print(tape, x), print_, partial(unseen_write, tape.region, t))
     return outputs
 
 
-def _unseen_write(region: str, t: int, differing: list[int]) -> None:
-    """
-    Raises:
-        StreamError: the fingerprint of the stream differs.
-    """
-    if differing:
-        raise StreamError(
-            f"{region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
-            "by the step or before it; make that operation out of place (inplace=False)"
-        )
-
-
-def is_watched(tape: Tape, x: Tensor) -> bool:
-    """Whether writes to the stream that autograd does not see are looked for; not where nobody wants proof, and its version tells most."""
-    return not isinstance(tape, FloatTape) and (tape.on_drift != "ignore" or x.is_inference())
-
-
 def stream_print(tape: Tape, x: Tensor) -> Print:
-    """What `Tape.noted` wants to know of the stream, just given."""
-    return tape.note(plain(x.detach())) if is_watched(tape, x) else ()
+    """What tells whether the stream was written to; nothing where nobody wants proof, and autograd's version tells most."""
+    if isinstance(tape, FloatTape) or (tape.on_drift == "ignore" and not x.is_inference()):
+        return ()
+    return tape.note(plain(x.detach()))
 
 
 class Close(Function):

@@ -39,6 +39,7 @@ Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from torch import Tensor
 from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.fixed_point import Record, State
-from ..errors import InversionError, MnetError, is_of_device
+from ..errors import InversionError, MnetError, StreamError, is_of_device
 from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
@@ -55,7 +56,19 @@ from .proofs import Drift, Print, Proofs
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
-__all__ = ["FloatTape", "PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
+__all__ = ["FloatTape", "PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape", "unseen_write"]
+
+
+def unseen_write(region: str, t: int, differing: list[int]) -> None:
+    """
+    Raises:
+        StreamError: something differs between the stream as it was handed out and as it is.
+    """
+    if differing:
+        raise StreamError(
+            f"{region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
+            "by the step or before it; make that operation out of place (inplace=False)"
+        )
 
 
 class Rerun:
@@ -101,22 +114,22 @@ class Tape:
         return self.state.read()
 
     def note(self, x: Tensor) -> Print:
-        """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, if the state does not tell."""
+        """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, unless `push` sees that."""
         return () if isinstance(self.state, DeviceState) else prints([x])
 
-    def noted(self, t: int, x: Tensor, print_: Print) -> tuple[Print, Print]:
-        """Two prints that are equal if x still is the x[t] that was given, with that note."""
-        if isinstance(self.state, DeviceState):
-            self._seek(t)
-            return self.state.unlike(x)
-        return prints([x]), print_
-
-    def _seek(self, t: int) -> None:
-        """Goes to time t; for tapes that are ever elsewhere."""
-
-    def push(self, t: int, y: Tensor) -> Tensor:
-        """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]."""
+    def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
+        """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]. x is the tensor in which x[t] was handed out."""
         raise NotImplementedError
+
+    def _step(self, t: int, y: Tensor, x: Tensor | None = None) -> tuple[Any, Tensor]:
+        """A step of the state: its record and x[t + 1]. A device looks meanwhile whether x still is what was handed out."""
+        if not isinstance(self.state, DeviceState):
+            return self.state.step(y, *self.factors[t])
+        watched = x is not None and (self.on_drift != "ignore" or x.is_inference())
+        result = self.state.step(y, given=x if watched else None)
+        if watched:
+            self.proofs.put_off(*self.state.written, partial(unseen_write, self.region, t))
+        return result
 
     def present(self, t: int) -> Tensor:
         """x[t], while the first run of step t goes on."""
@@ -163,11 +176,11 @@ class ReversingTape(Tape):
         self.prints = [self.fingerprint(state.fingerprint)]
         self.handover = Handover(state.X.device)
 
-    def push(self, t: int, y: Tensor) -> Tensor:
+    def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         self._seek(t)  # where a backward pass through earlier steps has come in between
-        x = self._forward(y)
+        after = self._forward(y, x)
         self.prints.append(self.fingerprint(self.state.fingerprint))
-        return x
+        return after
 
     def present(self, t: int) -> Tensor:
         return self.state_at(t)
@@ -197,13 +210,13 @@ class ReversingTape(Tape):
         self._seek(t)
         return self.state.read()
 
-    def _forward(self, y: Tensor) -> Tensor:
+    def _forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         self.handover(self._tensors)
         del self.records[self.time :]
-        record, x = self.state.step(y, *self.factors[self.time])
+        record, after = self._step(self.time, y, x)
         self.records.append(record)
         self.time += 1
-        return x
+        return after
 
     def _tensors(self) -> list[Tensor]:
         """What the state is made of."""
@@ -257,13 +270,13 @@ class StoringTape(Tape):
     def enter(self) -> Tensor:
         return self._kept(super().enter())
 
-    def push(self, t: int, y: Tensor) -> Tensor:
+    def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         self.prints.append(self.fingerprint(lambda: prints([y])))
-        _, x = self.state.step(y, *self.factors[t])
+        _, after = self._step(t, y, x)
         if t + 1 < len(self.factors):
-            return self._kept(x)
+            return self._kept(after)
         del self.state
-        return x
+        return after
 
     def present(self, t: int) -> Tensor:
         return self.inputs[t][0]
@@ -296,8 +309,8 @@ class StoringTape(Tape):
 class PlainTape(Tape):
     """Keeps nothing and goes forward only: for inference, and for steps whose activations autograd stores."""
 
-    def push(self, t: int, y: Tensor) -> Tensor:
-        return self.state.step(y, *self.factors[t])[1]
+    def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
+        return self._step(t, y, x)[1]
 
 
 class FloatTape(PlainTape):

@@ -63,6 +63,7 @@ def variants(dtypes):
         form = Format.of(out)
         X, U = f"*{NAMES[form.dtype]}", f"*{NAMES[form.u_dtype]}"
         types = {"X": X, "U": U, "y": f"*{NAMES[y]}", "out": f"*{NAMES[out]}", "x0": f"*{NAMES[stream]}", "v0": f"*{NAMES[y]}"}
+        types["given"] = types["x0"]
         top = device_state._TOPS[out]
         for some in (True, False):
             base = {
@@ -70,6 +71,7 @@ def variants(dtypes):
                 "STORE": some,
                 "HAS_V": some,
                 "RESTEP": not some,
+                "CHECK": True,
                 "BLOCK": device_state.BLOCK,
             }
             limits = {"LIMIT": form.limit, "ULIMIT": form.u_limit, "BITS": form.bits, "TOP": top}
@@ -79,7 +81,6 @@ def variants(dtypes):
                 yield kernel, types | ({"out": X} if base["RESTEP"] and kernel is device.unshear_x else {}), base
         yield device.read, types, base
         yield device.note, types, base
-        yield device.compare, types | {"x": f"*{NAMES[out]}"}, base | {"NARROW": form.u_dtype is torch.int32}
         narrow = Format.of(stream)
         yield device.recode, {"X": f"*{NAMES[narrow.dtype]}", "U": f"*{NAMES[narrow.u_dtype]}", "X2": X, "U2": U}, base
 

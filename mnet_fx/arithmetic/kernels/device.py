@@ -50,7 +50,7 @@ from .device_math import (
     word,
 )
 
-__all__ = ["compare", "fill", "note", "read", "recode", "shear", "unshear_u", "unshear_x"]
+__all__ = ["fill", "note", "read", "recode", "shear", "unshear_u", "unshear_x"]
 
 
 @triton.jit
@@ -66,6 +66,16 @@ def largest_bits(T):
         return tl.max(bits_of(tl.abs(T)), 0)
     else:
         return bits_of(tl.max(tl.abs(T), 0).to(tl.float64))
+
+
+@triton.jit
+def told(row, sums, slot, xtop, utop, fpx, fpu, PROOF: tl.constexpr):
+    """Adds what one program has found of X and U to what the others have: the largest of each, and their fingerprints."""
+    tl.atomic_max(row + XMAX, largest_bits(xtop))
+    tl.atomic_max(row + UMAX, largest_bits(utop))
+    if PROOF:
+        tl.atomic_add(sums + 2 * slot, tl.sum(fpx, 0))
+        tl.atomic_add(sums + 2 * slot + 1, tl.sum(fpu, 0))
 
 
 @triton.jit(do_not_specialize=["slot", "rounds"])
@@ -94,11 +104,7 @@ def fill(x0, v0, X, U, ledger, sums, slot, n, rounds, HAS_V: tl.constexpr, PROOF
         if PROOF:
             fpx += tl.where(ok, mixed(word(x), at), 0)
             fpu += tl.where(ok, mixed(word(u), at), 0)
-    tl.atomic_max(ledger + XMAX, largest_bits(xtop))
-    tl.atomic_max(ledger + UMAX, largest_bits(utop))
-    if PROOF:
-        tl.atomic_add(sums + 2 * slot, tl.sum(fpx, 0))
-        tl.atomic_add(sums + 2 * slot + 1, tl.sum(fpu, 0))
+    told(ledger, sums, slot, xtop, utop, fpx, fpu, PROOF)
 
 
 @triton.jit
@@ -118,10 +124,25 @@ def shear_any(x, u, v, nxt, at, ok, t, STORE: tl.constexpr, DTYPE: tl.constexpr)
     return x_word, u_word, x, u, put_masked(o, born >= 0)
 
 
-@triton.jit(do_not_specialize=["slot", "t", "rounds"])
-def shear(X, U, y, out, ledger, sums, slot, n, t, rounds, STORE: tl.constexpr, PROOF: tl.constexpr, BLOCK: tl.constexpr):
-    """Step t: U += round(y * scale); X += round(U * ratio); out = X * unit."""
+@triton.jit
+def unlike(given, x, unit, u_dtype: tl.constexpr):
+    """1 where what was given is neither X * unit nor NaN, else 0."""
+    if u_dtype == tl.int32:  # the words of X hold more than X
+        x, _, _ = split(x, x)
+    return ((given != put(x, unit, given.dtype)) & (given == given)).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["slot", "widen", "t", "rounds"])
+def shear(
+    X, U, y, out, given, ledger, sums, slot, widen, n, t, rounds,
+    STORE: tl.constexpr, PROOF: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Step t: U += round(y * scale); X += round(U * ratio); out = X * unit. With CHECK, counts in the next slot where `given`
+    was not the x before.
+    """
     nxt = ledger + (t.to(tl.int64) + 1) * WORDS
+    before = pow2(tl.load(nxt - WORDS + UNIT) - widen)  # the unit of X before the step, which is finer by now if the format is a wider one
+    count = tl.zeros([BLOCK], tl.int64)
     e = tl.load(nxt + UNIT)
     unit, ratio, scale = pow2(e), f64(tl.load(nxt + RATIO)), f64(tl.load(nxt + SCALE))
     special = ((tl.load(nxt + GONE) | tl.load(nxt + XSHIFT) | tl.load(nxt + USHIFT)) > 0) | abnormal(e)
@@ -132,6 +153,8 @@ def shear(X, U, y, out, ledger, sums, slot, n, t, rounds, STORE: tl.constexpr, P
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         ok = at < n
         x, u, v = tl.load(X + at, ok, 0), tl.load(U + at, ok, 0), widened(tl.load(y + at, ok, 0.0))
+        if CHECK:
+            count += tl.where(ok, unlike(tl.load(given + at, ok, 0.0), x, before, U.dtype.element_ty), 0)
         if special:
             x_word, u_word, x, u, o = shear_any(x, u, v, nxt, at, ok, t, STORE, out.dtype.element_ty)
         else:
@@ -145,11 +168,9 @@ def shear(X, U, y, out, ledger, sums, slot, n, t, rounds, STORE: tl.constexpr, P
         if PROOF:
             fpx += tl.where(ok, mixed(word(x_word), at), 0)
             fpu += tl.where(ok, mixed(word(u_word), at), 0)
-    tl.atomic_max(nxt + XMAX, largest_bits(xtop))
-    tl.atomic_max(nxt + UMAX, largest_bits(utop))
-    if PROOF:
-        tl.atomic_add(sums + 2 * slot, tl.sum(fpx, 0))
-        tl.atomic_add(sums + 2 * slot + 1, tl.sum(fpu, 0))
+    told(nxt, sums, slot, xtop, utop, fpx, fpu, PROOF)
+    if CHECK:
+        tl.atomic_add(sums + 2 * slot + 2, tl.sum(count, 0))
 
 
 @triton.jit
@@ -245,22 +266,6 @@ def read(X, U, out, ledger, n, t, rounds, BLOCK: tl.constexpr):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         x, _, born = split(tl.load(X + at, at < n, 0), tl.load(U + at, at < n, 0))
         tl.store(out + at, put_masked(put(x, unit, out.dtype.element_ty), (born >= 0) & (born <= t)), at < n)
-
-
-@triton.jit(do_not_specialize=["slot", "t", "rounds"])
-def compare(X, x, ledger, sums, slot, n, t, rounds, NARROW: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the elements of x that are not those of X at time t, and not NaN either."""
-    base = tl.program_id(0).to(tl.int64) * rounds * BLOCK
-    unit = pow2(tl.load(ledger + t.to(tl.int64) * WORDS + UNIT))
-    count = tl.zeros([BLOCK], tl.int64)
-    for i in range(rounds):
-        at = base + i * BLOCK + tl.arange(0, BLOCK)
-        found, held = tl.load(x + at, at < n, 0), tl.load(X + at, at < n, 0)
-        if NARROW:
-            held, _, _ = split(held, held)
-        off = (found != put(held, unit, x.dtype.element_ty)) & (found == found)
-        count += tl.where(off & (at < n), 1, 0).to(tl.int64)
-    tl.atomic_add(sums + 2 * slot, tl.sum(count, 0))
 
 
 @triton.jit(do_not_specialize=["slot", "rounds"])
