@@ -156,7 +156,8 @@ class Conditions:
             )
             return
         names, now = list(proven), _fingerprints(proven)
-        self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
+        if self.copies:
+            self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
 
         def conclude(places: list[int]) -> None:
             differing = {names[i] for i in places}
@@ -242,8 +243,13 @@ def undisturbed() -> Iterator[None]:
     levels = torch._C._vmapmode_increment_nesting()  # those of torch.autograd.grad(..., is_grads_batched=True), and one
     for _ in range(levels):
         torch._C._vmapmode_decrement_nesting()
+    calm = levels == 1 and not torch.is_inference_mode_enabled() and torch._C._functorch.peek_interpreter_stack() is None
     try:
-        with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        with (
+            _TURNS,
+            nullcontext() if calm else torch.inference_mode(False),
+            nullcontext() if calm else temporarily_clear_interpreter_stack(),
+        ):
             yield
     finally:
         for _ in range(levels - 1):
