@@ -27,7 +27,7 @@ Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's mov
         gradients of f[t], with what was saved; then Shear, then Close.backward of step t - 1
 
 Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
-        the extra outputs that a rerun gives gradients to.
+        the extra outputs that a rerun gives gradients to. Those of a device are compared when the pass ends (see `proofs`).
 Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
         Nothing is freed by hand.
 Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves
