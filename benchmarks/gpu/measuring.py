@@ -87,13 +87,16 @@ def launches(session: Session, step: Step) -> int | None:
 
 @contextmanager
 def _repeating() -> Iterator[None]:
-    """Convolutions whose gradients repeat: cuDNN's fastest do not."""
+    """Convolutions and attention whose gradients repeat: cuDNN's fastest do not."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+        torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
 @contextmanager
