@@ -1,4 +1,4 @@
-"""Puts what a run on a GPU gave into docs/measurements.md.
+"""Puts what a run on a GPU gave into docs/measurements.md, and the gist of it into the README.
 
     python -m benchmarks.gpu.table [--json DIR/gpu.json]      # keeps the JSON as benchmarks/results/gpu/run.json, and replaces the tables
     python -m benchmarks.gpu.table --check                    # whether the page is what the kept JSON gives
@@ -20,11 +20,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-__all__ = ["page", "shown"]
+__all__ = ["gist", "page", "shown"]
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "gpu" / "run.json"
-PAGE = ROOT / "docs" / "measurements.md"
+PAGE, README = ROOT / "docs" / "measurements.md", ROOT / "README.md"
+GIST = ("encoder of 24 layers, d = 1024", {"plain": "plain", "checkpoint": "checkpoint", "momentum": "momentum"})
 MARKS = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 NOTHING = "No run of this script on a GPU is kept."
 Row = dict[str, Any]
@@ -37,6 +38,25 @@ def page(run: dict[str, Any] | None) -> str:
     parts = [(name, [row for row in run["rows"] if row["part"] == name and ("ms" in row or "fits" in row)]) for name in TABLES]
     texts = [TABLES[name](rows) for name, rows in parts if rows]
     return "\n\n".join([about(run), *texts, *left_out(run["rows"])])
+
+
+def gist(run: dict[str, Any] | None) -> str:
+    """What stands between the marks of the README: the bfloat16 encoder, and how large it may be."""
+    if run is None:
+        return NOTHING
+    model, ways = GIST
+    rows = [
+        row for row in run["rows"] if row["part"] == "models" and row.get("model", "").startswith(model) and row["model"].endswith(", bf16")
+    ]
+    steps = {row["way"]: row for row in rows if row["way"] in ways and "ms" in row}
+    most = {(row["what"], row["way"]): row["fits"] for row in run["rows"] if row["part"] == "largest" and "fits" in row}
+    cells = [
+        [title, count(steps[way]["peak_gib"]), count(steps[way]["ms"]), count(most.get(("batch", way))), count(most.get(("layers", way)))]
+        for way, title in ways.items()
+        if way in steps
+    ]
+    headers = ["model", "peak, GiB", "ms per step", "largest batch in 24 GiB", "most layers in 24 GiB"]
+    return f"{about(run)}\n\n{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}"
 
 
 def about(run: dict[str, Any]) -> str:
@@ -133,10 +153,10 @@ def count(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
-def shown() -> str:
-    """What stands between the marks now."""
-    found = MARKS.search(PAGE.read_text())
-    assert found is not None, "docs/measurements.md has no marks <!-- gpu --> and <!-- /gpu -->"
+def shown(path: Path = PAGE) -> str:
+    """What stands between the marks of a page now."""
+    found = MARKS.search(path.read_text())
+    assert found is not None, f"{path.name} has no marks <!-- gpu --> and <!-- /gpu -->"
     return found[0].removeprefix(found[1]).removesuffix(found[2]).rstrip("\n")
 
 
@@ -147,10 +167,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.json is not None and options.json.resolve() != KEPT:
         shutil.copyfile(options.json, KEPT)
-    text = page(json.loads(KEPT.read_text()) if KEPT.exists() else None)
+    run = json.loads(KEPT.read_text()) if KEPT.exists() else None
+    texts = {PAGE: page(run), README: gist(run)}
     if options.check:
-        raise SystemExit(None if text == shown() else f"the tables are not what {KEPT} gives: run python -m benchmarks.gpu.table")
-    PAGE.write_text(MARKS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text()))
+        same = all(text == shown(path) for path, text in texts.items())
+        raise SystemExit(None if same else f"the tables are not what {KEPT} gives: run python -m benchmarks.gpu.table")
+    for path, text in texts.items():
+        path.write_text(MARKS.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", path.read_text()))
 
 
 if __name__ == "__main__":

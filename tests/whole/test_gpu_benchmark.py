@@ -39,6 +39,7 @@ def test_all_but_the_compilers_run_on_tiny_models(tmp_path, gpu):
 def test_the_page_shows_what_the_kept_run_gives(gpu):
     kept = json.loads(gpu.table.KEPT.read_text()) if gpu.table.KEPT.exists() else None
     assert gpu.table.shown() == gpu.table.page(kept)
+    assert gpu.table.shown(gpu.table.README) == gpu.table.gist(kept)
 
 
 def test_a_page_tells_what_was_not_measured(gpu):
