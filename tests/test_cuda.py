@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -330,6 +331,42 @@ def test_the_backend_of_torch_compile(graphs):
                 compiled(x).square().sum().backward()
             found.append([p.grad.clone() for p in model.parameters()])
     assert_same(*found)
+
+
+def test_inference_in_a_captured_graph():
+    net, x = momentumize(encoder(4, d=64).to(CUDA), regions=["layers"]).eval(), tokens(4, 64, 64)
+    with torch.no_grad():
+        expected = net(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = net(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+
+
+def test_training_in_a_captured_graph_is_an_error():
+    net, x = momentumize(encoder(4, d=64).to(CUDA), regions=["layers"]), tokens(4, 64, 64)
+    net(x).sum().backward()
+    with pytest.raises(mnet_fx.MnetError, match="captur"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        net(x)
+
+
+def test_host_reads_of_a_training_step():
+    """One, as the pass ends; the first call looks after its memory step by step, and without a read of torch's."""
+    net, x = momentumize(encoder(6, d=64).to(CUDA)), tokens(4, 64, 64)
+    net(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = net(x).sum()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
 
 
 @pytest.fixture
