@@ -88,7 +88,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.free: dict[tuple[int, torch.device], list[Mailbox]] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a chain that the garbage collector finds meanwhile gives its mailbox in the same thread
 
     def take(self, steps: int, device: torch.device) -> Mailbox:
         with self.lock:
@@ -118,7 +118,8 @@ class Planes:
     """
 
     def __init__(self, gammas: Sequence[float], form: Format, at_rest: bool, like: Tensor, reserve: Reserve) -> None:
-        self.theory = spilled_planes(gammas, form, at_rest)
+        self.form, self.at_rest = form, at_rest
+        self.expect(gammas)
         self.most = _MOST.get(form.dtype, 11)
         self.size, self.device, self.reserve = like.numel(), like.device, reserve
         self.planes: list[Tensor] = []
@@ -132,6 +133,10 @@ class Planes:
             if last > self.told:
                 self._learn(last)
             _POOL.give(self.mail, self.device)
+
+    def expect(self, gammas: Sequence[float]) -> None:
+        """Notes what theory says that the steps will take."""
+        self.theory = spilled_planes(gammas, self.form, self.at_rest)
 
     def make_room(self, t: int) -> int:
         """Has planes ready for step t, which is about to be launched; returns how many there are in all."""

@@ -208,6 +208,32 @@ def again(n):
         run.all(restep=True)
 
 
+def skipped(n):
+    """Steps with other factors than were told at the start, as where layers are skipped; forth once more with those."""
+    run = made(n, 6, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], jump=(3, 1e5))
+    run.factors[2:] = [(0.3, 0.7), (0.01, 2.0), (0.5, 0.5), (0.0, 1.0)]
+    real = run.dev.step
+    run.dev.step = lambda y: real(y, *run.factors[run.dev.time])
+    run.all(restep=True)
+
+
+def unseen(n):
+    """A stream that was written to is told apart, also by NaN; not where elements are NaN by themselves."""
+    for dtype in DTYPES:
+        run = made(n, 3, 0.5, dtype, bad=())
+        run.to(2)
+        x = run.dev.read()
+        assert torch.equal(*[print_[0].cpu() for print_ in run.dev.unlike(x)])
+        for wrong in (NAN, INF, 3.0):
+            other = x.clone()
+            other.view(-1)[n // 2] = wrong
+            assert not torch.equal(*[print_[0].cpu() for print_ in run.dev.unlike(other)]), (dtype, wrong)
+    x0 = torch.randn(n)
+    x0[0] = NAN
+    dev = DeviceState(x0.to(DEVICE), None, [(0.5, 0.5)] * 2, 2.0)
+    assert torch.equal(*[print_[0].cpu() for print_ in dev.unlike(dev.read())])
+
+
 def long(n):
     made(n, 100, 0.9, grow=1.1).blind()
     made(n, 40, 0.5).blind()
@@ -364,7 +390,10 @@ GROUPS = {
     "bfloat16": lambda n: plain(n, BF16),
     "float16": lambda n: plain(n, F16),
     "float64": lambda n: plain(n, F64),
-    **{f.__name__: f for f in (held, promoted, magnitudes, again, forward_only, layouts, lost, refusals, words, fingerprints, drawn)},
+    **{
+        f.__name__: f
+        for f in (held, promoted, magnitudes, again, skipped, unseen, forward_only, layouts, lost, refusals, words, fingerprints, drawn)
+    },
 }
 EVERYWHERE = ("float32", "bfloat16", "float64", "fingerprints")  # on a GPU, for each number of elements; the others for one
 SIZES = (1000, 1, 17, 70001, 1 << 20)

@@ -249,17 +249,18 @@ def read(X, U, out, ledger, n, t, rounds, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slot", "t", "rounds"])
 def compare(X, x, ledger, sums, slot, n, t, rounds, NARROW: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the elements of x that are not those of X at time t, and not NaN either."""
+    """Counts the elements of x that are not those of X at time t; not those that are NaN, where elements may be."""
     base = tl.program_id(0).to(tl.int64) * rounds * BLOCK
-    unit = pow2(tl.load(ledger + t.to(tl.int64) * WORDS + UNIT))
+    row = ledger + t.to(tl.int64) * WORDS
+    unit, whole = pow2(tl.load(row + UNIT)), (tl.load(row + GONE) == 0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int64)
     for i in range(rounds):
         at = base + i * BLOCK + tl.arange(0, BLOCK)
         found, held = tl.load(x + at, at < n, 0), tl.load(X + at, at < n, 0)
         if NARROW:
             held, _, _ = split(held, held)
-        off = (found != put(held, unit, x.dtype.element_ty)) & (found == found)
-        count += tl.where(off & (at < n), 1, 0).to(tl.int64)
+        off = (found != put(held, unit, x.dtype.element_ty)) & (at < n)
+        count += tl.where(off, tl.where(found == found, whole * 0 + 1, whole), 0)
     tl.atomic_add(sums + 2 * slot, tl.sum(count, 0))
 
 
