@@ -10,6 +10,7 @@ On a CPU, where numbers are at hand, every comparison is made at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..errors import InversionError, MnetWarning
+from ..errors import InversionError, MnetError, MnetWarning
 
 __all__ = ["Drift", "Print", "Proofs"]
 
@@ -126,9 +127,9 @@ _LOCAL = threading.local()
 
 
 def _around() -> _Pass | None:
-    """The backward pass in which this thread is."""
+    """The backward pass in which this thread is, if it will call back: one that runs compiled (compiled autograd) does not."""
     task = torch._C._current_graph_task_id()
-    if task == -1:
+    if task == -1 or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False):
         return None
     known: weakref.ref[_Pass] | None = getattr(_LOCAL, "around", None)
     around = None if known is None else known()
@@ -140,7 +141,7 @@ def _around() -> _Pass | None:
 
 
 def _settle(comparisons: Sequence[_Comparison]) -> None:
-    """Reads what is on devices, once for each, and concludes in order."""
+    """Reads what is on devices, once for each, and concludes in order: all that there is, of which the first error is raised."""
     places = [(k, i, a, b) for k, comparison in enumerate(comparisons) for i, a, b in comparison.on_device()]
     differing: list[set[int]] = [set(comparison.on_host()) for comparison in comparisons]
     for stream in {comparison.stream for comparison in comparisons if comparison.stream is not None}:
@@ -154,5 +155,14 @@ def _settle(comparisons: Sequence[_Comparison]) -> None:
             for k, i, a, b in here:
                 if not torch.equal(a, b):
                     differing[k].add(i)
+    errors = list[MnetError]()
     for comparison, which in zip(comparisons, differing, strict=True):
-        comparison.conclude(sorted(which))
+        try:
+            comparison.conclude(sorted(which))
+        except MnetError as error:
+            errors.append(error)
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # they hold this frame
