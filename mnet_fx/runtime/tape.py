@@ -176,6 +176,7 @@ class ReversingTape(Tape):
 
     def hand_out(self, t: int) -> Tensor:
         if self.half and self.time == t:
+            self.handover(self._tensors)
             return self.state.read()
         self._seek(t + 1)
         return self._halve()
@@ -226,6 +227,8 @@ class ReversingTape(Tape):
 
     def _seek(self, t: int) -> None:
         """Goes to time t, rerunning the steps in between."""
+        if self.half or self.time != t:
+            self.handover(self._tensors)
         if self.half:  # a rerun that did not reach its end
             self.state.restep_x(self.records[self.time])
             self.half, self.time = False, self.time + 1
