@@ -78,6 +78,10 @@ class Mailbox:
         self.words: Any = (ctypes.c_int64 * size).from_address(self.memory.data_ptr())
         self.address, self.steps, self.last = self.memory.data_ptr(), steps, 0
 
+    def is_quiet(self) -> bool:
+        """Whether the device has written all that it was told to; of a step taken again, this is not the last word."""
+        return _UNSEEN not in self.words[0 : self.last + 1]
+
     def clear(self) -> None:
         self.words[0 : self.steps + 1] = [0] + [_UNSEEN] * self.steps
         self.last = 0
@@ -93,7 +97,7 @@ class _Pool:
     def take(self, steps: int, device: torch.device) -> Mailbox:
         with self.lock:
             boxes = self.free.get((steps, device), [])
-            place = next((i for i, box in enumerate(boxes) if box.words[box.last] != _UNSEEN), None)
+            place = next((i for i, box in enumerate(boxes) if box.is_quiet()), None)
             box = Mailbox(steps, device.type == "cuda") if place is None else boxes.pop(place)
         box.clear()
         return box
@@ -153,9 +157,9 @@ class Planes:
             self.planes.append(plane)
         return len(self.planes)
 
-    def launched(self, t: int) -> None:
-        """Step t is on its way."""
-        self.mail.last = max(self.mail.last, t + 1)
+    def launching(self, t: int) -> None:
+        """Step t goes on its way; also one that was taken before, of which the device will write once more."""
+        self.mail.last, self.words[t + 1] = max(self.mail.last, t + 1), _UNSEEN
 
     def look(self, wait: bool = False) -> None:
         """Looks whether the device has told what all steps took; frees the planes that nobody took then.

@@ -146,14 +146,14 @@ class DeviceState:
         capacity = self.planes.make_room(t) if self.planes is not None else 0
         widen, raised = self._widen(Format.of(dtype))
         form = self.format
+        if self.planes is not None:
+            self.planes.launching(t)
         self.loops.reach(
             self.device,
             self.reach_grid,
             *(y, self.ledger, self.mailbox, t, capacity, min(self.fine, form.fine), widen, raised, self.n, self.reach_rounds),
             *(form.limit, form.u_limit, form.bits, _TOPS[dtype], self.store, REACH_BLOCK),
         )
-        if self.planes is not None:
-            self.planes.launched(t)
         slot = self._fresh_slot()
         of = (self.ledger, self.sums, slot, self.n, t, self.rounds)
         self.loops.shear(self.device, self.grid, self.X, self.U, y, out, *of, self.store, self.proof, self.block)
