@@ -118,6 +118,10 @@ class _Pass:
         self.task = task
         self.comparisons: list[_Comparison] = []
 
+    def last(self) -> None:
+        """Has `end` called after what others wait for the end of the pass with, as DDP and FSDP do, who must be through if it raises."""
+        Variable._execution_engine.queue_callback(self.end)
+
     def end(self) -> None:
         comparisons, self.comparisons = self.comparisons, []
         _settle(comparisons)
@@ -135,7 +139,7 @@ def _around() -> _Pass | None:
     around = None if known is None else known()
     if around is None or around.task != task:
         around = _Pass(task)
-        Variable._execution_engine.queue_callback(around.end)
+        Variable._execution_engine.queue_callback(around.last)
         _LOCAL.around = weakref.ref(around)
     return around
 

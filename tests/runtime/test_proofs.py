@@ -128,6 +128,17 @@ def test_a_pass_that_runs_compiled_is_proved_though_it_calls_nothing_back():
         out.sum().backward()
 
 
+def test_others_who_wait_for_the_end_of_a_pass_are_called_before_a_difference_raises():
+    model, x, called = net(), torch.randn(3, D, requires_grad=True), []
+    out = model(x)
+    with torch.no_grad():
+        model[2].linear.weight[0, 0] += 1
+    model[0].linear.weight.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(lambda: called.append(1)))
+    with pytest.raises(InversionError, match="step 2: parameter"):
+        out.sum().backward()
+    assert called == [1]
+
+
 class Layers(nn.Module):
     """Two containers; `between` sees the gradient that passes between them, `after` the mask after each call."""
 
