@@ -67,7 +67,7 @@ class OwnCopies:
             layer: the step's name in the region.
             copies: those that were copied.
         """
-        return partial(_learn, self.learnt, self.counted, layer, {n: (id(c), c.untyped_storage().nbytes()) for n, c in copies.items()})
+        return partial(_learn, self.learnt, self.counted, layer, {name: (id(copy), _bytes(copy)) for name, copy in copies.items()})
 
 
 def _learn(learnt: Learnt, counted: set[int], layer: str, copied: dict[str, tuple[int, int]], overwritten: Set[str]) -> None:
@@ -83,6 +83,10 @@ def _learn(learnt: Learnt, counted: set[int], layer: str, copied: dict[str, tupl
             learnt.sizes[label] = 0 if which in counted else size
             counted.add(which)
         known[key] = known.get(key, False) or name in overwritten
+
+
+def _bytes(t: Tensor) -> int:
+    return t.untyped_storage().nbytes() if is_ordinary(t) else 0
 
 
 def is_copyable(t: Any) -> bool:

@@ -350,6 +350,16 @@ def fingerprints(n):
         assert device_hash.hashes_on_device(there).tolist() == wanted
     for t, number in list(zip(there, wanted, strict=True))[:: 5 if DEVICE == "cpu" else 1]:
         assert device_hash.hashes_on_device([t]).tolist() == [number]
+    freed, hidden = torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE)[2:]
+    for t in (freed, hidden):
+        t.untyped_storage().resize_(0)
+    for none in (torch._efficientzerotensor(5, device=DEVICE), freed, hidden):
+        try:
+            device_hash.hashes_on_device([none, there[0]])
+        except RuntimeError as error:
+            assert "memory was freed" in str(error)
+        else:
+            raise AssertionError("no error where there is no memory")
 
 
 def drawn(n):

@@ -197,12 +197,14 @@ def test_a_large_buffer_with_gaps_is_not_taken_for_changed():
         def __init__(self):
             super().__init__()
             self.register_buffer("mixing", torch.randn(300, 300).t()[:D, :D])
+            self.register_buffer("sparse", torch.eye(D).to_sparse())
 
         def forward(self, x):
             return x + torch.tanh(self.linear(x) @ self.mixing)
 
-    model = momentumize(nn.Sequential(*(Wide() for _ in range(4))), gamma=0.9)
-    model(torch.randn(3, D, requires_grad=True)).sum().backward()
+    for options in ({"regions": [""]}, {}):
+        model = momentumize(nn.Sequential(*(Wide() for _ in range(4))), gamma=0.9, **options)
+        model(torch.randn(3, D, requires_grad=True)).sum().backward()
 
 
 def test_a_pass_that_fails_leaves_nothing():
