@@ -356,10 +356,9 @@ def fingerprints(n):
     for none in (torch._efficientzerotensor(5, device=DEVICE), freed, hidden):
         try:
             device_hash.hashes_on_device([none, there[0]])
-        except RuntimeError as error:
-            assert "memory was freed" in str(error)
-        else:
-            raise AssertionError("no error where there is no memory")
+        except RuntimeError:
+            continue
+        raise AssertionError("no error where there is no memory")
 
 
 def drawn(n):

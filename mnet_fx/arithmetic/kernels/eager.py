@@ -95,7 +95,7 @@ def is_dense(t: Tensor) -> bool:
 
 def is_freed(t: Tensor) -> bool:
     """Whether a tensor has no memory of its own to read: its storage was freed, which an offset hides, or it is zero by its kind."""
-    return t.data_ptr() == 0 or (t.storage_offset() > 0 and t.untyped_storage().size() == 0)
+    return t.data_ptr() == 0 or bool(t.storage_offset() > 0 and t.untyped_storage().size() == 0)
 
 
 def _chunk_size() -> int:
