@@ -49,7 +49,7 @@ TESTS = {
 # File, what stands there once, what the mutant has in its place.
 MUTANTS: list[tuple[str, str, str]] = [
     # What is checked in a rerun.
-    ("mnet_fx/runtime/tape.py", "self.reruns[t].conditions.look(self.proofs, lambda what: self.drifted(t, what))", "pass"),
+    ("mnet_fx/runtime/tape.py", "self.reruns[t].conditions.look(self.proofs, partial(self.drifted, t))", "pass"),
     (
         "mnet_fx/runtime/tape.py",
         "except (MnetError, torch.OutOfMemoryError):\n            raise\n",
@@ -64,15 +64,15 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "isinstance(now[name], Tensor) or now[name] != self.prints[name]", "now[name] != self.prints[name]"),
     ("mnet_fx/runtime/tape.py", '() if self.on_drift == "ignore" else of()', '() if self.on_drift != "raise" else of()'),
     ("mnet_fx/arithmetic/fixed_point.py", "self.from_rest = self.v_bound == 0.0", "self.from_rest = True"),
-    ("mnet_fx/runtime/tape.py", "lambda differing: self._returned(t, differing))", "lambda differing: None)"),
+    ("mnet_fx/runtime/tape.py", "partial(_returned, weakref.ref(self), self.drifted, t)", "lambda differing: None"),
     (
         "mnet_fx/runtime/tape.py",
         "self.prove(self.fingerprint(self.state.fingerprint), self.prints[self.time], after",
         "self.prove((), (), after",
     ),
     ("mnet_fx/runtime/tape.py", "(isinstance(found[0], Tensor) or found != print_)", "False"),
-    ("mnet_fx/runtime/tape.py", "return self.copies[name] if changed and name in self.copies else x", "return x"),
-    ("mnet_fx/runtime/tape.py", "if changed and name not in self.copies:", "if changed:"),
+    ("mnet_fx/runtime/tape.py", "return own.get(name, x) if changed else x", "return x"),
+    ("mnet_fx/runtime/tape.py", "None if own else self.drifted", "self.drifted"),
     ("mnet_fx/runtime/tape.py", "self.prove(self.fingerprint(lambda: prints([y])), self.prints[t], t", "self.prove((), (), t"),
     ("mnet_fx/runtime/steps.py", 'x.device, tape.on_drift != "ignore", tape.own', "x.device, False, tape.own"),
     (
@@ -86,8 +86,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/own_copies.py", "isinstance(print_, Tensor) else print_)", "isinstance(print_, Tensor) else 0)"),
     ("mnet_fx/runtime/steps.py", "if any(t._version != version for t, version in saved):", "if False:"),
     ("mnet_fx/runtime/steps.py", "noted.clear()", "pass"),
-    ("mnet_fx/runtime/own_copies.py", "self.learnt.overwritten = {key: True for key, was in known.items() if was}", "pass"),
-    ("mnet_fx/runtime/own_copies.py", "0 if id(copy) in self.counted else", "0 if False else"),
+    ("mnet_fx/runtime/own_copies.py", "learnt.overwritten = {key: True for key, was in known.items() if was} |", "learnt.overwritten |="),
+    ("mnet_fx/runtime/own_copies.py", " | {(layer, name): True for name in unforeseen}", ""),
+    ("mnet_fx/runtime/own_copies.py", "0 if which in counted else", "0 if False else"),
     ("mnet_fx/runtime/own_copies.py", "known.get(key, False) or name in overwritten", "name in overwritten"),
     ("mnet_fx/runtime/own_copies.py", "and not (t.is_leaf and t.requires_grad)", ""),
     ("mnet_fx/runtime/own_copies.py", "return copy.requires_grad_(t.requires_grad)", "return copy"),
@@ -187,17 +188,9 @@ MUTANTS: list[tuple[str, str, str]] = [
         "_reparametrize_module(self.module, swapped):",
         "_reparametrize_module(self.module, swapped, tie_weights=True):",
     ),
-    (
-        "mnet_fx/runtime/replay.py",
-        "with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
-        "with _TURNS, temporarily_clear_interpreter_stack():",
-    ),
-    (
-        "mnet_fx/runtime/replay.py",
-        "with _TURNS, torch.inference_mode(False), temporarily_clear_interpreter_stack():",
-        "with _TURNS, torch.inference_mode(False):",
-    ),
-    ("mnet_fx/runtime/replay.py", "with _TURNS, torch.inference_mode(False)", "with torch.inference_mode(False)"),
+    ("mnet_fx/runtime/replay.py", "nullcontext() if calm else torch.inference_mode(False),", "nullcontext(),"),
+    ("mnet_fx/runtime/replay.py", "nullcontext() if calm else temporarily_clear_interpreter_stack(),", "nullcontext(),"),
+    ("mnet_fx/runtime/replay.py", "            _TURNS,\n            nullcontext() if calm", "            nullcontext() if calm"),
     (
         "mnet_fx/runtime/replay.py",
         "for _ in range(levels):\n        torch._C._vmapmode_decrement_nesting()",
@@ -268,7 +261,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/kernels/c.py", "(uint64_t)(place + 1)", "(uint64_t)1"),
     ("mnet_fx/arithmetic/kernels/c.py", "rest ? mixed(words + 8 * n, rest, n) : 0", "0"),
     ("mnet_fx/arithmetic/kernels/c.py", "    return z ^ (z >> 31);", "    return z;"),
-    ("mnet_fx/arithmetic/kernels/c.py", "if any(bytes_[i] and not data[i] for i in range(count)):", "if False:"),
+    ("mnet_fx/arithmetic/kernels/c.py", "if any(bytes_[i] and is_freed(t) for i, t in enumerate(tensors)):", "if False:"),
     ("mnet_fx/arithmetic/fingerprints.py", "return [table.sum(0), table.sum(1), ", "return [table.sum(0), "),
     ("mnet_fx/arithmetic/fingerprints.py", "return [table.sum(0), table.sum(1), ", "return [table.sum(1), "),
     ("mnet_fx/arithmetic/fingerprints.py", "words[rows * row :], *parts]", "*parts]"),

@@ -78,6 +78,10 @@ class Mailbox:
         self.words: Any = (ctypes.c_int64 * size).from_address(self.memory.data_ptr())
         self.address, self.steps, self.last = self.memory.data_ptr(), steps, 0
 
+    def is_quiet(self) -> bool:
+        """Whether the device has written all that it was told to; of a step taken again, this is not the last word."""
+        return _UNSEEN not in self.words[0 : self.last + 1]
+
     def clear(self) -> None:
         self.words[0 : self.steps + 1] = [0] + [_UNSEEN] * self.steps
         self.last = 0
@@ -88,12 +92,12 @@ class _Pool:
 
     def __init__(self) -> None:
         self.free: dict[tuple[int, torch.device], list[Mailbox]] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a chain that the garbage collector finds meanwhile gives its mailbox in the same thread
 
     def take(self, steps: int, device: torch.device) -> Mailbox:
         with self.lock:
             boxes = self.free.get((steps, device), [])
-            place = next((i for i, box in enumerate(boxes) if box.words[box.last] != _UNSEEN), None)
+            place = next((i for i, box in enumerate(boxes) if box.is_quiet()), None)
             box = Mailbox(steps, device.type == "cuda") if place is None else boxes.pop(place)
         box.clear()
         return box
@@ -118,7 +122,8 @@ class Planes:
     """
 
     def __init__(self, gammas: Sequence[float], form: Format, at_rest: bool, like: Tensor, reserve: Reserve) -> None:
-        self.theory = spilled_planes(gammas, form, at_rest)
+        self.form, self.at_rest = form, at_rest
+        self.expect(gammas)
         self.most = _MOST.get(form.dtype, 11)
         self.size, self.device, self.reserve = like.numel(), like.device, reserve
         self.planes: list[Tensor] = []
@@ -132,6 +137,10 @@ class Planes:
             if last > self.told:
                 self._learn(last)
             _POOL.give(self.mail, self.device)
+
+    def expect(self, gammas: Sequence[float]) -> None:
+        """Notes what theory says that the steps will take."""
+        self.theory = spilled_planes(gammas, self.form, self.at_rest)
 
     def make_room(self, t: int) -> int:
         """Has planes ready for step t, which is about to be launched; returns how many there are in all."""
@@ -148,9 +157,9 @@ class Planes:
             self.planes.append(plane)
         return len(self.planes)
 
-    def launched(self, t: int) -> None:
-        """Step t is on its way."""
-        self.mail.last = max(self.mail.last, t + 1)
+    def launching(self, t: int) -> None:
+        """Step t goes on its way; also one that was taken before, of which the device will write once more."""
+        self.mail.last, self.words[t + 1] = max(self.mail.last, t + 1), _UNSEEN
 
     def look(self, wait: bool = False) -> None:
         """Looks whether the device has told what all steps took; frees the planes that nobody took then.

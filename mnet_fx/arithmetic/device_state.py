@@ -112,7 +112,8 @@ class DeviceState:
         self.block = BLOCK
         self.grid, self.rounds = _split(self.n, BLOCK)
         self.reach_grid, self.reach_rounds = _split(self.n, REACH_BLOCK)
-        self.ledger = _template(tuple((float(g), float(b)) for g, b in factors), self.device).clone()
+        self.factors = [(float(g), float(b)) for g, b in factors]
+        self.ledger = _template(tuple(self.factors), self.device).clone()
         gammas, reserve = [g for g, _ in factors], reserve or Reserve()
         self.planes = Planes(gammas, self.format, self.from_rest, self.X, reserve) if store else None
         self.mailbox = self.planes.mail.address if self.planes is not None else 0
@@ -128,7 +129,7 @@ class DeviceState:
         self.loops.fill(self.device, self.grid, x0, some, *to, v0 is not None, self.proof, self.block)
 
     def step(self, y: Tensor, *factors: float, given: Tensor | None = None) -> tuple[int, Tensor]:
-        """One step of the recurrence, in place, as `State.step`: the next one, whose factors were told at the start.
+        """One step of the recurrence, in place, as `State.step`: the next one. Its factors were told at the start; others are told now.
 
         Returns its index, and the new x as a fresh tensor. With `given`, the stream as somebody has it, `written` then tells whether that
         still was x[t].
@@ -140,19 +141,21 @@ class DeviceState:
         if self.half or t >= self.steps:
             raise RuntimeError(f"no step can be taken now, at time {t} of {self.steps}" + (", half-way back" if self.half else ""))
         y = self._aligned(y)
+        if factors and factors != self.factors[t]:
+            self._tell(t, *factors)
         dtype = self.dtype if y.dtype is self.dtype else torch.promote_types(self.dtype, y.dtype)
         out = torch.empty_like(self.X, dtype=dtype)
         capacity = self.planes.make_room(t) if self.planes is not None else 0
         widen, raised = self._widen(Format.of(dtype))
         form = self.format
+        if self.planes is not None:
+            self.planes.launching(t)
         self.loops.reach(
             self.device,
             self.reach_grid,
             *(y, self.ledger, self.mailbox, t, capacity, min(self.fine, form.fine), widen, raised, self.n, self.reach_rounds),
             *(form.limit, form.u_limit, form.bits, _TOPS[dtype], self.store, REACH_BLOCK),
         )
-        if self.planes is not None:
-            self.planes.launched(t)
         slot = self._fresh_slot()
         of = (self.ledger, self.sums, slot, widen, self.n, t, self.rounds)
         how = (self.store, self.proof, given is not None, self.block)
@@ -161,6 +164,15 @@ class DeviceState:
         self.time, self.dtype, self.slot = t + 1, dtype, slot
         self.kinds[t + 1 :] = [(dtype, form)]
         return t, out
+
+    def _tell(self, t: int, gamma: float, weight: float) -> None:
+        """Step t has other factors than it was said to have: layers were skipped."""
+        self.factors[t], at = (float(gamma), float(weight)), self.loops.words.GAMMA.value
+        with torch.inference_mode(False):
+            told = torch.tensor(self.factors[t], dtype=torch.float64, device="cpu").view(torch.int64)
+        self.ledger[t + 1, at : at + 2].copy_(told)
+        if self.planes is not None:
+            self.planes.expect([gamma for gamma, _ in self.factors])
 
     def unstep_x(self, record: int) -> Tensor:
         """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]. Returns x[t].

@@ -6,8 +6,9 @@ of the originals have changed, and later calls keep copies of those alone. A rer
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,25 +58,35 @@ class OwnCopies:
             self.copies[key] = (t, _copy(t))
         return self.copies[key][1]
 
-    def learn(self, layer: str, copies: dict[str, Tensor], overwritten: Set[str]) -> None:
-        """Notes which side inputs and buffers of a layer are overwritten: one that ever was is copied from then on.
+    def lesson(self, layer: str, copies: dict[str, Tensor]) -> Callable[[Set[str]], None]:
+        """What is to be called with the names of the side inputs and buffers of a layer that were overwritten since its first run.
+
+        It notes them: one that ever was is copied from then on. It keeps no tensors, as it may be called when the tape is gone.
 
         Args:
             layer: the step's name in the region.
             copies: those that were copied.
-            overwritten: those whose originals have changed since the step's first run, copied or not.
         """
-        known = self.learnt.overwritten
-        if overwritten - copies.keys():  # it had been found unchanged before: that may be so of others too, which are looked at again
-            self.learnt.overwritten = {key: True for key, was in known.items() if was}
-            return
-        for name, copy in copies.items():
-            key = (layer, name)
-            if name in overwritten and not known.get(key):
-                label = f"{name} of {layer.rstrip('.')}" if name.startswith("side") else name
-                self.learnt.sizes[label] = 0 if id(copy) in self.counted else copy.untyped_storage().nbytes()
-                self.counted.add(id(copy))
-            known[key] = known.get(key, False) or name in overwritten
+        return partial(_learn, self.learnt, self.counted, layer, {name: (id(copy), _bytes(copy)) for name, copy in copies.items()})
+
+
+def _learn(learnt: Learnt, counted: set[int], layer: str, copied: dict[str, tuple[int, int]], overwritten: Set[str]) -> None:
+    """See `OwnCopies.lesson`. copied: by name, which copy it is and its bytes."""
+    known = learnt.overwritten
+    if unforeseen := overwritten - copied.keys():  # found unchanged before: that may be so of others too, which are looked at again
+        learnt.overwritten = {key: True for key, was in known.items() if was} | {(layer, name): True for name in unforeseen}
+        return
+    for name, (which, size) in copied.items():
+        key = (layer, name)
+        label = f"{name} of {layer.rstrip('.')}" if name.startswith("side") else name
+        if name in overwritten and label not in learnt.sizes:
+            learnt.sizes[label] = 0 if which in counted else size
+            counted.add(which)
+        known[key] = known.get(key, False) or name in overwritten
+
+
+def _bytes(t: Tensor) -> int:
+    return t.untyped_storage().nbytes() if is_ordinary(t) else 0
 
 
 def is_copyable(t: Any) -> bool:

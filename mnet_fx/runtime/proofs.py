@@ -10,6 +10,7 @@ On a CPU, where numbers are at hand, every comparison is made at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..errors import InversionError, MnetWarning
+from ..errors import InversionError, MnetError, MnetWarning, StreamError
 from .cuda_streams import present
 
-__all__ = ["Drift", "Print", "Proofs"]
+__all__ = ["Drift", "Print", "Proofs", "differed", "unseen_write"]
 
 Print = Sequence[Any]
 """Numbers, or int64 tensors of them that are still on a device."""
@@ -120,6 +121,10 @@ class _Pass:
         self.task = task
         self.comparisons: list[_Comparison] = []
 
+    def last(self) -> None:
+        """Has `end` called after what others wait for the end of the pass with, as DDP and FSDP do, who must be through if it raises."""
+        Variable._execution_engine.queue_callback(self.end)
+
     def end(self) -> None:
         comparisons, self.comparisons = self.comparisons, []
         _settle(comparisons)
@@ -129,21 +134,21 @@ _LOCAL = threading.local()
 
 
 def _around() -> _Pass | None:
-    """The backward pass in which this thread is."""
+    """The backward pass in which this thread is, if it will call back: one that runs compiled (compiled autograd) does not."""
     task = torch._C._current_graph_task_id()
-    if task == -1:
+    if task == -1 or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False):
         return None
     known: weakref.ref[_Pass] | None = getattr(_LOCAL, "around", None)
     around = None if known is None else known()
     if around is None or around.task != task:
         around = _Pass(task)
-        Variable._execution_engine.queue_callback(around.end)
+        Variable._execution_engine.queue_callback(around.last)
         _LOCAL.around = weakref.ref(around)
     return around
 
 
 def _settle(comparisons: Sequence[_Comparison]) -> None:
-    """Reads what is on devices, once for each, and concludes in order."""
+    """Reads what is on devices, once for each, and concludes in order: all that there is, of which the first error is raised."""
     places = [(k, i, a, b) for k, comparison in enumerate(comparisons) for i, a, b in comparison.on_device()]
     differing: list[set[int]] = [set(comparison.on_host()) for comparison in comparisons]
     for stream in {comparison.stream for comparison in comparisons if comparison.stream is not None}:
@@ -157,5 +162,32 @@ def _settle(comparisons: Sequence[_Comparison]) -> None:
             for k, i, a, b in here:
                 if not torch.equal(a, b):
                     differing[k].add(i)
+    errors = list[MnetError]()
     for comparison, which in zip(comparisons, differing, strict=True):
-        comparison.conclude(sorted(which))
+        try:
+            comparison.conclude(sorted(which))
+        except MnetError as error:
+            errors.append(error)
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # they hold this frame
+
+
+def differed(drifted: Drift, t: int, what: str, differing: list[int]) -> None:
+    """Reports that `what` differed in a rerun of step t, if it did."""
+    if differing:
+        drifted(t, what)
+
+
+def unseen_write(region: str, t: int, differing: list[int]) -> None:
+    """
+    Raises:
+        StreamError: something differs between the stream as it was handed out and as it is.
+    """
+    if differing:
+        raise StreamError(
+            f"{region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
+            "by the step or before it; make that operation out of place (inplace=False)"
+        )

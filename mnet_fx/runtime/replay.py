@@ -112,7 +112,7 @@ class Conditions:
             self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
-            versions = {name: _version(t) for name, t in before.items()}
+            was, versions = {} if fake else _fingerprints(before), {name: _version(t) for name, t in before.items()}
             sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
                 result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
@@ -124,12 +124,12 @@ class Conditions:
                 return result
             self.random = [(source, state) for source, state in self.random if moved(state, source.get_state())]
             if before:
-                self._note_buffers(before, copies, versions)
+                self._note_buffers(before, copies, was, versions)
             return result
 
-    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor], versions: dict[str, Any]) -> None:
+    def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor], was: dict[str, Any], versions: dict[str, Any]) -> None:
         self.buffers = {}
-        after, was, now = self._tensors(), _fingerprints(copies), _fingerprints(before)  # batch_norm's statistics get no new _version
+        after, now = self._tensors(), _fingerprints(before)  # batch_norm's statistics get no new _version
         for name, copy in copies.items():
             if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name]):
                 self.buffers[name] = copy
@@ -159,11 +159,13 @@ class Conditions:
         if self.copies:
             self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
 
-        def conclude(places: list[int]) -> None:
+        learn, copied = None if self.own is None else self.own.lesson(self.layer, self.copies), set(self.copies)
+
+        def conclude(places: list[int]) -> None:  # keeps no tensors, see `Proofs`
             differing = {names[i] for i in places}
-            if self.own is not None:
-                self.own.learn(self.layer, self.copies, {name for name in differing if not name.startswith("parameter")})
-            if (first := next((name for name in names if name in differing and name not in self.copies), None)) is not None:
+            if learn is not None:
+                learn({name for name in differing if not name.startswith("parameter")})
+            if (first := next((name for name in names if name in differing and name not in copied), None)) is not None:
                 report(first)
 
         proofs.compare([now[name] for name in names], [self.prints[name] for name in names], conclude)

@@ -87,7 +87,7 @@ class Recurrence:
         if floats or x.numel() == 0:
             return self._in_floats(x, reversible and transformed())
         gammas = [gamma for gamma, _ in self.factors]
-        held = reduce(torch.promote_types, self.widest, x.dtype)
+        held = reduce(torch.promote_types, [dtype for dtype in self.widest if dtype.itemsize > 1], x.dtype)  # torch promotes no float8
         kind: type[Tape] = ReversingTape if reversing else PlainTape
         if reversible and not reversing:
             kind = {"reverse": ReversingTape, "inputs": StoringTape}[storage(gammas, x.dtype, v0 is None, held)[0]]

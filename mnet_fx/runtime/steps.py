@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
-from .proofs import Print
+from .proofs import Print, unseen_write
 from .replay import Conditions, Known, noted, transformed, undisturbed
-from .tape import FloatTape, PlainTape, Rerun, Tape, unseen_write
+from .tape import FloatTape, PlainTape, Rerun, Tape
 
 __all__ = ["Chain", "run_chain", "watched"]
 

@@ -38,6 +38,7 @@ Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,27 +49,15 @@ from torch import Tensor
 from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.fixed_point import Record, State
-from ..errors import InversionError, MnetError, StreamError, is_of_device
+from ..errors import InversionError, MnetError, is_of_device
 from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
-from .proofs import Drift, Print, Proofs
+from .proofs import Drift, Print, Proofs, differed, unseen_write
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
-__all__ = ["FloatTape", "PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape", "unseen_write"]
-
-
-def unseen_write(region: str, t: int, differing: list[int]) -> None:
-    """
-    Raises:
-        StreamError: something differs between the stream as it was handed out and as it is.
-    """
-    if differing:
-        raise StreamError(
-            f"{region}, step {t}: the stream was changed in place where autograd does not see it (in inference mode, or by .data), "
-            "by the step or before it; make that operation out of place (inplace=False)"
-        )
+__all__ = ["FloatTape", "PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
 
 
 class Rerun:
@@ -126,7 +115,7 @@ class Tape:
         if not isinstance(self.state, DeviceState):
             return self.state.step(y, *self.factors[t])
         watched = x is not None and (self.on_drift != "ignore" or x.is_inference())
-        result = self.state.step(y, given=x if watched else None)
+        result = self.state.step(y, *self.factors[t], given=x if watched else None)
         if watched:
             self.proofs.put_off(*self.state.written, partial(unseen_write, self.region, t))
         return result
@@ -145,7 +134,7 @@ class Tape:
 
     def rerun(self, t: int, x: Tensor) -> tuple[Any, ...]:
         """(y, *extras) of step t on x = x[t], once more."""
-        self.reruns[t].conditions.look(self.proofs, lambda what: self.drifted(t, what))
+        self.reruns[t].conditions.look(self.proofs, partial(self.drifted, t))
         try:
             return self.reruns[t](x)
         except (MnetError, torch.OutOfMemoryError):
@@ -161,7 +150,7 @@ class Tape:
 
     def prove(self, found: Print, noted: Print, t: int, what: str) -> None:
         """Reports that `what` differs in a rerun of step t, if it does."""
-        self.proofs.compare(found, noted, lambda differing: self.drifted(t, what) if differing else None)
+        self.proofs.compare(found, noted, partial(differed, self.drifted, t, what))
 
 
 class ReversingTape(Tape):
@@ -187,6 +176,7 @@ class ReversingTape(Tape):
 
     def hand_out(self, t: int) -> Tensor:
         if self.half and self.time == t:
+            self.handover(self._tensors)
             return self.state.read()
         self._seek(t + 1)
         return self._halve()
@@ -198,12 +188,9 @@ class ReversingTape(Tape):
         except LostBits as lost:
             raise self._lost(lost) from lost
         self.half = False
-        self.proofs.compare(self.fingerprint(self.state.fingerprint), self.prints[t], lambda differing: self._returned(t, differing))
-
-    def _returned(self, t: int, differing: list[int]) -> None:
-        if differing:
-            at_rest = t == self.time == 0 and self.from_rest and not self.half
-            self.drifted(t, f"the state before step {t}", *(self.state.off_zero() if at_rest else ()))
+        self.proofs.compare(
+            self.fingerprint(self.state.fingerprint), self.prints[t], partial(_returned, weakref.ref(self), self.drifted, t)
+        )
 
     def state_at(self, t: int) -> Tensor:
         """x[t], with the tape at that time."""
@@ -240,6 +227,8 @@ class ReversingTape(Tape):
 
     def _seek(self, t: int) -> None:
         """Goes to time t, rerunning the steps in between."""
+        if self.half or self.time != t:
+            self.handover(self._tensors)
         if self.half:  # a rerun that did not reach its end
             self.state.restep_x(self.records[self.time])
             self.half, self.time = False, self.time + 1
@@ -285,14 +274,10 @@ class StoringTape(Tape):
         (x, print_), name = self.inputs[t], f"x[{t}]"
         found = self.fingerprint(lambda: prints([x]))
         changed = bool(found) and (isinstance(found[0], Tensor) or found != print_)  # on a device nobody knows yet: rather the copy
-        self.proofs.compare(found, print_, lambda differing: self._looked(t, name, bool(differing)))
-        return self.copies[name] if changed and name in self.copies else x
-
-    def _looked(self, t: int, name: str, changed: bool) -> None:
-        if self.own is not None:
-            self.own.learn("", {name: self.copies[name]} if name in self.copies else {}, {name} if changed else set())
-        if changed and name not in self.copies:
-            self.drifted(t, f"the stream before step {t}, changed in place,")
+        own = {name: self.copies[name]} if name in self.copies else {}
+        learn, drifted = None if self.own is None else self.own.lesson("", own), None if own else self.drifted
+        self.proofs.compare(found, print_, partial(_looked, learn, drifted, t, name))
+        return own.get(name, x) if changed else x
 
     def close(self, t: int, y: Tensor) -> None:
         self.prove(self.fingerprint(lambda: prints([y])), self.prints[t], t, f"the residual of step {t}")
@@ -304,6 +289,22 @@ class StoringTape(Tape):
             x_, print_ = self.inputs[-1]
             self.copies[name] = self.own.shared(x_, print_[0])
         return x
+
+
+def _returned(tape: weakref.ref[ReversingTape], drifted: Drift, t: int, differing: list[int]) -> None:
+    """What `ReversingTape.close` concludes: with how far v is from 0, while the tape is there and at rest."""
+    if differing:
+        there = tape()
+        at_rest = there is not None and t == there.time == 0 and there.from_rest and not there.half
+        drifted(t, f"the state before step {t}", *(there.state.off_zero() if there is not None and at_rest else ()))
+
+
+def _looked(learn: Callable[[set[str]], None] | None, drifted: Drift | None, t: int, name: str, differing: list[int]) -> None:
+    """What `StoringTape.hand_out` concludes; drifted: None where there is a copy."""
+    if learn is not None:
+        learn({name} if differing else set())
+    if differing and drifted is not None:
+        drifted(t, f"the stream before step {t}, changed in place,")
 
 
 class PlainTape(Tape):

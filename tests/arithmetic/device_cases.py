@@ -208,6 +208,41 @@ def again(n):
         run.all(restep=True)
 
 
+def skipped(n):
+    """Steps with other factors than were told at the start, as where layers are skipped; forth once more with those."""
+    run = made(n, 6, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], jump=(3, 1e5))
+    run.factors[2:] = [(0.3, 0.7), (0.01, 2.0), (0.5, 0.5), (0.0, 1.0)]
+    real = run.dev.step
+    run.dev.step = lambda y: real(y, *run.factors[run.dev.time])
+    run.all(restep=True)
+
+
+def unseen(n):
+    """A stream that was written to is told apart, also by NaN; not where elements are NaN by themselves."""
+
+    def is_seen(dev, x):
+        dev.step(torch.zeros_like(x), given=x)
+        return not torch.equal(*[print_[0].cpu() for print_ in dev.written])
+
+    for dtype in DTYPES:
+        for wrong in (None, NAN, INF, 3.0):
+            run = made(n, 3, 0.5, dtype, bad=())
+            run.to(2)
+            x = run.dev.read()
+            if wrong is not None:
+                x.view(-1)[n // 2] = wrong
+            assert is_seen(run.dev, x) == (wrong is not None), (dtype, wrong)
+    x0 = torch.randn(n)
+    x0[0] = NAN
+    dev = DeviceState(x0.to(DEVICE), None, [(0.5, 0.5)] * 2, 2.0)
+    assert not is_seen(dev, dev.read())
+    for narrow, wide in ((F16, F32), (F32, F64)):  # a step that widens the format
+        dev = DeviceState(torch.randn(n, device=DEVICE).to(narrow), None, [(0.5, 0.5)] * 2, 2.0)
+        x = dev.read()
+        dev.step(torch.randn(n, device=DEVICE, dtype=wide), given=x)
+        assert torch.equal(*[print_[0].cpu() for print_ in dev.written])
+
+
 def long(n):
     made(n, 100, 0.9, grow=1.1).blind()
     made(n, 40, 0.5).blind()
@@ -324,6 +359,15 @@ def fingerprints(n):
         assert device_hash.hashes_on_device(there).tolist() == wanted
     for t, number in list(zip(there, wanted, strict=True))[:: 5 if DEVICE == "cpu" else 1]:
         assert device_hash.hashes_on_device([t]).tolist() == [number]
+    freed, hidden = torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE)[2:]
+    for t in (freed, hidden):
+        t.untyped_storage().resize_(0)
+    for none in (torch._efficientzerotensor(5, device=DEVICE), freed, hidden):
+        try:
+            device_hash.hashes_on_device([none, there[0]])
+        except RuntimeError:
+            continue
+        raise AssertionError("no error where there is no memory")
 
 
 def drawn(n):
@@ -364,7 +408,10 @@ GROUPS = {
     "bfloat16": lambda n: plain(n, BF16),
     "float16": lambda n: plain(n, F16),
     "float64": lambda n: plain(n, F64),
-    **{f.__name__: f for f in (held, promoted, magnitudes, again, forward_only, layouts, lost, refusals, words, fingerprints, drawn)},
+    **{
+        f.__name__: f
+        for f in (held, promoted, magnitudes, again, skipped, unseen, forward_only, layouts, lost, refusals, words, fingerprints, drawn)
+    },
 }
 EVERYWHERE = ("float32", "bfloat16", "float64", "fingerprints")  # on a GPU, for each number of elements; the others for one
 SIZES = (1000, 1, 17, 70001, 1 << 20)

@@ -6,10 +6,12 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 
 from mnet_fx import InversionError, MnetWarning, StreamError, momentumize
 from mnet_fx.arithmetic import fingerprints
 from mnet_fx.runtime.proofs import Proofs
+from mnet_fx.runtime.steps import watched
 
 D = 6
 
@@ -115,6 +117,94 @@ def test_double_backward_is_proved():
     (h_,) = torch.autograd.grad(g_.square().sum(), x)
     assert torch.equal(g, g_)
     assert torch.equal(h, h_)
+
+
+def test_a_pass_that_runs_compiled_is_proved_though_it_calls_nothing_back():
+    model, x = net(), torch.randn(3, D, requires_grad=True)
+    out = model(x)
+    with torch.no_grad():
+        model[2].linear.weight[0, 0] += 1
+    with compiled_autograd._enable(lambda graph: graph), pytest.raises(InversionError, match="step 2: parameter"):
+        out.sum().backward()
+
+
+def test_others_who_wait_for_the_end_of_a_pass_are_called_before_a_difference_raises():
+    model, x, called = net(), torch.randn(3, D, requires_grad=True), []
+    out = model(x)
+    with torch.no_grad():
+        model[2].linear.weight[0, 0] += 1
+    model[0].linear.weight.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(lambda: called.append(1)))
+    with pytest.raises(InversionError, match="step 2: parameter"):
+        out.sum().backward()
+    assert called == [1]
+
+
+class Layers(nn.Module):
+    """Two containers; `between` sees the gradient that passes between them, `after` the mask after each call."""
+
+    def __init__(self, between=None, after=None):
+        super().__init__()
+        self.first, self.second = (nn.ModuleList(Masked() for _ in range(4)) for _ in range(2))
+        self.between, self.after = between, after
+
+    def forward(self, x, mask):
+        for layer in self.first:
+            x = layer(x, mask)
+        if self.between is not None:
+            x = x * 1
+            x.register_hook(self.between)
+        for layer in self.second:
+            x = layer(x, mask)
+        if self.after is not None:
+            self.after(mask)
+        return x
+
+
+class Masked(Block):
+    def forward(self, x, mask):
+        return x + torch.tanh(self.linear(x) * mask)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.0])  # a tape that goes back, and one that stores
+def test_what_waits_keeps_no_tape(gamma):
+    tapes, alive = [], []
+    model = momentumize(Layers(lambda grad: alive.append([tape() is not None for tape in tapes])), regions=["first", "second"], gamma=gamma)
+    with watched(lambda tape, t, x: tapes.append(weakref.ref(tape)) if t == 1 else None):
+        out = model(torch.randn(3, D, requires_grad=True), torch.ones(D))
+    out.sum().backward()
+    assert alive == [[True, False]]
+
+
+def test_a_mask_that_is_overwritten_now_and_then_raises_once():
+    overwritten = []
+    model = momentumize(Layers(after=lambda mask: mask.add_(1) if overwritten else None), regions=["first", "second"], gamma=0.9)
+
+    def call():
+        model(torch.randn(3, D, requires_grad=True), torch.ones(D)).sum().backward()
+
+    call()
+    overwritten.append(True)
+    with pytest.raises(InversionError, match="side input 1 differs"):
+        call()
+    overwritten.clear()
+    call()
+    overwritten.append(True)
+    call()
+
+
+def test_a_large_buffer_with_gaps_is_not_taken_for_changed():
+    class Wide(Block):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mixing", torch.randn(300, 300).t()[:D, :D])
+            self.register_buffer("sparse", torch.eye(D).to_sparse())
+
+        def forward(self, x):
+            return x + torch.tanh(self.linear(x) @ self.mixing)
+
+    for options in ({"regions": [""]}, {}):
+        model = momentumize(nn.Sequential(*(Wide() for _ in range(4))), gamma=0.9, **options)
+        model(torch.randn(3, D, requires_grad=True)).sum().backward()
 
 
 def test_a_pass_that_fails_leaves_nothing():

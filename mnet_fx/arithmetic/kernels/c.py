@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .eager import is_freed
+
 __all__ = ["NativeError", "compiled", "hashes"]
 
 _TYPES = {  # float16: gcc 12 and clang have it
@@ -149,7 +151,7 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
         count = len(tensors)
         data = _array(ctypes.c_void_p, count)(*(t.data_ptr() for t in tensors))
         bytes_ = _array(ctypes.c_int64, count)(*(t.numel() * t.element_size() for t in tensors))
-        if any(bytes_[i] and not data[i] for i in range(count)):
+        if any(bytes_[i] and is_freed(t) for i, t in enumerate(tensors)):
             raise RuntimeError("a tensor whose memory was freed has no fingerprint")
         sums = _array(ctypes.c_uint64, count)()
         function(data, bytes_, sums, count, _PARALLEL, torch.get_num_threads())

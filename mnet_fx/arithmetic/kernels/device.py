@@ -125,11 +125,11 @@ def shear_any(x, u, v, nxt, at, ok, t, STORE: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def unlike(given, x, unit, u_dtype: tl.constexpr):
-    """1 where what was given is neither X * unit nor NaN, else 0."""
+def unlike(given, x, unit, whole, u_dtype: tl.constexpr):
+    """1 where what was given is not X * unit, else 0; also 0 where it is NaN, unless the state is `whole`, without elements that are."""
     if u_dtype == tl.int32:  # the words of X hold more than X
         x, _, _ = split(x, x)
-    return ((given != put(x, unit, given.dtype)) & (given == given)).to(tl.int64)
+    return tl.where(given != put(x, unit, given.dtype), tl.where(given == given, whole * 0 + 1, whole), 0)
 
 
 @triton.jit(do_not_specialize=["slot", "widen", "t", "rounds"])
@@ -142,6 +142,7 @@ def shear(
     """
     nxt = ledger + (t.to(tl.int64) + 1) * WORDS
     before = pow2(tl.load(nxt - WORDS + UNIT) - widen)  # the unit of X before the step, which is finer by now if the format is a wider one
+    whole = (tl.load(nxt - WORDS + GONE) == 0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int64)
     e = tl.load(nxt + UNIT)
     unit, ratio, scale = pow2(e), f64(tl.load(nxt + RATIO)), f64(tl.load(nxt + SCALE))
@@ -154,7 +155,7 @@ def shear(
         ok = at < n
         x, u, v = tl.load(X + at, ok, 0), tl.load(U + at, ok, 0), widened(tl.load(y + at, ok, 0.0))
         if CHECK:
-            count += tl.where(ok, unlike(tl.load(given + at, ok, 0.0), x, before, U.dtype.element_ty), 0)
+            count += tl.where(ok, unlike(tl.load(given + at, ok, 0.0), x, before, whole, U.dtype.element_ty), 0)
         if special:
             x_word, u_word, x, u, o = shear_any(x, u, v, nxt, at, ok, t, STORE, out.dtype.element_ty)
         else:

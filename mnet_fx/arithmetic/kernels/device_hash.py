@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import OPTIONS, mixed
+from .eager import is_freed
 from .launching import Launcher, raw_stream
 
 __all__ = ["hashes_on_device"]
@@ -124,10 +125,15 @@ def hashes_on_device(tensors: list[Tensor]) -> Tensor:
 
     Args:
         tensors: one or more, dense, on one device.
+
+    Raises:
+        RuntimeError: one has elements and no memory.
     """
     device = tensors[0].device
     sums = _ZEROS.take(len(tensors), device)
     parts = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
+    if any(size and is_freed(t) for t, (_, size) in zip(tensors, parts, strict=True)):
+        raise RuntimeError("a tensor whose memory was freed has no fingerprint")
     if len(parts) == 1:
         (address, size), words = parts[0], (parts[0][1] + 7) // 8
         if words:

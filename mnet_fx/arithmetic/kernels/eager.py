@@ -23,6 +23,7 @@ __all__ = [
     "fill",
     "flat",
     "is_dense",
+    "is_freed",
     "is_normal",
     "max_abs",
     "read",
@@ -90,6 +91,11 @@ def is_dense(t: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether a tensor has no memory of its own to read: its storage was freed, which an offset hides, or it is zero by its kind."""
+    return t.data_ptr() == 0 or bool(t.storage_offset() > 0 and t.untyped_storage().size() == 0)
 
 
 def _chunk_size() -> int:
