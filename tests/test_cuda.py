@@ -352,6 +352,7 @@ def test_training_in_a_captured_graph_is_an_error():
         net(x)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_host_reads_of_a_training_step():
     """One, as the pass ends; the first call looks after its memory step by step, and without a read of torch's."""
     net, x = momentumize(encoder(6, d=64).to(CUDA)), tokens(4, 64, 64)

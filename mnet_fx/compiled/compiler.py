@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from ..errors import warn_once
+from ..errors import MnetError, warn_once
 
 __all__ = ["Compile", "Compiler", "faking"]
 
@@ -50,12 +50,31 @@ class Compiler:
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
-        # The minifier runs a backward pass within a compilation, where none can be compiled; else the first backward pass compiles its own,
-        # which then knows whether retain_graph forbids it to overwrite what the forward saved.
-        now = torch._dynamo.config.repro_after is not None and hasattr(functorch_config, "force_non_lazy_backward_lowering")  # torch 2.10
-        at_once = functorch_config.patch(force_non_lazy_backward_lowering=True) if now else contextlib.nullcontext()
+        at_once = functorch_config.patch(_of_the_backward())
         with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _without_graphs(), _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
+
+
+def _of_the_backward() -> dict[str, Any]:
+    """Settings by which the backward pass is compiled now: where the minifier runs one within a compilation, in which none can be compiled;
+    and where CUDA graphs are off for no longer than this.
+
+    Else the first backward pass compiles its own, which then knows whether retain_graph forbids it to overwrite what the forward saved.
+
+    Raises:
+        MnetError: CUDA graphs are on, and torch is too old to compile it now.
+    """
+    graphs = inductor_config.triton.cudagraphs
+    if not graphs and torch._dynamo.config.repro_after is None:
+        return {}
+    if hasattr(functorch_config, "force_non_lazy_backward_lowering"):  # torch 2.10
+        return {"force_non_lazy_backward_lowering": True}
+    if graphs:
+        raise MnetError(
+            "torch._inductor.config.triton.cudagraphs is on, and before torch 2.10 the backward passes of a momentum network would be "
+            "compiled with CUDA graphs, which overwrite what a recomputed step has saved: set it to False, or use a newer torch"
+        )
+    return {}
 
 
 def _without_graphs() -> Any:

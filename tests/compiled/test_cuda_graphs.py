@@ -1,8 +1,12 @@
 """Inductor's CUDA graphs, which no recomputation survives: off for what our backend compiles. That runs in `tests/test_cuda.py`."""
 
+import warnings
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor import config
 
 import mnet_fx
@@ -37,6 +41,25 @@ def test_they_are_off_for_steps_and_what_is_between_and_that_is_told_once(monkey
         trained(seen)  # not told again, as warnings are errors here
         assert config.triton.cudagraphs
     assert seen
+    assert not any(seen)
+
+
+def test_they_are_off_for_backward_passes_too():
+    """Which AOTAutograd would else compile later, at the first backward pass."""
+    seen = []
+
+    def compiled(gm, inputs):
+        seen.append(config.triton.cudagraphs)
+        return make_boxed_func(gm.forward)
+
+    def inner(gm, inputs):
+        return aot_module_simplified(gm, inputs, fw_compiler=compiled, bw_compiler=compiled)
+
+    with config.patch({"triton.cudagraphs": True}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MnetWarning)
+        out = torch.compile(Net(), backend=mnet_fx.backend(inner=inner))(torch.randn(2, 6)).sum()
+        out.backward()
+    assert len(seen) > 1
     assert not any(seen)
 
 
