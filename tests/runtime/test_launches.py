@@ -1,0 +1,90 @@
+"""What a training step asks of a GPU: kernels counted, none of them run, and no number read but once. The values are nobody's."""
+
+import collections
+
+import pytest
+import torch
+from torch import nn
+
+from mnet_fx import momentumize
+from mnet_fx.arithmetic import device_planes, device_state, fingerprints
+from mnet_fx.arithmetic.kernels import launching
+
+pytest.importorskip("triton")
+device_hash = pytest.importorskip("mnet_fx.arithmetic.kernels.device_hash")
+
+STEPS, D = 6, 4
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each kernel was launched since it was last cleared; the CPU counts as a device with Triton."""
+    count = collections.Counter()
+
+    def launch(self, device, programs, *arguments):
+        count[self.kernel.__name__] += 1
+
+    monkeypatch.setattr(launching.Launcher, "__call__", launch)
+    monkeypatch.setattr(device_state, "usable", lambda device: True)
+    monkeypatch.setattr(fingerprints, "ON_HOST", set())
+    monkeypatch.setattr(fingerprints, "_on_device", lambda device: lambda tensors: device_hash.hashes_on_device(list(tensors)))
+    monkeypatch.setattr(device_planes.Planes, "_wait", lambda self, t: None)  # for a device that will not answer
+    monkeypatch.setattr(device_planes.Planes, "look", lambda self, wait=False: None)
+    return count
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What Python has asked a device for, by the name of the function; the states of generators are the host's own."""
+    found = []
+    for owner, name in [
+        (torch.Tensor, "tolist"),
+        (torch.Tensor, "item"),
+        (torch.Tensor, "__bool__"),
+        (torch.Tensor, "cpu"),
+        (torch, "equal"),
+    ]:
+        real = getattr(owner, name)
+
+        def asked(t, *others, name=name, real=real):
+            if t.dtype is not torch.uint8:
+                found.append(name)
+            return real(t, *others)
+
+        monkeypatch.setattr(owner, name, asked)
+    return found
+
+
+@pytest.mark.parametrize(("way", "forward_hashes"), [({}, 1), ({"regions": [""]}, STEPS)], ids=["captured", "named"])
+def test_launches_and_reads_of_a_training_step(way, forward_hashes, launched, read):
+    net, x = momentumize(nn.Sequential(*(Block() for _ in range(STEPS))), gamma=0.9, **way), torch.randn(3, D, requires_grad=True)
+    net(x).sum().backward()  # captured, and all tables made
+    launched.clear()
+    read.clear()
+    out = net(x)
+    assert launched == {"start": 1, "fill": 1, "read": 1, "reach": STEPS, "shear": STEPS, "hash_table": forward_hashes}
+    assert read == []
+    launched.clear()
+    out.sum().backward()
+    assert launched == {"unshear_x": STEPS, "unshear_u": STEPS, "hash_table": STEPS}
+    assert read == ["equal"]
+
+
+def test_launches_and_reads_of_inference(launched, read):
+    net, x = momentumize(nn.Sequential(*(Block() for _ in range(STEPS))), gamma=0.9).eval(), torch.randn(3, D)
+    with torch.no_grad():
+        net(x)
+        launched.clear()
+        read.clear()
+        net(x)
+    assert launched == {"start": 1, "fill": 1, "read": 1, "reach": STEPS, "shear": STEPS}
+    assert read == ["equal"]  # whether the stream was written to, which no backward pass will ask
