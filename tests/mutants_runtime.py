@@ -60,7 +60,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/proofs.py", "differing[k].add(i)", "pass"),
     ("mnet_fx/runtime/proofs.py", "if around is None or around.task != task:", "if around is None:"),
     ("mnet_fx/runtime/proofs.py", "if len(self.found) != len(self.noted):", "if False:"),
-    ("mnet_fx/runtime/replay.py", "<= SMALL or version != _version(t)", "<= SMALL"),
+    ("mnet_fx/runtime/replay.py", "<= SMALL or version != _version(t) or", "<= SMALL or"),
     ("mnet_fx/runtime/replay.py", "isinstance(now[name], Tensor) or now[name] != self.prints[name]", "now[name] != self.prints[name]"),
     ("mnet_fx/runtime/tape.py", '() if self.on_drift == "ignore" else of()', '() if self.on_drift != "raise" else of()'),
     ("mnet_fx/arithmetic/fixed_point.py", "self.from_rest = self.v_bound == 0.0", "self.from_rest = True"),
@@ -160,7 +160,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "t.detach().requires_grad_(t.requires_grad).clone() for", "t.detach() for"),
     (
         "mnet_fx/runtime/replay.py",
-        "or _may_differ(before[name], was[name], now[name], versions[name]):",
+        "or _may_differ(before[name], was[name], now[name], versions[name], proof):",
         ":",
     ),
     ("mnet_fx/runtime/replay.py", "if after.get(name) is not before[name] or _may_differ(", "if _may_differ("),

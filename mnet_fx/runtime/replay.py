@@ -129,9 +129,9 @@ class Conditions:
 
     def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor], was: dict[str, Any], versions: dict[str, Any]) -> None:
         self.buffers = {}
-        after, now = self._tensors(), _fingerprints(before)  # batch_norm's statistics get no new _version
+        after, now, proof = self._tensors(), _fingerprints(before), self.proven is not None  # batch_norm's statistics get no new _version
         for name, copy in copies.items():
-            if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name]):
+            if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name], proof):
                 self.buffers[name] = copy
             elif self.proven is not None:
                 key = f"buffer '{self.path_of(name)}'"
@@ -308,14 +308,14 @@ def _freed(t: Tensor) -> bool:
     return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
-def _may_differ(t: Tensor, was: Any, now: Any, version: Any) -> bool:
+def _may_differ(t: Tensor, was: Any, now: Any, version: Any, proof: bool) -> bool:
     """Whether a step may have changed a buffer, of which these are the fingerprints before and after.
 
-    On a device nobody reads them: small buffers count as changed, others where autograd saw a change.
+    On a device nobody reads them: small buffers count as changed, others where autograd saw a change; unless nobody will prove that.
     """
     if not isinstance(was, Tensor):
         return was != now
-    return t.untyped_storage().nbytes() <= SMALL or version != _version(t)
+    return t.untyped_storage().nbytes() <= SMALL or version != _version(t) or not (proof or torch.equal(was, now))
 
 
 def _version(t: Tensor) -> Any:

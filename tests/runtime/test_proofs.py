@@ -1,5 +1,6 @@
 """Fingerprints that stay on a device until a backward pass ends; shown on a CPU, by calling it no host."""
 
+import copy
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ from torch._dynamo import compiled_autograd
 
 from mnet_fx import InversionError, MnetWarning, StreamError, momentumize
 from mnet_fx.arithmetic import fingerprints
+from mnet_fx.runtime import replay
 from mnet_fx.runtime.proofs import Proofs
 from mnet_fx.runtime.steps import watched
 
@@ -95,6 +97,30 @@ def test_a_write_to_the_stream_that_autograd_does_not_see_is_found_by_the_backwa
     out = model(torch.randn(3, D))
     with pytest.raises(StreamError, match="step 1: the stream was changed in place where autograd"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen by autograd", "unseen"])
+def test_a_large_buffer_that_steps_change_where_nobody_wants_proof(seen, monkeypatch):
+    """A rerun reads a copy, and leaves the buffer alone; where autograd saw no change that takes a read."""
+    monkeypatch.setattr(replay, "SMALL", 0)
+
+    class Counting(Block):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("total", torch.zeros(D))
+
+        def forward(self, x):
+            (self.total if seen else self.total.data).add_(1.0)
+            return x + self.total * torch.tanh(self.linear(x))
+
+    torch.manual_seed(0)
+    model, found = nn.Sequential(*(Counting() for _ in range(6))), []
+    x = torch.randn(3, D, requires_grad=True)
+    for options in ({"on_drift": "ignore"}, {"backward": "stored"}):
+        own = momentumize(copy.deepcopy(model), regions=[""], gamma=0.9, **options)
+        grads = [torch.autograd.grad(own(x).sum(), [x, *own.parameters()], allow_unused=True) for _ in range(2)][1]
+        found.append([*(g for g in grads if g is not None), *own.buffers()])
+    assert all(map(torch.equal, *found))
 
 
 def test_each_of_two_passes_through_one_graph_is_proved():
