@@ -1,8 +1,9 @@
 """The shears of `eager`, each as one compiled pass over the elements. Same bits, about half the time.
 
 On a CPU they are C (see `c`), compiled on first use in some tenths of a second. They are used wherever there is a C compiler; the
-eager loops go on where there is none. Elsewhere inductor compiles them, in some ten seconds, and is asked only with MNET_FX_FUSED=1 in
-the environment. MNET_FX_FUSED=0 turns both off. Every compiled loop first has to give the bits of the eager one on a part of its input.
+eager loops go on where there is none. With Triton a whole `DeviceState` takes their place. Elsewhere inductor compiles them, in some ten
+seconds, and is asked only with MNET_FX_FUSED=1 in the environment. MNET_FX_FUSED=0 turns all of these off. Every compiled loop first has to
+give the bits of the eager one on a part of its input.
 """
 
 from __future__ import annotations
