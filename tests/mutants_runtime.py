@@ -208,7 +208,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/replay.py", "{f\"parameter '{self.path_of(name)}'\": p for name, p in self.parameters.items()}", "{}"),
     ("mnet_fx/runtime/replay.py", "return named | self._sides()", "return named or self._sides()"),
     ("mnet_fx/runtime/replay.py", "self.proven[key], self.prints[key] = _without_history(before[name]), was[name]", "pass"),
-    ("mnet_fx/runtime/replay.py", "next((name for name, t in proven.items() if _freed(t)), None)", "None"),
+    ("mnet_fx/runtime/replay.py", "if is_ordinary(t) and t.numel() > 0 and is_freed(t)), None)", "if False), None)"),
     ("mnet_fx/runtime/replay.py", "values[name] = _version(t)", "values[name] = None"),
     ("mnet_fx/runtime/replay.py", "None if t.is_inference() else t._version", "t._version"),
     # The recurrence in integers.

@@ -122,7 +122,7 @@ class DeviceState:
     def _fill(self, x0: Tensor, v0: Tensor | None, start: Any) -> None:
         self.sums = torch.zeros((4 * self.steps + 8, 2), dtype=torch.int64, device=self.device)
         self.none = self.sums[-1]
-        self.slot = 1  # 0 is for numbers that nobody wants
+        self.slot, self.used = 1, 0  # of `sums`: 0 is for numbers that nobody wants
         bits, fresh, some = self.format.bits, min(self.fine, self.format.fine), x0 if v0 is None else v0
         start(self.device, self.reach_grid, x0, some, self.ledger, fresh, self.n, self.reach_rounds, bits, v0 is not None, REACH_BLOCK)
         to = (self.X, self.U, self.ledger, self.sums, self.slot, self.n, self.rounds)
@@ -298,7 +298,7 @@ class DeviceState:
 
     def _fresh_slot(self) -> int:
         """The first of two rows of `sums` that hold zeros; `self.sums` is another tensor then if need be."""
-        self.used = getattr(self, "used", 0) + 2
+        self.used += 2
         if self.used + 2 >= self.sums.shape[0]:
             self.sums, self.used = torch.zeros_like(self.sums), 2
         return self.used

@@ -32,6 +32,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from ..arithmetic.fingerprints import prints
+from ..arithmetic.kernels.eager import is_freed
 from ..arithmetic.valueless import Drawn, Effects, valueless
 from .attributes import STANDARD, Attributes, without_traces
 from .generators import generators, moved
@@ -56,7 +57,7 @@ class Conditions:
         module: the step, called as `module(x, *sides)`; `module.stateless` says that it has no attributes that matter.
         sides: the side inputs of this call.
         device: device of the stream.
-        proof: whether `changed` is to look; without it, it finds nothing.
+        proof: whether `look` is to compare; without it, it finds nothing.
         own: what the region has learnt about writes after its steps; None: nothing is copied.
         known: what `noted` found as the chain began.
     """
@@ -149,7 +150,7 @@ class Conditions:
                 report(f"whether {name} requires a gradient")
                 return
         proven = self.proven or {}
-        if (freed := next((name for name, t in proven.items() if _freed(t)), None)) is not None:
+        if (freed := next((name for name, t in proven.items() if is_ordinary(t) and t.numel() > 0 and is_freed(t)), None)) is not None:
             report(
                 f"{freed}, whose memory was freed (under fully_shard around single layers, a second or partial backward needs layers that "
                 "are sharded again by then: use fully_shard on the root alone),"
@@ -301,11 +302,6 @@ def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[t
     for name, child in module._modules.items():
         if child is not None and child not in seen:
             yield from _modules(child, f"{prefix}{name}.", seen)
-
-
-def _freed(t: Tensor) -> bool:
-    """Whether the memory of a tensor is gone, though it has elements."""
-    return is_ordinary(t) and t.numel() > 0 and t.untyped_storage().size() == 0
 
 
 def _may_differ(t: Tensor, was: Any, now: Any, version: Any, proof: bool) -> bool:

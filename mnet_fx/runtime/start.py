@@ -100,7 +100,7 @@ class Recurrence:
         horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))
         if valueless(x):
             return FakeState(x, v0, horizon, self.arithmetic or kernels(), held)
-        if supported(x, self.factors, held) and (v0 is None or v0.device == x.device):
+        if supported(x, self.factors, held):
             proof = goes_back and self.on_drift != "ignore"
             return DeviceState(x, v0, self.factors, horizon, held, goes_back, self.reserve, proof)
         return State(x, v0, horizon, self.arithmetic or kernels(), held)

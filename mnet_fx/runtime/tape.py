@@ -102,6 +102,10 @@ class Tape:
         """x[0], on the grid."""
         return self.state.read()
 
+    def watches(self, x: Tensor) -> bool:
+        """Whether writes to x that autograd does not see are looked for: not where nobody wants proof, and its version tells most."""
+        return self.on_drift != "ignore" or x.is_inference()
+
     def note(self, x: Tensor) -> Print:
         """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, unless `push` sees that."""
         return () if isinstance(self.state, DeviceState) else prints([x])
@@ -114,9 +118,9 @@ class Tape:
         """A step of the state: its record and x[t + 1]. A device looks meanwhile whether x still is what was handed out."""
         if not isinstance(self.state, DeviceState):
             return self.state.step(y, *self.factors[t])
-        watched = x is not None and (self.on_drift != "ignore" or x.is_inference())
-        result = self.state.step(y, *self.factors[t], given=x if watched else None)
-        if watched:
+        given = x if x is not None and self.watches(x) else None
+        result = self.state.step(y, *self.factors[t], given=given)
+        if given is not None:
             self.proofs.put_off(*self.state.written, partial(unseen_write, self.region, t))
         return result
 
@@ -326,6 +330,9 @@ class FloatTape(PlainTape):
 
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return x0, v0
+
+    def watches(self, x: Tensor) -> bool:
+        return False  # x + y is the caller's own, and there are no integers that a write would leave behind
 
     def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
         gamma, weight = self.factors[t]

@@ -4,6 +4,7 @@ import collections
 
 import pytest
 import torch
+from host_reads import noted_reads
 from torch import nn
 
 from mnet_fx import momentumize
@@ -44,24 +45,7 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch):
-    """What Python has asked a device for, by the name of the function; the states of generators are the host's own."""
-    found = []
-    for owner, name in [
-        (torch.Tensor, "tolist"),
-        (torch.Tensor, "item"),
-        (torch.Tensor, "__bool__"),
-        (torch.Tensor, "cpu"),
-        (torch, "equal"),
-    ]:
-        real = getattr(owner, name)
-
-        def asked(t, *others, name=name, real=real):
-            if t.dtype is not torch.uint8:
-                found.append(name)
-            return real(t, *others)
-
-        monkeypatch.setattr(owner, name, asked)
-    return found
+    return noted_reads(monkeypatch)
 
 
 @pytest.mark.parametrize(("way", "forward_hashes"), [({}, 1), ({"regions": [""]}, STEPS)], ids=["captured", "named"])

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from host_reads import noted_reads
 from torch import nn
 from torch._dynamo import compiled_autograd
 
@@ -39,18 +40,7 @@ def net(steps=6, **options):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """What Python has asked a device for: one entry for each tensor that would have come from there, the states of generators left out."""
-    found = []
-    for owner, name in [(torch.Tensor, "tolist"), (torch.Tensor, "item"), (torch.Tensor, "__bool__"), (torch, "equal")]:
-        real = getattr(owner, name)
-
-        def asked(t, *others, name=name, real=real):
-            if t.dtype is not torch.uint8:
-                found.append(name)
-            return real(t, *others)
-
-        monkeypatch.setattr(owner, name, asked)
-    return found
+    return noted_reads(monkeypatch)
 
 
 def test_proofs_are_read_once_when_a_backward_pass_ends(reads):
