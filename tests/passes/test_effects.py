@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mnet_fx
+from mnet_fx.arithmetic import fingerprints
 from mnet_fx.budget.measured import measure
 
 # A name for the same memory, by operations that no table lists, or that only some shapes or modes make share it.
@@ -326,6 +327,18 @@ def test_what_is_overwritten_now_and_then_is_copied_always():
     for what in ("caller", "", "caller"):
         got, want = (steps_of(net, what, 1) for net in nets)
         assert all(map(torch.equal, got, want))
+
+
+def test_what_was_an_error_once_is_copied_from_then_on(monkeypatch):
+    """Also after a call that left it alone; of all layers where fingerprints are compared as the pass ends, as on a device."""
+    monkeypatch.setattr(fingerprints, "ON_HOST", set())
+    net = mnet_fx.momentumize(SideLayers(""), regions=["layers"])
+    steps_of(net, "")
+    with pytest.raises(mnet_fx.InversionError, match="side input 1"):
+        steps_of(net, "caller", 1)
+    stored = mnet_fx.momentumize(SideLayers(""), regions=["layers"], backward="stored")
+    for what in ("", "caller"):
+        assert all(map(torch.equal, steps_of(net, what, 1), steps_of(stored, what, 1)))
 
 
 def test_a_parameter_that_is_a_side_input_is_not_copied():

@@ -124,6 +124,24 @@ def test_each_of_two_passes_through_one_graph_is_proved():
         torch.autograd.grad(out.sum(), x)
 
 
+def test_a_pass_within_another_is_proved_as_it_ends_itself():
+    outer, inner, x = net(), net(), torch.randn(3, D, requires_grad=True)
+    loss = inner(torch.randn(3, D)).sum()
+    with torch.no_grad():
+        inner[2].linear.weight[0, 0] += 1
+    raised = []
+
+    def within(grad):
+        with pytest.raises(InversionError, match="step 2: parameter"):
+            loss.backward()
+        raised.append(True)
+
+    h = x * 1.0
+    h.register_hook(within)  # runs after the steps of the outer chain, whose comparisons wait for the end of its pass
+    outer(h).sum().backward()
+    assert raised == [True]
+
+
 def test_double_backward_is_proved():
     model, x = net(), torch.randn(3, D, requires_grad=True)
     (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
