@@ -1,6 +1,7 @@
 """The host's part of what a chain on a device spills: its mailboxes. No device is asked: the words are written here, as one would."""
 
 import gc
+import threading
 
 import torch
 
@@ -41,7 +42,14 @@ def test_a_chain_that_the_garbage_collector_finds_while_a_mailbox_is_taken(monke
         made(box, *arguments)
 
     monkeypatch.setattr(device_planes.Mailbox, "__init__", collecting)
-    for steps in (41, 42, 43):
-        cycle = Cycle()
-        cycle.itself, cycle.planes = cycle, planes(steps)
-        del cycle
+
+    def chains():
+        for steps in (41, 42, 43):
+            cycle = Cycle()
+            cycle.itself, cycle.planes = cycle, planes(steps)
+            del cycle
+
+    thread = threading.Thread(target=chains, daemon=True)  # which a lock that cannot be taken again would hold forever
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
