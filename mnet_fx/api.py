@@ -26,7 +26,7 @@ from .errors import MnetError, MnetWarning, SettingsError
 from .named.layers import name_region, paths_of
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
-from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Settings, Weights
+from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Rest, Settings, Weights
 
 __all__ = ["capture_now", "momentumize"]
 
@@ -44,6 +44,7 @@ def momentumize(
     min_steps: int = 2,
     on_drift: OnDrift = "raise",
     precision: Precision = "standard",
+    rest: Rest = "store",
     inner: Inner = "eager",
 ) -> nn.Module:
     """Rewrites the residual chains of a model into reversible momentum chains, which train without stored activations.
@@ -76,6 +77,8 @@ def momentumize(
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
         precision: "standard": the forward pass errs no more than one in the dtype of the stream, relative to its largest value; "high":
             also where elements never mix and small ones grow, for 16 bytes per element in place of 12 (8 for 16-bit streams).
+        rest: what becomes of what lies outside of chains (stems, projections, decoders, heads): "store": autograd keeps what it needs;
+            "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
             torch.compile by name, or a callable of that kind, which compiles each step once.
 
@@ -93,13 +96,14 @@ def momentumize(
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
-    settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift, precision)
+    settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift, precision, rest)
     if isinstance(example_inputs, (bool, int, float, str)):
         raise SettingsError(
             f"example_inputs must be a tuple of positional arguments or a dict of keyword arguments, got {example_inputs!r}; "
             "options are given by name, as in gamma=0.9 or regions=['layers']"
         )
     checked_inner(inner)
+    _check_rest(model, settings, regions)
     net = copied(model)
     if regions is not None:
         named = [name_region(net, path, settings) for path in paths_of(regions)]
@@ -116,6 +120,18 @@ def momentumize(
     elif not isinstance(report_of(net), Pending) and not report_of(net).regions:
         warnings.warn(f"{type(model).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=2)
     return net
+
+
+def _check_rest(model: nn.Module, settings: Settings, regions: Sequence[str] | None) -> None:
+    """
+    Raises:
+        SettingsError: what lies outside of chains cannot be run again here.
+    """
+    if settings.rest == "checkpoint" and (regions is not None or isinstance(model, fx.GraphModule)):
+        raise SettingsError(
+            "rest='checkpoint' needs a capture, which regions=[...] and GraphModules go without: leave regions out, or put "
+            "torch.utils.checkpoint around what lies outside of the chains"
+        )
 
 
 def _show(net: nn.Module, found: Report) -> None:

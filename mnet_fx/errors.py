@@ -24,21 +24,24 @@ class StreamError(MnetError, RuntimeError):
 
 
 class InversionError(MnetError, RuntimeError):
-    """A step, run again in the backward pass, did not give what it gave in the forward pass, so its gradient would be wrong.
+    """A step, or a segment outside of chains, run again in the backward pass, did not give what it gave in the forward pass, so its
+    gradient would be wrong.
 
     Attributes:
-        region: name of the region.
-        step: index t of the step that differed.
+        region: name of the region, or of the segment.
+        step: index t of the step that differed; None for a segment.
         what: what differed, such as "the state before step 3" or "parameter 'm0.weight'".
         elements: number of elements of the state that differ, where the state is at hand (at the start of a chain), else None.
         largest: their largest difference in units of x, likewise.
     """
 
-    def __init__(self, region: str, step: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
+    def __init__(self, region: str, step: int | None, what: str, elements: int | None = None, largest: float | None = None) -> None:
         self.region, self.step, self.what, self.elements, self.largest = region, step, what, elements, largest
         size = "" if elements is None else f" in {elements} element(s), by up to {largest:.3g},"
+        where = region if step is None else f"{region}, step {step}"
+        instead = "rest='store'" if step is None else "backward='stored'"
         super().__init__(
-            f"{region}, step {step}: {what} differs{size} between the forward pass and its recomputation in the backward pass. "
+            f"{where}: {what} differs{size} between the forward pass and its recomputation in the backward pass. "
             "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
             "(optimizer.step(), .data, load_state_dict; or the model itself, which writes to it after the chain: give the layers a clone "
@@ -46,7 +49,7 @@ class InversionError(MnetError, RuntimeError):
             "variable, what an object holds, a cache that the step appends to: use_cache=False); on CUDA, another algorithm for the same "
             "convolution (torch.backends.cudnn.benchmark, which each thread tunes by itself; memory so low that a workspace no longer "
             "fits: torch.backends.cudnn.deterministic = True leaves fewer to choose from). Make the step repeatable, or use "
-            "backward='stored'."
+            f"{instead}."
         )
 
     def __reduce__(self) -> tuple:

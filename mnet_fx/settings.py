@@ -20,6 +20,7 @@ Backward = Literal["reversible", "stored"]
 Granularity = Literal["add", "module"]
 OnDrift = Literal["raise", "warn", "ignore"]
 Precision = Literal["standard", "high"]
+Rest = Literal["store", "checkpoint"]
 Weights = Literal["momentum", "matched"]
 
 
@@ -70,6 +71,16 @@ class _Schedule:
         return self.__dict__
 
 
+_CHOICES: dict[str, Any] = {
+    "weights": Weights,
+    "granularity": Granularity,
+    "backward": Backward,
+    "on_drift": OnDrift,
+    "precision": Precision,
+    "rest": Rest,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options of `momentumize` that concern the recurrence and its backward; see there for their meaning.
@@ -86,14 +97,14 @@ class Settings:
     min_steps: int = 2
     on_drift: OnDrift = "raise"
     precision: Precision = "standard"
+    rest: Rest = "store"
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):
             _check_gamma(self.gamma)
         elif not isinstance(self.gamma, _Schedule):
             object.__setattr__(self, "gamma", _Schedule(self.gamma))
-        named = {"weights": Weights, "granularity": Granularity, "backward": Backward, "on_drift": OnDrift, "precision": Precision}
-        for name, choices in named.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
         if self.velocity is not None and not isinstance(self.velocity, nn.Module):

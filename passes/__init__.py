@@ -18,10 +18,12 @@ from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
 from passes.rewriting.invariants import InvariantError
 from passes.rewriting.rewriter import PassResult, rewrite
-from passes.rewriting.splitting import pieces
+from passes.rewriting.segments import cutting, largest_step
+from passes.rewriting.splitting import PROOF, pieces
 
 __all__ = [
     "CODES",
+    "PROOF",
     "Form",
     "Granularity",
     "InvariantError",
@@ -38,8 +40,10 @@ __all__ = [
     "Stretch",
     "Unlifted",
     "checkpoints",
+    "cutting",
     "is_hook",
     "joined",
+    "largest_step",
     "level_layouts",
     "lift",
     "modules_run",

@@ -38,6 +38,7 @@ from .bodies import bodies, holders, refusals, with_bodies
 from .compiler import Compile, Compiler
 from .filling import Filler
 from .region import CompiledRegion, Reading
+from .segment import CompiledSegment
 
 __all__ = ["Backend", "Found", "Inner", "backend", "checked_inner", "mnet_fx", "reports", "reset_reports"]
 
@@ -74,7 +75,7 @@ def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> 
     Args:
         inner: what compiles the steps and everything between the chains: the name of a registered backend or a callable of its kind.
         options: those of `mnet_fx.momentumize` about the recurrence: gamma, initial_velocity, weights, granularity, backward, min_steps,
-            on_drift, precision.
+            on_drift, precision; and rest.
 
     Returns:
         A callable `(graph_module, example_inputs) -> callable` to give to `torch.compile(model, backend=...)`.
@@ -213,7 +214,10 @@ def _compiled(
 
     rewritten = passes.rewrite(unlifted.graph_module, found.plan, build_region).graph_module
     lifted = passes.lift(rewritten, unlifted, {name: region.reads for name, region in regions.items()})
-    joined = passes.pieces(lifted, regions, unlifted.sizes)
+    cut = None
+    if settings.rest == "checkpoint":
+        cut = passes.cutting(lifted.graph, unlifted.attributes, passes.largest_step(unlifted.graph_module, found.plan))
+    joined = passes.pieces(lifted, regions, unlifted.sizes, cut)
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None  # Dynamo's
     recorded = {node.name: node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"}
@@ -222,7 +226,8 @@ def _compiled(
         for name, value in zip(unlifted.inputs, example_inputs, strict=True)
     ]
     compiler = Compiler(inner, fake_mode)
-    Filler(joined, compiler, Artifacts(compiler, static).fill).run(*inputs)
+    segment = partial(CompiledSegment, attributes=unlifted.attributes, on_drift=settings.on_drift)
+    Filler(joined, compiler, Artifacts(compiler, static).fill, segment).run(*inputs)
 
     def run(*inputs: Any) -> Any:
         return joined.forward(*inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor, nn
 
-from passes import is_hook
+from passes import PROOF, is_hook
 
 from ..regions.region import ChainRegion
 from .compiler import Compiler, faking
@@ -44,7 +44,22 @@ class FakeRun(fx.Interpreter):
 
 
 class Filler(FakeRun):
-    """Goes through a graph of pieces and regions, and puts the compiled form in place of each."""
+    """Goes through a graph of pieces and regions, and puts the compiled form in place of each.
+
+    Args:
+        gm, compiler, fill: as in `FakeRun`.
+        segment: makes the module of a piece that can be run again, of its graph and its compiled form.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        compiler: Compiler,
+        fill: Callable[[ChainRegion, tuple[Any, ...]], Any],
+        segment: Callable[[fx.GraphModule, Callable[..., Any]], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(gm, compiler, fill)
+        self.segment = segment
 
     def run_node(self, n: fx.Node) -> Any:
         is_piece = n.op == "call_module" and isinstance(getattr(self.module, str(n.target)), fx.GraphModule)
@@ -55,7 +70,9 @@ class Filler(FakeRun):
         with faking(self.fake_mode):
             result = piece(*args)
         if any(isinstance(value, Tensor) for value in (*args, *result)):
-            setattr(self.module, str(n.target), _Piece(self.compiler(piece, args)))
+            run = self.compiler(piece, args)
+            again = self.segment is not None and PROOF in piece.meta
+            setattr(self.module, str(n.target), self.segment(piece, run) if self.segment is not None and again else _Piece(run))
         return result
 
 

@@ -22,7 +22,7 @@ from ..settings import Settings
 from .artifacts import Artifact, Artifacts
 from .filling import Unseen
 
-__all__ = ["CompiledRegion", "Reading"]
+__all__ = ["CompiledRegion", "CompiledStep", "Reading"]
 
 
 class Reading:
@@ -73,7 +73,7 @@ def _given(body: fx.Graph, places: Mapping[str, tuple[int, ...]]) -> fx.Graph:
     return graph
 
 
-class _Step(nn.Module):
+class CompiledStep(nn.Module):
     """One step: its artifact and the parameters and buffers that it reads, which each call gives to a copy of its own.
 
     Args:
@@ -90,9 +90,9 @@ class _Step(nn.Module):
         self._keys = tuple(f"a{i}" for i in range(len(names)))
         self._sizes: tuple[int, ...] = ()
 
-    def bound(self, tensors: Sequence[Any], sizes: tuple[int, ...]) -> _Step:
+    def bound(self, tensors: Sequence[Any], sizes: tuple[int, ...]) -> CompiledStep:
         """A copy that holds the tensors and sizes of one call, without the detours of Module.__init__, which would take longer than it."""
-        step = _Step.__new__(_Step)
+        step = CompiledStep.__new__(CompiledStep)
         parameters, buffers = dict(zip(self._keys, tensors, strict=True)), dict[str, Any]()
         if {*map(type, tensors)} != {nn.Parameter}:
             buffers = {key: tensor for key, tensor in parameters.items() if not isinstance(tensor, nn.Parameter)}
@@ -171,11 +171,13 @@ class CompiledRegion(Unseen, ChainRegion):
         return [parameter.dtype for parameter in step._parameters.values() if parameter is not None]  # but for v[0], it has none inside
 
     @cached_property
-    def _steps(self) -> list[tuple[StepCode, list[int], _Step]]:
+    def _steps(self) -> list[tuple[StepCode, list[int], CompiledStep]]:
         """For each step its code, the places of what it reads among the inputs of the region after x, and the step without these."""
         found, places = [], {path: self.sides + i for i, path in enumerate(self.reads)}
         for code, artifact in zip(self.code, self.artifacts, strict=True):
             paths = self._own(code)
             velocity = self.velocity if artifact.has_regions else None
-            found.append((code, [places[path] for path in paths], _Step(artifact, [self.attributes[path] for path in paths], velocity)))
+            found.append(
+                (code, [places[path] for path in paths], CompiledStep(artifact, [self.attributes[path] for path in paths], velocity))
+            )
         return found

@@ -14,7 +14,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..errors import InversionError, MnetError, MnetWarning, StreamError
+from ..errors import InversionError, MnetError, MnetWarning, StreamError, is_of_device
 from .cuda_streams import present
 
-__all__ = ["Drift", "Print", "Proofs", "differed", "unseen_write"]
+__all__ = ["Drift", "Print", "Proofs", "differed", "rerunning", "unseen_write"]
 
 Print = Sequence[Any]
 """Numbers, or int64 tensors of them that are still on a device."""
@@ -39,7 +40,7 @@ class Drift:
     region: str
     on_drift: str
 
-    def __call__(self, t: int, what: str, elements: int | None = None, largest: float | None = None) -> None:
+    def __call__(self, t: int | None, what: str, elements: int | None = None, largest: float | None = None) -> None:
         """Reports that `what` differed in a rerun of step t."""
         error = InversionError(self.region, t, what, elements, largest)
         if self.on_drift == "raise":
@@ -175,7 +176,23 @@ def _settle(comparisons: Sequence[_Comparison]) -> None:
             errors.clear()  # they hold this frame
 
 
-def differed(drifted: Drift, t: int, what: str, differing: list[int]) -> None:
+@contextmanager
+def rerunning(region: str, t: int | None) -> Iterator[None]:
+    """
+    Raises:
+        InversionError: what runs here, which ran well before, fails; unless the error is ours, or about memory or a device.
+    """
+    try:
+        yield
+    except (MnetError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if is_of_device(error):
+            raise
+        raise InversionError(region, t, f"the course of the step ({type(error).__name__}: {error})") from error
+
+
+def differed(drifted: Drift, t: int | None, what: str, differing: list[int]) -> None:
     """Reports that `what` differed in a rerun of step t, if it did."""
     if differing:
         drifted(t, what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .proofs import Print, unseen_write
 from .replay import Conditions, Known, noted, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Rerun, Tape
 
-__all__ = ["Chain", "run_chain", "watched"]
+__all__ = ["Chain", "closed", "graded", "run_chain", "unwritten_saves", "watched"]
 
 _WATCHERS: list[Callable[[Tape, int, Tensor], None]] = []
 """Called with the tape, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original, and `estimate`."""
@@ -58,39 +58,70 @@ class Step:
             return self.closed(True, *self.rerun(self._from_tape(self.tape.hand_out)))
 
     def rerun(self, x: Tensor) -> tuple[Any, ...]:
-        """The step on x[t] once more.
-
-        Raises:
-            MnetError: it overwrites in place what its gradient needs. The checkpoint around hands that out without looking, where autograd
-                by itself would raise.
-        """
-        with noted_saves() as saved:
-            outputs = self.tape.rerun(self.t, x)
-            if any(t._version != version for t, version in saved):
-                raise MnetError(
-                    f"{self.tape.region}, step {self.t}: the step overwrites in place a value that its gradient needs (as y.mul_(2) does "
-                    "after y = x.exp()); torch's own autograd refuses that too: use an out-of-place operation, or overwrite a clone"
-                )
-        return outputs
+        """The step on x[t] once more."""
+        with unwritten_saves(f"{self.tape.region}, step {self.t}"):
+            return self.tape.rerun(self.t, x)
 
     def _from_tape(self, get: Callable[[int], Tensor]) -> Tensor:
         with torch._C.DisableTorchFunction():
             return get(self.t)
 
     def closed(self, rerun: bool, y: Tensor, *extras: Any) -> tuple[Any, ...]:
-        """What leaves the step; where y needs no gradient, an extra output that does makes autograd note `Close` all the same."""
-        needing = [] if y.requires_grad else [e for e in extras if isinstance(e, Tensor) and e.requires_grad]
-        return Close.apply(self, rerun, extras, y, *needing[:1]), *extras
+        """What leaves the step."""
+        return closed(self, rerun, y, extras), *extras
 
-    def prove(self, rerun: bool, extras: Sequence[Any]) -> None:
-        """Notes the extra outputs that have gradients, or compares: the state does not depend on them."""
-        graded = [plain(e) for e in extras if isinstance(e, Tensor) and e.requires_grad]
-        graded = [e for e in graded if is_ordinary(e)]
-        found = self.tape.fingerprint(lambda: prints(graded))
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """The region, and the step's number."""
+        return self.tape.region, self.t
+
+    def finish(self, rerun: bool, y: Tensor, extras: Sequence[Any]) -> None:
+        """Ends a run that gave y. Notes the extra outputs that have gradients, or compares: the state does not depend on them."""
+        if rerun:
+            self.tape.close(self.t, y)
+        found = self.tape.fingerprint(lambda: prints(graded(extras)))
         if not rerun:
             self.prints = found
         else:
             self.tape.prove(found, self.prints, self.t, f"what step {self.t} gives besides the stream")
+
+
+class Closing(Protocol):
+    """What is run under a checkpoint and ends with `Close`."""
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """What an `InversionError` says."""
+
+    def finish(self, rerun: bool, y: Tensor, extras: Sequence[Any]) -> None:
+        """Called at the end of each run."""
+
+
+def closed(run: Closing, rerun: bool, y: Tensor, others: Sequence[Any]) -> Tensor:
+    """y with `Close` behind it; where y needs no gradient, another output that does makes autograd note it all the same."""
+    needing = [] if y.requires_grad else [e for e in others if isinstance(e, Tensor) and e.requires_grad]
+    return Close.apply(run, rerun, others, y, *needing[:1])
+
+
+def graded(outputs: Sequence[Any]) -> list[Tensor]:
+    """The outputs that have gradients and whose values can be fingerprinted."""
+    return [t for t in (plain(e) for e in outputs if isinstance(e, Tensor) and e.requires_grad) if is_ordinary(t)]
+
+
+@contextmanager
+def unwritten_saves(where: str) -> Iterator[None]:
+    """
+    Raises:
+        MnetError: what runs here overwrites in place what its gradient needs. The checkpoint around hands that out without looking, where
+            autograd by itself would raise.
+    """
+    with noted_saves() as saved:
+        yield
+        if any(t._version != version for t, version in saved):
+            raise MnetError(
+                f"{where}: the step overwrites in place a value that its gradient needs (as y.mul_(2) does after y = x.exp()); torch's "
+                "own autograd refuses that too: use an out-of-place operation, or overwrite a clone"
+            )
 
 
 @contextmanager
@@ -140,14 +171,12 @@ class Close(Function):
     """End of a step; see Rule 4."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, rerun: bool, extras: tuple[Any, ...], y: Tensor, *needing: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Closing, rerun: bool, extras: tuple[Any, ...], y: Tensor, *needing: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         with torch._C.DisableTorchFunction():
-            if rerun:
-                step.tape.close(step.t, plain(y))
-            step.prove(rerun, extras)
+            run.finish(rerun, plain(y), extras)
             ctx.save_for_backward(plain(y).new_empty(0))
-        ctx.region, ctx.t = step.tape.region, step.t
+        ctx.place = run.place
         own = y.detach()
         if not ctx.needs_input_grad[3]:
             ctx.mark_non_differentiable(own)
@@ -159,7 +188,7 @@ class Close(Function):
         try:
             _ = ctx.saved_tensors  # makes checkpoint rerun the step now
         except CheckpointError as error:
-            raise InversionError(ctx.region, ctx.t, "what the step saves for its gradient") from error
+            raise InversionError(ctx.place[0], ctx.place[1], "what the step saves for its gradient") from error
         return None, None, None, grad
 
 

@@ -49,11 +49,11 @@ from torch import Tensor
 from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.fixed_point import Record, State
-from ..errors import InversionError, MnetError, is_of_device
+from ..errors import InversionError
 from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
-from .proofs import Drift, Print, Proofs, differed, unseen_write
+from .proofs import Drift, Print, Proofs, differed, rerunning, unseen_write
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
@@ -139,14 +139,8 @@ class Tape:
     def rerun(self, t: int, x: Tensor) -> tuple[Any, ...]:
         """(y, *extras) of step t on x = x[t], once more."""
         self.reruns[t].conditions.look(self.proofs, partial(self.drifted, t))
-        try:
+        with rerunning(self.region, t):
             return self.reruns[t](x)
-        except (MnetError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-            if is_of_device(error):
-                raise
-            raise InversionError(self.region, t, f"the course of the step ({type(error).__name__}: {error})") from error
 
     def fingerprint(self, of: Callable[[], Print]) -> Print:
         """of(), or nothing where nobody wants proof."""

@@ -127,8 +127,10 @@ class Subject:
         place = self.place_of(parameter)
         return "" if place is None else self.where(_title(self.regions[place[0]]), place[1])
 
-    def where(self, region: str, t: int) -> str:
-        """A region and step, in words, with the module."""
+    def where(self, region: str, t: int | None) -> str:
+        """A region and step, in words, with the module; of a segment, its name."""
+        if t is None:
+            return region
         found = next((r for r in self.regions if _title(r) == region), None)
         names = [] if found is None else _names(found)
         owner = _owner(names[t]) if t < len(names) else ""

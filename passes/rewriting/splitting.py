@@ -12,7 +12,7 @@ zeros, not None, and an optimizer with weight decay would move them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Set
+from collections.abc import Callable, Collection, Set
 from typing import Any
 
 import torch.fx as fx
@@ -21,17 +21,28 @@ from torch import Tensor, nn
 from passes.graphs.effects import noted
 from passes.graphs.facts import graded, recorded
 from passes.graphs.writes import is_hook, is_unknown, written
+from passes.rewriting.segments import Segment
 
-__all__ = ["pieces"]
+__all__ = ["PROOF", "pieces"]
+
+Groups = list[list[fx.Node]]
+Segments = list[list[Segment]]
 
 
-def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[str] = ()) -> fx.GraphModule:
+PROOF = "mnet_fx_proof"
+"""In the meta data of a piece that can be run again: which of its outputs shows that a rerun gave what the first run did."""
+
+
+def pieces(
+    gm: fx.GraphModule, between: Collection[str], everywhere: Collection[str] = (), cut: Callable[[Groups], Segments] | None = None
+) -> fx.GraphModule:
     """Gather what lies between the calls of some modules.
 
     Args:
         gm: a graph with flat inputs, not changed.
         between: targets of the calls that stay as they are.
         everywhere: names of placeholders that every piece gets, whether it reads them or not.
+        cut: cuts each run of nodes into segments, see `segmented`, which become pieces of their own; None: a run is a piece.
 
     Returns:
         A graph of the calls `piece_0`, `piece_1`, ... (GraphModules that return tuples) and those of `between`.
@@ -40,7 +51,7 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
     several = {node for node in kept if recorded(node) is None}  # calls that return a tuple: not x[t] itself, which may be indexed
     own = kept | {node for node in gm.graph.nodes if is_hook(node) or (node.target is operator.getitem and node.args[0] in several)}
     hooked = {node.args[0] for node in own if is_hook(node)}
-    groups: list[list[fx.Node]] = [[]]
+    groups: Groups = [[]]
     units: list[fx.Node | list[fx.Node]] = []
     listed: dict[Any, list[fx.Node]] = {}  # values that are lists of tensors, and the group that makes each
     for node in gm.graph.nodes:
@@ -58,7 +69,11 @@ def pieces(gm: fx.GraphModule, between: Collection[str], everywhere: Collection[
         if node in hooked:
             units.append(groups[-1])
             groups.append([])
-    return _Joiner(gm, everywhere, _graded(gm, own)).joined([*units, groups[-1]])
+    units.append(groups[-1])
+    runs = [unit for unit in units if isinstance(unit, list)]
+    segments = iter([[Segment(run)] for run in runs] if cut is None else cut(runs))
+    parts = [part for unit in units for part in (next(segments) if isinstance(unit, list) else [unit])]
+    return _Joiner(gm, everywhere, _graded(gm, own)).joined(parts)
 
 
 def _graded(gm: fx.GraphModule, own: Collection[fx.Node]) -> set[fx.Node]:
@@ -84,13 +99,13 @@ class _Joiner:
         self.values: dict[fx.Node, fx.Node] = {}
         self.modules: dict[str, Any] = {}
 
-    def joined(self, units: list[fx.Node | list[fx.Node]]) -> fx.GraphModule:
+    def joined(self, units: list[fx.Node | Segment]) -> fx.GraphModule:
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self.graph.node_copy(node)
         for unit in units:
-            if isinstance(unit, list):
-                self._piece(unit)
+            if isinstance(unit, Segment):
+                self._piece(unit.nodes, unit.proof)
             else:
                 self._copied(unit)
         self._copied(self.gm.graph.output_node())
@@ -106,7 +121,7 @@ class _Joiner:
             if used.op in ("call_module", "get_attr"):
                 self.modules[str(used.target)] = getattr(self.gm, str(used.target))
 
-    def _piece(self, nodes: list[fx.Node]) -> None:
+    def _piece(self, nodes: list[fx.Node], proof: fx.Node | None) -> None:
         """One piece and its call; nothing for no nodes."""
         if not nodes:
             return
@@ -124,6 +139,8 @@ class _Joiner:
         name = f"piece_{len([n for n in self.modules if n.startswith('piece_')])}"
         targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
         self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
+        if proof is not None:
+            self.modules[name].meta[PROOF] = outputs.index(proof)
         call = self.graph.call_module(name, tuple(self.values[source] for source in read if source.op != "get_attr"))
         for i, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, i))
