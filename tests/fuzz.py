@@ -3,8 +3,8 @@
     python tests/fuzz.py --way captured --programs 2000 --seed 0
     python tests/fuzz.py --way captured --programs 1 --seed 17 --show        # one program: its source and what came out
 
-Ways: captured (`momentumize`), eager and aot_eager (`torch.compile` with the backend over that compiler), named (`regions=[...]`),
-graph (a `torch.fx.GraphModule` of symbolic_trace or torch.export).
+Ways: captured (`momentumize`), rest (likewise, with rest="checkpoint" but for what is stored), eager and aot_eager (`torch.compile` with
+the backend over that compiler), named (`regions=[...]`), graph (a `torch.fx.GraphModule` of symbolic_trace or torch.export).
 
 Each program is a small model in Python source (`fuzz_programs.py`). What a training step, or two, gives and leaves (values, other outputs,
 gradients of inputs and parameters, buffers, attributes, the side input) is compared:
@@ -164,6 +164,12 @@ def compiled(inner: str) -> Callable[..., tuple[Callable[..., Any], nn.Module]]:
     return way
 
 
+def resting(model: nn.Module, trial: Trial, **options: Any) -> tuple[Callable[..., Any], nn.Module]:
+    if options.get("backward") != "stored":
+        options["rest"] = "checkpoint"
+    return captured(model, trial, **options)
+
+
 def graph(model: nn.Module, trial: Trial, **options: Any) -> tuple[Callable[..., Any], nn.Module]:
     net = mnet_fx.momentumize(model, **options)
     return net, net
@@ -176,7 +182,14 @@ def as_graph(model: nn.Module, trial: Trial, dtype: torch.dtype) -> nn.Module:
     return torch.export.export(model, tuple(t.detach() for t in inputs(dtype, False)), strict=False).module()
 
 
-WAYS = {"captured": captured, "eager": compiled("eager"), "aot_eager": compiled("aot_eager"), "named": named, "graph": graph}
+WAYS = {
+    "captured": captured,
+    "rest": resting,
+    "eager": compiled("eager"),
+    "aot_eager": compiled("aot_eager"),
+    "named": named,
+    "graph": graph,
+}
 
 
 # ---- the oracles
@@ -215,7 +228,7 @@ def _attempted(way: str, trial: Trial) -> Outcome:
     except (mnet_fx.MnetError, CheckpointError) as error:
         return Outcome("explained", f"{type(error).__name__}: {shortened(str(error))}")
     except Exception as error:
-        if way in ("eager", "aot_eager", "captured") and type(error) is (plainly := _plain_failure(trial, way)):
+        if way in ("eager", "aot_eager", "captured", "rest") and type(error) is (plainly := _plain_failure(trial, way)):
             return Outcome("left out", f"torch.compile raises {plainly.__name__} too")
         return Outcome("FAILED", f"{type(error).__name__}: {shortened(str(error))}\n{traceback.format_exc(limit=-4)}")
 

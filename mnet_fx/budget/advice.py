@@ -23,7 +23,7 @@ def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
             "Activations are the smaller part, so no way of recomputing them saves much: shard parameters and optimizer state (FSDP2), "
             "train fewer of them (LoRA), or hold them in fewer bits."
         )
-    found += _outside(estimate)
+    found += _outside(estimate, report)
     if not report.regions:
         found.append("No residual chain was found: print(mnet_fx.momentumize(model).report) says why.")
     elif any(region.storage == "inputs" for region in report.regions):
@@ -44,7 +44,7 @@ def _what_dominates(way: Way) -> str:
     return f"momentum: {part} are the largest part, {shown(size)} of {shown(way.total_bytes)} ({size / max(way.total_bytes, 1):.0%})."
 
 
-def _outside(estimate: Estimate) -> list[str]:
+def _outside(estimate: Estimate, report: Report) -> list[str]:
     """About what is kept outside of chains, where that is much."""
     way = estimate.momentum
     outside = sum(way.outside.values())
@@ -53,8 +53,8 @@ def _outside(estimate: Estimate) -> list[str]:
     first = [f"{path or 'the root'} {shown(size)}" for path, size in list(way.outside.items())[:3]]
     return [
         f"Of {shown(way.kept_bytes)} kept after the forward, {shown(outside)} lie outside of chains, most in {', '.join(first)}: a head "
-        "whose logits are large (give the loss to torch.utils.checkpoint, or in chunks), or projections and stages between the chains "
-        "(torch.utils.checkpoint around them)."
+        "whose logits are large (compute the loss in chunks), or projections and stages between the chains"
+        + (". rest='checkpoint' runs them again instead of keeping that." if report.rest == "store" else ".")
     ]
 
 

@@ -194,6 +194,7 @@ def merged(reports: Iterable[Report]) -> Report:
         None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
         _numbered(found),
         _renumbered(found),
+        next((report.rest for report in found), "store"),
     )
 
 

@@ -73,9 +73,10 @@ def graph_report(
         rows,
         refusals,
         (CapturedPart(path, front_end, adds, rewritten),),
-        plan.kept_outside,
+        plan.kept_outside if settings.rest == "store" else None,
         add_reports(plan, refusals, path),
-        tuple(_with_state(replace(s, path=joined(path, s.path)), shares) for s in plan.stretches),
+        tuple(_with_state(replace(s, path=joined(path, s.path)), shares, settings.rest) for s in plan.stretches),
+        settings.rest,
     )
 
 
@@ -104,9 +105,9 @@ def _shares(region: RegionReport, dtype: torch.dtype) -> list[int | None]:
     return [total - later * (region.steps - 1), *[later] * (region.steps - 1)]
 
 
-def _with_state(stretch: Stretch, shares: dict[str, list[int | None]]) -> Stretch:
+def _with_state(stretch: Stretch, shares: dict[str, list[int | None]], rest: str) -> Stretch:
     if stretch.step is None:
-        return stretch
+        return stretch if rest == "store" else replace(stretch, kept=None)
     share = shares[stretch.region][stretch.step] if stretch.region in shares else stretch.saved
     return replace(stretch, kept=share if share is not None and stretch.saved is not None else None)
 

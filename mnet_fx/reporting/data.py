@@ -30,6 +30,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         "saved_bytes": findings.saved,
         "kept_bytes": findings.kept,
         "kept_outside_bytes": findings.kept_outside,
+        "rest": findings.rest,
         "regions": [_region(region) for region in findings.regions],
         "adds": [_add(i, add) for i, add in enumerate(findings.adds)],
         "refusals": [asdict(refusal) for refusal in findings.refusals],

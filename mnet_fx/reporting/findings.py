@@ -125,10 +125,12 @@ class Findings:
         refusals: why each other add, or a whole module, was left as it was.
         captured: which parts of the model were captured, and how.
         kept_outside: bytes that ordinary autograd saves for what lies outside of all chains, for the inputs of the capture: see
-            `passes.planning.kept` for what is counted. None where that is not known, as in a preview and for named containers.
+            `passes.planning.kept` for what is counted. None where that is not known, as in a preview, for named containers, and under
+            rest="checkpoint", of which `mnet_fx.estimate` tells.
         adds: every residual-looking add, once, in the order in which the model runs.
         stretches: the model from input to output: each step, and what lies between regions, with what autograd saves for it in the
             original model (`saved`), and what is kept after the rewrite (`kept`: of a step, its share of the state of its region).
+        rest: what becomes of what lies outside of chains, the option of that name.
     """
 
     residual_adds: int
@@ -139,6 +141,7 @@ class Findings:
     kept_outside: int | None = None
     adds: tuple[AddReport, ...] = field(default_factory=tuple)
     stretches: tuple[Stretch, ...] = field(default_factory=tuple)
+    rest: str = "store"
 
     @property
     def saved(self) -> int | None:

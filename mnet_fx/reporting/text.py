@@ -122,8 +122,7 @@ def text(findings: Findings) -> str:
     if findings.regions:
         parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, findings.regions)))
     parts += [_copies(region) for region in findings.regions if region.all_copied]
-    if findings.kept_outside:
-        parts.append(f"Outside of chains, autograd keeps {findings.kept_outside:,} bytes for the backward pass (inputs as at the capture).")
+    parts += _outside(findings)
     if any(part.front_end == "preview" for part in findings.captured):
         parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
     if len(findings.captured) > 1 or any(part.front_end == "named" for part in findings.captured):
@@ -137,6 +136,17 @@ def text(findings: Findings) -> str:
         parts.append(_table("path node code explanation", map(_refusal_row, alike.values())))
         parts.append("\n".join(hints))
     return "\n\n".join(parts)
+
+
+def _outside(findings: Findings) -> list[str]:
+    """About what lies outside of chains; with what to do where that is most of what is kept."""
+    if findings.rest == "checkpoint" and findings.regions:
+        return ["Outside of chains, segments run again in the backward pass (rest='checkpoint'); mnet_fx.estimate says what is kept."]
+    if not findings.kept_outside:
+        return []
+    pays = findings.kept is not None and findings.kept_outside > findings.kept / 2 and bool(findings.regions)
+    more = " That is most of what is kept: rest='checkpoint' runs it again instead." if pays else ""
+    return [f"Outside of chains, autograd keeps {findings.kept_outside:,} bytes for the backward pass (inputs as at the capture).{more}"]
 
 
 def _left(findings: Findings) -> list[Refusal]:

@@ -55,9 +55,9 @@ class _Segment:
         if not self.ran:
             self.ran = True
             return self._closed(False, self.conditions.first_run(self.x))
-        with undisturbed(), unwritten_saves(self.place[0]):
+        with undisturbed():
             self.conditions.look(self.proofs, partial(self.drifted, None))
-            with rerunning(*self.place):
+            with rerunning(*self.place), unwritten_saves(self.place[0]):  # ends before `Close`, where the checkpoint stops the rerun
                 outputs = self.conditions.run(self.x)
             return self._closed(True, outputs)
 

@@ -1,0 +1,237 @@
+"""`rest="checkpoint"`: what lies outside of chains runs again in the backward pass, and nothing else changes."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import mnet_fx
+from mnet_fx import InversionError, MnetError, SettingsError, momentumize
+
+N = 6
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.norm(self.conv(x)))
+
+
+class Wider(nn.Module):
+    """A projection, in place operations, dropout, statistics: nothing of it is in a chain."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.conv, self.norm, self.skip = nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.Conv2d(a, b, 1)
+        self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.relu(self.drop(self.norm(self.conv(x))) + self.skip(x))
+
+
+class Net(nn.Module):
+    def __init__(self, wide=8):
+        super().__init__()
+        self.stem = nn.Sequential(Wider(3, 4), Wider(4, 4), Wider(4, 4))
+        self.first, self.between, self.second = nn.Sequential(Block(4), Block(4)), Wider(4, wide), nn.Sequential(Block(wide), Block(wide))
+        self.tail = nn.Sequential(*(Wider(wide, wide) for _ in range(4)))
+        self.head = nn.Linear(wide, 5)
+
+    def forward(self, x):
+        x = self.second(self.between(self.first(self.stem(x))))
+        return self.head(self.tail(x).mean((2, 3)))
+
+
+def made(model, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return momentumize(copy.deepcopy(model), gamma=0.5, **options)
+
+
+def trained(net, x, steps=2):
+    """Everything that some steps give and leave."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    found = []
+    for _ in range(steps):
+        out = net(x)
+        out.square().mean().backward()
+        found.append(out.detach())
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    return [*found, x.grad, *grads, *net.buffers(), torch.get_rng_state()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(N, 3, 10, 10)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backward", ["reversible", "stored"])
+def test_gradients_statistics_and_random_numbers_are_those_of_store(model, x, inner, backward):
+    stored, again = (made(model, rest=rest, inner=inner, backward=backward) for rest in ("store", "checkpoint"))
+    assert same(trained(stored, x), trained(again, x))
+
+
+def test_it_keeps_less(model, x):
+    kept, peak = {}, {}
+    for rest in ("store", "checkpoint"):
+        net = made(model, rest=rest)
+        trained(net, x)
+        taken = mnet_fx.measure(lambda net=net: net(x).square().mean(), lambda loss: loss.backward())
+        kept[rest], peak[rest] = taken.kept, taken.peak
+    assert kept["checkpoint"] < 0.5 * kept["store"]
+    assert peak["checkpoint"] < 0.8 * peak["store"]
+
+
+def test_the_estimate_knows(model, x):
+    net = made(model, rest="checkpoint")
+    trained(net, x)
+    taken = mnet_fx.measure(lambda: net(x).square().mean(), lambda loss: loss.backward())
+    way = mnet_fx.estimate(model, x, gamma=0.5, rest="checkpoint", loss=lambda out: out.square().mean()).momentum
+    assert way.kept_bytes == pytest.approx(taken.kept, rel=0.01)
+    assert way.peak_bytes == pytest.approx(taken.peak, rel=0.05)
+
+
+def test_an_optimizer_step_between_forward_and_backward_is_an_error(model, x):
+    net = made(model, rest="checkpoint")
+    out = net(x)
+    with torch.no_grad():
+        net.tail[1].skip.weight.mul_(2)
+    with pytest.raises(InversionError, match=r"segment.*tail.*rest='store'") as raised:
+        out.sum().backward()
+    assert "tail.1.skip.weight" in raised.value.what
+    assert raised.value.step is None
+    assert pickle.loads(pickle.dumps(raised.value)).what == raised.value.what
+
+
+def test_what_does_not_repeat_is_an_error(model, x):
+    drawn = torch.Generator().manual_seed(0)
+
+    @torch.library.custom_op("mnet_fx_tests::rest_noise", mutates_args=())
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(x.shape, generator=drawn)
+
+    noise.register_fake(torch.empty_like)
+    noise.register_autograd(lambda ctx, grad: grad)
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.after = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40))
+
+        def forward(self, x):
+            return self.after(noise(torch.tanh(self.net(x))).exp().sin().exp().sin())
+
+    torch.manual_seed(0)
+    net = made(Noisy(), rest="checkpoint")
+    out = net(x)
+    with pytest.raises(InversionError, match="segment"):
+        out.sum().backward()
+
+
+class Writing(nn.Module):
+    """A buffer that one part reads and a later one overwrites; a value of one part that another overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.tail = Net(), nn.Sequential(*(Wider(8, 8) for _ in range(2)))
+        self.register_buffer("scale", torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        net = self.net
+        x = net.second(net.between(net.first(net.stem(x))))
+        y = self.tail[0](torch.tanh(x + self.scale).sin().exp())
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        y = self.tail[1](y)
+        z = torch.cat([y, y.exp()], 1)
+        z.add_(1)
+        return net.head(z[:, :8].sin().mean((2, 3))) + self.scale.sum()
+
+
+def test_writes_across_segments(x):
+    torch.manual_seed(0)
+    model = Writing()
+    stored, again = (made(model, rest=rest) for rest in ("store", "checkpoint"))
+    assert same(trained(stored, x), trained(again, x))
+
+
+def test_partial_and_second_derivatives(model, x):
+    def found(net):
+        torch.manual_seed(1)
+        a = x.clone().requires_grad_()
+        out = net(a)
+        (first,) = torch.autograd.grad(out.square().sum(), a, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), net.stem[0].conv.weight, retain_graph=True)
+        (partly,) = torch.autograd.grad(out.sum(), net.tail[0].conv.weight, retain_graph=True)
+        (again,) = torch.autograd.grad(out.sum(), net.tail[0].conv.weight)
+        return [first.detach(), second, partly, again]
+
+    stored, again = (made(model.double(), rest=rest) for rest in ("store", "checkpoint"))
+    x = x.double()
+    assert same(found(stored), found(again))
+
+
+def test_copies_and_eval(model, x):
+    net = made(model, rest="checkpoint")
+    trained(net, x)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        for p in (*net.parameters(), *twin.parameters()):
+            p.grad = None
+        assert same(trained(copy.deepcopy(net), x), trained(twin, x))
+    with torch.no_grad():
+        expected = made(model, rest="store").eval()
+        expected.load_state_dict(net.state_dict())
+        assert torch.equal(net.eval()(x), expected(x))
+
+
+def test_frozen_parts_and_accumulation(model, x):
+    def found(rest):
+        net = made(model, rest=rest)
+        net.stem.requires_grad_(False)
+        torch.manual_seed(2)
+        for part in x.chunk(2):
+            net(part).square().mean().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    assert same(found("store"), found("checkpoint"))
+
+
+@pytest.mark.parametrize("options", [{"regions": ["first"]}, {"graph": True}])
+def test_where_there_is_no_capture(model, options):
+    given = torch.fx.symbolic_trace(model) if options.pop("graph", False) else model
+    with pytest.raises(SettingsError, match="needs a capture"):
+        momentumize(given, rest="checkpoint", **options)
+    with pytest.raises(SettingsError, match="rest must be one of"):
+        momentumize(model, rest="keep")
+
+
+def test_an_overwritten_save_is_an_error(x):
+    class Overwriting(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            y = (y * 3).sin().exp()
+            y.mul_(2)
+            return y.sin().exp().sin().exp()
+
+    net = made(Overwriting(), rest="checkpoint")
+    with pytest.raises(MnetError, match="overwrites in place"):
+        net(x).sum().backward()
