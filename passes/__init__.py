@@ -16,6 +16,7 @@ from passes.planning.planner import plan
 from passes.planning.stretches import with_stretches
 from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
+from passes.rewriting.heads import Head, chunked_heads, heads
 from passes.rewriting.invariants import InvariantError
 from passes.rewriting.rewriter import PassResult, rewrite
 from passes.rewriting.segments import cutting, largest_step
@@ -26,6 +27,7 @@ __all__ = [
     "PROOF",
     "Form",
     "Granularity",
+    "Head",
     "InvariantError",
     "LostContextError",
     "PassResult",
@@ -40,7 +42,9 @@ __all__ = [
     "Stretch",
     "Unlifted",
     "checkpoints",
+    "chunked_heads",
     "cutting",
+    "heads",
     "is_hook",
     "joined",
     "largest_step",

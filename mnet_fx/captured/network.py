@@ -195,6 +195,7 @@ def merged(reports: Iterable[Report]) -> Report:
         _numbered(found),
         _renumbered(found),
         next((report.rest for report in found), "store"),
+        tuple(head for report in found for head in report.heads),
     )
 
 

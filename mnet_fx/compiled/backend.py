@@ -25,7 +25,7 @@ from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import passes
-from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted
+from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, owner_stack
 
 from ..arithmetic.kernels.choice import FUSED, fusing
 from ..arithmetic.kernels.eager import Kernels
@@ -37,6 +37,7 @@ from .artifacts import Artifacts
 from .bodies import bodies, holders, refusals, with_bodies
 from .compiler import Compile, Compiler
 from .filling import Filler
+from .head import ChunkedHead
 from .region import CompiledRegion, Reading
 from .segment import CompiledSegment
 
@@ -214,10 +215,11 @@ def _compiled(
 
     rewritten = passes.rewrite(unlifted.graph_module, found.plan, build_region).graph_module
     lifted = passes.lift(rewritten, unlifted, {name: region.reads for name, region in regions.items()})
-    cut = None
+    cut, own = None, set(regions)
     if settings.rest == "checkpoint":
+        own |= passes.chunked_heads(lifted, partial(ChunkedHead, on_drift=settings.on_drift)).keys()
         cut = passes.cutting(lifted.graph, unlifted.attributes, passes.largest_step(unlifted.graph_module, found.plan))
-    joined = passes.pieces(lifted, regions, unlifted.sizes, cut)
+    joined = passes.pieces(lifted, own, unlifted.sizes, cut)
     fake_mode = detect_fake_mode(example_inputs)
     assert fake_mode is not None  # Dynamo's
     recorded = {node.name: node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"}
@@ -297,7 +299,18 @@ def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> R
         refusals=(*report.refusals, *refusals(plans), *at_breaks),
         captured=(dataclasses.replace(report.captured[0], residual_adds=len(adds)),),
         adds=adds,
+        heads=_heads(found) if settings.rest == "checkpoint" else (),
     )
+
+
+def _heads(found: Found) -> tuple[str, ...]:
+    """Paths of the linear layers whose cross entropy is computed in chunks."""
+    graph = found.unlifted.graph_module.graph
+    if not found.plan.regions:
+        return ()
+    inside = {name for region in found.plan.regions for step in region.steps for name in step.nodes}
+    named = {node.name: node for node in graph.nodes}
+    return tuple((owner_stack(named[head.linear]) or ["the root"])[-1] for head in passes.heads(graph, inside))
 
 
 def _at_breaks(gm: fx.GraphModule, plan: Plan, nodes: dict[str, fx.Node]) -> list[Refusal]:

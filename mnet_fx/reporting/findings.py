@@ -131,6 +131,7 @@ class Findings:
         stretches: the model from input to output: each step, and what lies between regions, with what autograd saves for it in the
             original model (`saved`), and what is kept after the rewrite (`kept`: of a step, its share of the state of its region).
         rest: what becomes of what lies outside of chains, the option of that name.
+        heads: paths of the linear layers whose cross entropy is computed in chunks of tokens, under rest="checkpoint".
     """
 
     residual_adds: int
@@ -142,6 +143,7 @@ class Findings:
     adds: tuple[AddReport, ...] = field(default_factory=tuple)
     stretches: tuple[Stretch, ...] = field(default_factory=tuple)
     rest: str = "store"
+    heads: tuple[str, ...] = ()
 
     @property
     def saved(self) -> int | None:

@@ -141,7 +141,8 @@ def text(findings: Findings) -> str:
 def _outside(findings: Findings) -> list[str]:
     """About what lies outside of chains; with what to do where that is most of what is kept."""
     if findings.rest == "checkpoint" and findings.regions:
-        return ["Outside of chains, segments run again in the backward pass (rest='checkpoint'); mnet_fx.estimate says what is kept."]
+        said = ["Outside of chains, segments run again in the backward pass (rest='checkpoint'); mnet_fx.estimate says what is kept."]
+        return said + [f"The logits of {head} and their cross entropy are computed in chunks of tokens." for head in findings.heads]
     if not findings.kept_outside:
         return []
     pays = findings.kept is not None and findings.kept_outside > findings.kept / 2 and bool(findings.regions)

@@ -81,6 +81,10 @@ class Memory:
             memory.last_write.update(dict.fromkeys(_written(node), i))
         return memory
 
+    def of_node(self, node: fx.Node) -> set[int]:
+        """The storages that the value of a node lies in."""
+        return _memory([node])
+
     def weigh(self, numbers: Iterable[int]) -> int:
         return sum(self.sizes.get(number, 0) for number in numbers)
 

@@ -1,0 +1,131 @@
+"""`rest="checkpoint"` where the rest ends in a linear layer and its cross entropy: chunks of tokens, never all logits."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mnet_fx
+from mnet_fx import InversionError, momentumize
+
+D, V, T, B = 16, 300, 40, 3
+
+
+class LM(nn.Module):
+    def __init__(self, form="flat", bias=True, **loss):
+        super().__init__()
+        self.form, self.loss = form, loss
+        self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, V, bias=bias)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh()) for _ in range(3))
+        self.register_buffer("classes", torch.rand(V) + 0.5)
+
+    def forward(self, tokens, target):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        logits = self.head(x)
+        loss = dict(self.loss)
+        if loss.pop("weighted", False):
+            loss["weight"] = self.classes
+        if self.form == "flat":
+            return F.cross_entropy(logits.view(-1, V), target.reshape(-1), **loss)
+        if self.form == "shifted":
+            return F.cross_entropy(logits[..., :-1, :].contiguous().view(-1, V), target[..., 1:].reshape(-1), **loss)
+        if self.form == "read":
+            return F.cross_entropy(logits.view(-1, V), target.reshape(-1), **loss), logits
+        if self.form == "scaled":
+            return F.cross_entropy(logits.view(-1, V) * 0.5, target.reshape(-1), **loss)
+        return F.cross_entropy(logits.transpose(1, 2), target, **loss)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    target = torch.randint(V, (B, T))
+    target[0, :7] = -100
+    return torch.randint(V, (B, T)), target
+
+
+def step(net, batch):
+    for p in net.parameters():
+        p.grad = None
+    out = net(*batch)
+    loss = out[0] if isinstance(out, tuple) else out
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in net.parameters())]
+
+
+OPTIONS = [
+    {},
+    {"bias": False},
+    {"form": "shifted"},
+    {"reduction": "sum"},
+    {"ignore_index": 5},
+    {"weighted": True, "label_smoothing": 0.1},
+    {"label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_loss_and_its_gradients(batch, options):
+    torch.manual_seed(1)
+    batch = (batch[0], batch[1].where(batch[1] >= 0, torch.tensor(options.get("ignore_index", -100))))
+    model = LM(**options).double()
+    stored, chunked = (momentumize(copy.deepcopy(model), batch, gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
+    assert chunked.report.heads == ("head",)
+    assert "chunks of tokens" in str(chunked.report)
+    for a, b in zip(step(stored, batch), step(chunked, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["read", "scaled", "transposed"])
+def test_other_heads_are_left_as_they_are(batch, form):
+    torch.manual_seed(1)
+    model = LM(form)
+    stored, chunked = (momentumize(copy.deepcopy(model), batch, gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
+    assert chunked.report.heads == ()
+    for a, b in zip(step(stored, batch), step(chunked, batch), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_there(batch):
+    model = LM()
+    peaks = {}
+    for rest in ("store", "checkpoint"):
+        net = momentumize(copy.deepcopy(model), gamma=0.5, rest=rest)
+        step(net, batch)
+        peaks[rest] = mnet_fx.measure(lambda net=net: net(*batch), lambda loss: loss.backward())
+    logits = 4 * B * T * V
+    assert peaks["store"].kept > logits
+    assert peaks["checkpoint"].kept < logits / 4
+    assert peaks["checkpoint"].peak < 0.6 * peaks["store"].peak
+
+
+def test_no_gradients_and_nothing_that_counts(batch):
+    tokens, target = batch
+    net = momentumize(LM(), gamma=0.0, rest="checkpoint")
+    loss = step(net, batch)[0]
+    with torch.no_grad():
+        assert net(tokens, target).item() == pytest.approx(loss.item(), rel=1e-6)
+        assert net(tokens, torch.full_like(target, -100)).isnan()
+
+
+def test_a_weight_that_changes_in_between_is_an_error(batch):
+    net = momentumize(LM(), gamma=0.5, rest="checkpoint")
+    loss = net(*batch)
+    with torch.no_grad():
+        net.head.weight.mul_(2)
+    with pytest.raises(InversionError, match="the head"):
+        loss.backward()
+
+
+def test_bfloat16_and_sizes_that_vary(batch):
+    tokens, target = batch
+    model = LM().bfloat16()
+    stored, chunked = (momentumize(copy.deepcopy(model), gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
+    for size in (3, 2, 1):
+        a, b = (step(net, (tokens[:size], target[:size])) for net in (stored, chunked))
+        for s, t in zip(a, b, strict=True):
+            torch.testing.assert_close(s.float(), t.float(), rtol=0.03, atol=0.03 * s.float().abs().max().item())
