@@ -62,10 +62,11 @@ momentum_options = _all(
     click.option("--min-steps", type=click.IntRange(1), default=2, show_default=True, help="Leave shorter chains alone."),
     _choice("--on-drift", "raise warn ignore", "What to do when a step does not repeat."),
     _choice("--precision", "standard high", "High also where elements never mix, for 4 bytes more per element."),
+    _choice("--rest", "store checkpoint", "What becomes of what lies outside of chains."),
     click.option("--inner", default="eager", show_default=True, help="What runs the steps: eager, inductor, any backend of torch.compile."),
 )
 MOMENTUM_NAMES = (
-    "gamma", "initial_velocity", "weights", "granularity", "regions", "backward", "min_steps", "on_drift", "precision", "inner",
+    "gamma", "initial_velocity", "weights", "granularity", "regions", "backward", "min_steps", "on_drift", "precision", "rest", "inner",
 )  # fmt: skip
 
 model_arguments = _all(click.argument("model"), click.option("--kwargs", multiple=True, metavar="NAME=VALUE", help=KWARGS))
