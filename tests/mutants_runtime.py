@@ -51,9 +51,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     # What is checked in a rerun.
     ("mnet_fx/runtime/tape.py", "self.reruns[t].conditions.look(self.proofs, partial(self.drifted, t))", "pass"),
     (
-        "mnet_fx/runtime/tape.py",
-        "except (MnetError, torch.OutOfMemoryError):\n            raise\n",
-        "except torch.OutOfMemoryError:\n            raise\n",
+        "mnet_fx/runtime/proofs.py",
+        "except (MnetError, torch.OutOfMemoryError):\n        raise\n",
+        "except torch.OutOfMemoryError:\n        raise\n",
     ),
     ("mnet_fx/runtime/proofs.py", 'if self.on_drift == "raise":', "if False:"),
     ("mnet_fx/runtime/proofs.py", "around.comparisons += [*self.waiting, comparison]", "around.comparisons += [comparison]"),
@@ -109,7 +109,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/tape.py", "self.half, self.time = False, self.time + 1", "self.half = False"),
     ("mnet_fx/runtime/tape.py", "while x is not None and self.time < t:", "while x is not None and self.time < t - 1:"),
     ("mnet_fx/runtime/tape.py", "while self.time > t:", "while self.time > t + 1:"),
-    ("mnet_fx/runtime/steps.py", "            if rerun:\n                step.tape.close(step.t, plain(y))\n", ""),
+    ("mnet_fx/runtime/steps.py", "        if rerun:\n            self.tape.close(self.t, y)\n", ""),
     ("mnet_fx/runtime/steps.py", "ctx.save_for_backward(plain(y).new_empty(0))", "ctx.save_for_backward()"),
     # What is kept, and what gradients see.
     ("mnet_fx/runtime/tape.py", "with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):", "if True:"),
@@ -149,7 +149,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/attributes.py", "for name in live.keys() - then.keys():", "for name in ():"),
     ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(stream_print(tape, x), print_,", "tape.proofs.put_off((), (),"),
     ("mnet_fx/runtime/steps.py", "if self.running:", "if False:"),
-    ("mnet_fx/runtime/steps.py", "*needing[:1]), *extras", "), *extras"),
+    ("mnet_fx/runtime/steps.py", "y, *needing[:1])", "y)"),
     ("mnet_fx/runtime/tape.py", "        self._seek(t)  # where", "        pass  # where"),
     ("mnet_fx/runtime/tape.py", "dressed(x.detach(), self.guise)", "x.detach()"),
     ("mnet_fx/runtime/guise.py", "result.__dict__.update(guise.attributes)", "pass"),
@@ -174,8 +174,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/steps.py", "self.tape.prove(found, self.prints, self.t,", "self.tape.prove((), (), self.t,"),
     (
         "mnet_fx/runtime/steps.py",
-        "for e in extras if isinstance(e, Tensor) and e.requires_grad]\n        graded",
-        "for e in extras if isinstance(e, Tensor)]\n        graded",
+        "for e in outputs if isinstance(e, Tensor) and e.requires_grad) if",
+        "for e in outputs if isinstance(e, Tensor)) if",
     ),
     ("mnet_fx/runtime/replay.py", "swapped |= _copied(self.buffers | {", "swapped |= (self.buffers | {"),
     (
