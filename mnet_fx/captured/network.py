@@ -194,7 +194,7 @@ def merged(reports: Iterable[Report]) -> Report:
         None if None in (kept := [report.kept_outside for report in found]) else sum(size or 0 for size in kept),
         _numbered(found),
         _renumbered(found),
-        next((report.rest for report in found), "store"),
+        "checkpoint" if any(report.rest == "checkpoint" for report in found) else "store",
         tuple(head for report in found for head in report.heads),
     )
 

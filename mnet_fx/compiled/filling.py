@@ -71,8 +71,8 @@ class Filler(FakeRun):
             result = piece(*args)
         if any(isinstance(value, Tensor) for value in (*args, *result)):
             run = self.compiler(piece, args)
-            again = self.segment is not None and PROOF in piece.meta
-            setattr(self.module, str(n.target), self.segment(piece, run) if self.segment is not None and again else _Piece(run))
+            segment = self.segment if PROOF in piece.meta else None
+            setattr(self.module, str(n.target), _Piece(run) if segment is None else segment(piece, run))
         return result
 
 

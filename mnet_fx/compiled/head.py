@@ -61,14 +61,16 @@ class ChunkedHead(Unseen):
     def _count(self, target: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The number of rows that count, or the sum of their weights."""
         counting = target != self.head.ignore_index
-        return (counting if class_weight is None else class_weight[target[counting]]).sum(dtype=dtype)
+        if class_weight is None:
+            return counting.sum(dtype=dtype)
+        return (class_weight[target.where(counting, 0)] * counting).sum(dtype=dtype)  # no mask as an index, for which a device would wait
 
     def _sum(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> Tensor:
         inputs = [rows, target, weight, *(t for t in (bias, class_weight) if t is not None)]
         step = _Chunk(self.head, bias is not None, class_weight is not None)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or transformed() or exported():
             return step(rows, *inputs)[0]
-        return run_segment(self.name, self.on_drift, step, inputs, 0)[0]
+        return run_segment(self.name, self.on_drift, step, rows, inputs, 0)[0]
 
 
 class _Chunk(nn.Module):

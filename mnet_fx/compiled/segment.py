@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,14 +46,13 @@ class CompiledSegment(Unseen):
         return self._run(*(given[i] for i in self._places))
 
     def forward(self, *args: Any) -> Any:
-        needs_grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if not needs_grad or transformed() or exported():
             return self._run(*args)
         step = self._step.bound([args[i] for i in self._own], ())
-        return run_segment(self.name, self.on_drift, step, self._picked(args), self.proof)
-
-    def _picked(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(args[i] for i in self._sides)
+        x = next((t for t in tensors if t.device.type != "cpu"), tensors[0])  # a number may lie on the CPU
+        return run_segment(self.name, self.on_drift, step, x, [args[i] for i in self._sides], self.proof)
 
 
 def _where(piece: fx.GraphModule) -> str:

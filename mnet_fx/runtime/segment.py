@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..arithmetic.fingerprints import prints
-from .guise import is_ordinary, plain
+from .guise import is_ordinary
 from .proofs import Drift, Print, Proofs, differed, rerunning
 from .replay import Conditions, undisturbed
 from .steps import closed, graded, unwritten_saves
@@ -22,31 +22,31 @@ from .steps import closed, graded, unwritten_saves
 __all__ = ["run_segment"]
 
 
-def run_segment(name: str, on_drift: str, module: nn.Module, inputs: Sequence[Any], proof: int) -> tuple[Any, ...]:
+def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int) -> tuple[Any, ...]:
     """Runs a part under a checkpoint.
 
     Args:
         name: for messages.
         on_drift: "raise", "warn" or "ignore".
-        module: called as `module(x, *inputs)` with x a tensor of no meaning; returns a tuple.
-        inputs: at least one tensor among them.
+        module: called as `module(x, *inputs)`; returns a tuple.
+        x: any tensor on the device on which the part runs; of no other meaning.
+        inputs: what the part reads, but for parameters and buffers.
         proof: index of an output that lies in memory of its own.
 
     Raises:
         InversionError: out of the backward pass, if a rerun differs.
     """
-    outputs: tuple[Any, ...] = checkpoint(_Segment(name, on_drift, module, inputs, proof), use_reentrant=False, preserve_rng_state=False)
-    return outputs
+    segment = _Segment(name, on_drift, module, x, inputs, proof)
+    return tuple(checkpoint(segment, use_reentrant=False, preserve_rng_state=False))
 
 
 class _Segment:
     """The function that checkpoint runs, first and again."""
 
-    def __init__(self, name: str, on_drift: str, module: nn.Module, inputs: Sequence[Any], proof: int) -> None:
+    def __init__(self, name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int) -> None:
         self.place: tuple[str, int | None] = (name, None)
-        self.x = next(value for value in inputs if isinstance(value, Tensor))
-        self.wanted, self.proof = on_drift != "ignore", proof
-        self.conditions = Conditions(module, inputs, self.x.device, self.wanted)
+        self.x, self.wanted, self.proof = x, on_drift != "ignore", proof
+        self.conditions = Conditions(module, inputs, x.device, self.wanted)
         self.drifted, self.proofs = Drift(name, on_drift), Proofs()
         self.prints: Print = ()
         self.ran = False
@@ -62,12 +62,12 @@ class _Segment:
             return self._closed(True, outputs)
 
     def _closed(self, rerun: bool, outputs: Sequence[Any]) -> tuple[Any, ...]:
-        others = (*outputs[: self.proof], *outputs[self.proof + 1 :])
-        return *outputs[: self.proof], closed(self, rerun, outputs[self.proof], others), *outputs[self.proof + 1 :]
+        before, y, after = outputs[: self.proof], outputs[self.proof], outputs[self.proof + 1 :]
+        return *before, closed(self, rerun, y, (*before, *after)), *after
 
     def finish(self, rerun: bool, y: Tensor, extras: Sequence[Any]) -> None:
         """Notes the outputs that have gradients, or compares."""
-        own = [plain(y)] if is_ordinary(plain(y)) else []
+        own = [y] if is_ordinary(y) else []
         found = prints([*own, *graded(extras)]) if self.wanted else ()
         if rerun:
             self.proofs.compare(found, self.prints, partial(differed, self.drifted, None, "what it gives"))

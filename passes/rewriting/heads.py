@@ -31,14 +31,13 @@ class Head:
     """A linear layer and the cross entropy that alone reads what it gives.
 
     Attributes:
-        linear, loss: names of the two nodes.
+        nodes: names of all its nodes, from the loss back to the linear layer.
         hidden, weight, bias, target, class_weight: names of what they read; None for none.
         slices: what of the hidden values along all but their last dimension is read; None: all.
         ignore_index, reduction, label_smoothing: as of `torch.nn.functional.cross_entropy`.
     """
 
-    linear: str
-    loss: str
+    nodes: tuple[str, ...]
     hidden: str
     weight: str
     bias: str | None
@@ -48,6 +47,11 @@ class Head:
     ignore_index: int
     reduction: str
     label_smoothing: float
+
+    @property
+    def linear(self) -> str:
+        """Name of the linear layer's node."""
+        return self.nodes[-1]
 
 
 def heads(graph: fx.Graph, inside: Collection[str] = ()) -> Iterator[Head]:
@@ -74,15 +78,18 @@ def _head(loss: fx.Node, memory: Memory) -> Head | None:
     legacy = known["size_average"] is not None or known["reduce"] is not None
     if way is None or legacy or reduction not in ("mean", "sum") or not _are_classes(target):
         return None
-    linear, slices = way
+    nodes, slices = way
+    linear = nodes[-1]
     named = inspect.signature(_linear).bind(*linear.args, **linear.kwargs).arguments
     hidden, weight, bias = named["input"], named["weight"], named.get("bias")
-    if not _pays(hidden, weight, linear) or _changed([hidden, weight, bias], linear, memory):
+    reads = [hidden, weight, bias, target, known["weight"]]
+    if not _pays(hidden, weight, linear) or _changed(reads, linear, memory):
         return None
     options = (known["ignore_index"], reduction, known["label_smoothing"])
     if not all(isinstance(value, (int, float, str)) for value in options):
         return None
-    return Head(linear.name, loss.name, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, *options)
+    names = tuple(node.name for node in (loss, *nodes))
+    return Head(names, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, *options)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> None:
@@ -93,18 +100,20 @@ def _name(node: Any) -> str | None:
     return node.name if isinstance(node, fx.Node) else None
 
 
-def _back_to_linear(node: Any, reader: fx.Node) -> tuple[fx.Node, tuple[Any, ...] | None] | None:
-    """The linear layer whose result a node is, as a table of one row for each target, and what of it was taken."""
+def _back_to_linear(node: Any, reader: fx.Node) -> tuple[list[fx.Node], tuple[Any, ...] | None] | None:
+    """The nodes from a table of one row for each target back to the linear layer that gives it, and the slices of that that were taken."""
     slices: tuple[Any, ...] | None = None
     if not isinstance(node, fx.Node) or not isinstance(recorded(node), Tensor) or recorded(node).dim() != 2:
         return None
+    nodes: list[fx.Node] = []
     classes, dtype = recorded(node).shape[-1], recorded(node).dtype
     while isinstance(node, fx.Node) and set(node.users) == {reader}:
         value = recorded(node)
         if not isinstance(value, Tensor) or value.shape[-1] != classes or value.dtype != dtype:
             return None
+        nodes.append(node)
         if node.target in _LINEAR:
-            return node, slices
+            return nodes, slices
         source: Any = node.args[0] if node.args else None
         before = recorded(source) if isinstance(source, fx.Node) else None
         if not isinstance(before, Tensor) or before.device != value.device:
@@ -140,7 +149,7 @@ def _pays(hidden: fx.Node, weight: fx.Node, linear: fx.Node) -> bool:
 
 
 def _changed(values: list[Any], linear: fx.Node, memory: Memory) -> bool:
-    """Whether what a linear layer reads is overwritten after it."""
+    """Whether what a head reads is overwritten after its linear layer."""
     numbers = [number for value in values if isinstance(value, fx.Node) for number in memory.of_node(value)]
     return any(memory.last_write.get(number, -1) > memory.index[linear] for number in numbers)
 
@@ -158,22 +167,16 @@ def chunked_heads(gm: fx.GraphModule, build: Callable[[Head], nn.Module]) -> dic
     named = {node.name: node for node in gm.graph.nodes}
     made: dict[str, nn.Module] = {}
     for i, head in enumerate(list(heads(gm.graph))):
-        loss, target = named[head.loss], f"momentum_head_{i}"
+        loss, target = named[head.nodes[0]], f"momentum_head_{i}"
         made[target] = build(head)
         gm.add_module(target, made[target])
         with gm.graph.inserting_before(loss):
-            hidden = named[head.hidden]
-            given = [hidden, *(None if name is None else named[name] for name in (head.weight, head.bias, head.target, head.class_weight))]
-            call = gm.graph.call_module(target, tuple(given))
+            reads = (head.hidden, head.weight, head.bias, head.target, head.class_weight)
+            call = gm.graph.call_module(target, tuple(None if name is None else named[name] for name in reads))
         call.meta = dict(loss.meta)
         loss.replace_all_uses_with(call)
-        unread = loss
-        while unread is not hidden and not unread.users:
-            source = next(iter(unread.all_input_nodes))
-            gm.graph.erase_node(unread)
-            if unread.name == head.linear:
-                break
-            unread = source
+        for name in head.nodes:
+            gm.graph.erase_node(named[name])
     if made:
         gm.recompile()
     return made

@@ -129,3 +129,18 @@ def test_bfloat16_and_sizes_that_vary(batch):
         a, b = (step(net, (tokens[:size], target[:size])) for net in (stored, chunked))
         for s, t in zip(a, b, strict=True):
             torch.testing.assert_close(s.float(), t.float(), rtol=0.03, atol=0.03 * s.float().abs().max().item())
+
+
+def test_arguments_by_name(batch):
+    class Named(LM):
+        def forward(self, tokens, target):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = x + block(x)
+            return F.cross_entropy(target=target.reshape(-1), input=self.head(x).view(-1, V))
+
+    net = momentumize(Named(), batch, gamma=0.5, rest="checkpoint")
+    assert net.report.heads == ("head",)
+    step(net, batch)
+    taken = mnet_fx.measure(lambda: net(*batch), lambda loss: loss.backward())
+    assert taken.kept < B * T * V  # a quarter of the logits

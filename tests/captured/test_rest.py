@@ -235,3 +235,20 @@ def test_an_overwritten_save_is_an_error(x):
     net = made(Overwriting(), rest="checkpoint")
     with pytest.raises(MnetError, match="overwrites in place"):
         net(x).sum().backward()
+
+
+def test_a_segment_that_reads_parameters_alone(x):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.table = Net(), nn.Parameter(torch.randn(40, 5))
+
+        def forward(self, x):
+            out = self.net(x)
+            table = (self.table.sin().exp().sin() * 2).exp().sin()
+            return out + table.sum(0)
+
+    torch.manual_seed(0)
+    model = Normed()
+    stored, again = (made(model, rest=rest) for rest in ("store", "checkpoint"))
+    assert same(trained(stored, x), trained(again, x))
