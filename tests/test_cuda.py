@@ -22,6 +22,41 @@ pytestmark = [
 CUDA = "cuda"
 
 
+class Mixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.norm(self.conv(x)))
+
+
+def widening(a, b):
+    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True), nn.Dropout(0.2))
+
+
+class WithARest(nn.Module):
+    """Convolutions, statistics and dropout outside of chains."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Sequential(widening(3, 8), widening(8, 8)), nn.Sequential(Mixing(8), Mixing(8))
+        self.between, self.second = widening(8, 16), nn.Sequential(Mixing(16), Mixing(16))
+        self.tail, self.head = nn.Sequential(*(widening(16, 16) for _ in range(3))), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.tail(self.second(self.between(self.first(self.stem(x))))).mean((2, 3)))
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = encoder(3), nn.Linear(32, 100)
+
+    def forward(self, x, target):
+        return nn.functional.cross_entropy(self.head(self.body(x)).view(-1, 100), target.view(-1))
+
+
 @pytest.fixture(autouse=True)
 def _settings():
     """cuDNN's deterministic algorithms: with others, a model does not give its own gradients twice."""
@@ -94,6 +129,37 @@ def test_a_resnet(tf32, layout):
     a, b = twins(resnet50().to(memory_format=layout))
     images = torch.randn(2, 3, 64, 64, device=CUDA).to(memory_format=layout)
     assert_same(gradients(a, images), gradients(b, images))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_rest_runs_again(amp):
+    torch.manual_seed(0)
+    model = WithARest().to(CUDA)
+    stored, again = (momentumize(copy.deepcopy(model), gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
+    x = torch.randn(4, 3, 12, 12, device=CUDA)
+    for _ in range(2):
+        assert_same(gradients(again, x, amp), gradients(stored, x, amp))
+    assert_same(list(again.buffers()), list(stored.buffers()))
+    out = again(x)
+    with torch.no_grad():
+        again.tail[1][0].weight.mul_(2)
+    with pytest.raises(errors.InversionError, match="segment"):
+        out.sum().backward()
+
+
+def test_a_head_in_chunks():
+    torch.manual_seed(0)
+    model = Headed().to(CUDA)
+    stored, chunked = (momentumize(copy.deepcopy(model), gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
+    target = torch.randint(100, (4, 16), device=CUDA)
+    target[0, :5] = -100
+    found = []
+    for net in (stored, chunked):
+        loss = net(tokens(4, 16, 32).fill_(0.3), target)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_nan_in_the_stream():

@@ -13,7 +13,7 @@ import torch
 from .measuring import allocate_gradients, clocked, deterministic, equal_bits, gradients, host_reads, launches, peak
 from .session import GIB, Session, failure
 from .subjects import SUBJECTS, Subject
-from .ways import COMPILED, EAGER, Way, by_layer, momentum, momentum_compiled
+from .ways import COMPILED, EAGER, Way, by_layer, momentum, momentum_compiled, rest_again
 
 __all__ = ["compiled", "eager", "exactness", "measured", "rounds"]
 
@@ -29,7 +29,9 @@ def eager(session: Session, only: list[str] | None = None) -> None:
     """All models, nothing compiled."""
     for name in only or list(SUBJECTS):
         extra: dict[str, Way] = {"momentum, a step per layer": by_layer} if name.startswith("encoder") else {}
-        run(session, "models", name, EAGER | extra, {"momentum": momentum})
+        if name.startswith("resnet"):
+            extra = {"momentum, rest under checkpoint": rest_again}
+        run(session, "models", name, EAGER | extra, {"momentum": momentum, "momentum, rest under checkpoint": momentum})
 
 
 def compiled(session: Session, only: list[str] | None = None) -> None:

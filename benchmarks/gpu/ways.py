@@ -18,7 +18,7 @@ import mnet_fx
 from .session import Session
 from .subjects import Subject
 
-__all__ = ["COMPILED", "EAGER", "GAMMA", "checkpointed", "compiled", "momentum", "momentum_compiled"]
+__all__ = ["COMPILED", "EAGER", "GAMMA", "checkpointed", "compiled", "momentum", "momentum_compiled", "rest_again"]
 
 GAMMA = 0.9
 Way = Callable[[Session, Subject], Callable[..., Any]]
@@ -47,6 +47,11 @@ def _again(forward: Callable[..., Any], offload: bool, *args: Any, **kwargs: Any
 def momentum(session: Session, subject: Subject, **options: Any) -> nn.Module:
     """`momentumize` with the subject's own regions, if it has any, unless `options` name others."""
     return mnet_fx.momentumize(subject.model, **{"gamma": GAMMA, "regions": subject.regions} | options)
+
+
+def rest_again(session: Session, subject: Subject, **options: Any) -> nn.Module:
+    """What lies outside of chains runs again too; needs a capture."""
+    return momentum(session, subject, rest="checkpoint", **options)
 
 
 def by_layer(session: Session, subject: Subject, **options: Any) -> nn.Module:
