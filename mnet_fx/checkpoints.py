@@ -11,6 +11,7 @@ list of its values.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -173,11 +174,21 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Check:
-    """What load_state_dict calls. Holds the options and not the net, which shallow copies outlive."""
+    """What load_state_dict calls. Holds the options and not the net, which shallow copies outlive; and the report, until it is pickled."""
 
     options: Mapping[str, Any] | None
     transforms: Any
     name: str
+    report: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Check:
+        return type(self)(*(copy.deepcopy(value, memo) for value in vars(self).values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        gamma = None if self.options is None else self.options["gamma"]
+        if callable(gamma) and self.report is not None:  # a schedule that cannot be pickled remembers what it gave
+            gamma_record(gamma, {region.steps for region in self.report.regions})
+        return self.__dict__ | {"report": None}
 
     def __call__(self, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any) -> None:
         saved = (local_metadata.get(KEY) or {}).get("", {}).get("gamma")
@@ -198,5 +209,5 @@ def _hook(net: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if _ours(hook)]:
             del hooks[key]
     net.register_state_dict_post_hook(_noted)
-    check = _Check(net.__dict__.get(OPTIONS), net.__dict__.get(TRANSFORMS), type(net).__name__)
+    check = _Check(net.__dict__.get(OPTIONS), net.__dict__.get(TRANSFORMS), type(net).__name__, report_of(net))
     net._register_load_state_dict_pre_hook(check)  # the public one wraps a weak reference to the net, which fails in shallow copies

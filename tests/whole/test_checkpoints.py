@@ -237,6 +237,18 @@ def test_the_interface_of_momentumnet_is_rebuilt(is_residual, suffix, tmp_path):
         mnet_fx.load(Model(), path)
 
 
+def test_a_model_that_was_transformed_twice(tmp_path):
+    def twice(gamma):
+        once = mnet_fx.transform_to_momentumnet(nn.Sequential(Model(), nn.Linear(2, 4), Model()), ["0.layers"], gamma=0.5)
+        return mnet_fx.transform_to_momentumnet(once, ["2.layers"], keep_first_layer=False, gamma=gamma)
+
+    net, path = twice(0.7), tmp_path / "net.pt"
+    mnet_fx.save(net, path)
+    assert torch.equal(mnet_fx.load(nn.Sequential(Model(), nn.Linear(2, 4), Model()), path)(X), net(X))
+    assert warned(twice(0.7), net.state_dict()) == []
+    assert len(warned(twice(0.8), net.state_dict())) == 1
+
+
 @pytest.mark.parametrize("wrapped", [lambda s, m: {"model": s, "step": 3}, lambda s, m: {"state_dict": s}, lambda s, m: m.state_dict()])
 def test_checkpoints_as_people_write_them(wrapped, tmp_path):
     """Under a key; and of a net in a wrapper, as DistributedDataParallel and torch.compile make them."""
