@@ -1,4 +1,4 @@
-"""Trajectories on the line that must cross: x -> -x^3 by a ResNet and a momentum network (after Sander et al. 2021, arXiv 2102.07870, figure 1).
+"""Paths on the line that must cross: x -> -x^3 by a ResNet and a momentum network (after Sander et al. 2021, arXiv 2102.07870).
 
     python examples/dynamics_1d.py      # five seeds, about a minute on two cores
 
