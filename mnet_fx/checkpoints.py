@@ -15,7 +15,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ log = logging.getLogger("mnet_fx")
 KEY, WITHIN = "mnet_fx", "mnet_fx_within"  # in metadata
 OPTIONS = "mnet_fx_options"  # where a net keeps the arguments of momentumize
 TRANSFORMS = "_mnet_fx_transforms"  # and those of transform_to_momentumnet
-INDIFFERENT = ("backward", "inner", "on_drift", "precision")  # these decide how a network is computed, not which
+INDIFFERENT = ("backward", "inner", "on_drift", "precision", "rest")  # these decide how a network is computed, not which
 
 
 def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **more: Any) -> None:
@@ -43,9 +43,8 @@ def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **
         regions: paths of containers, or None.
         more: further options.
     """
-    fields = ["gamma", "initial_velocity", "weights", "granularity", "backward", "min_steps", "on_drift", "precision"]
-    without = () if regions is None else ("granularity", "min_steps")
-    options: dict[str, Any] = {name: getattr(settings, name) for name in fields if name not in without}
+    without = () if regions is None else ("granularity", "min_steps", "rest")  # these have no meaning then
+    options = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
     net.__dict__[OPTIONS] = options | {"regions": None if regions is None else list(regions)} | more
     _hook(net)
     config = vars(net).get("config")
@@ -127,14 +126,17 @@ def _warn(text: str) -> None:
 def _record(options: Mapping[str, Any] | None, transforms: Any, lengths: set[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"by": "transform_to_momentumnet" if options is None else "momentumize"}
     if options is not None:
-        found |= dict(options)
+        found |= {key: _plain(value) for key, value in options.items()}
         found["gamma"] = gamma_record(options["gamma"], lengths)
         found["regions"] = None if options["regions"] is None else sorted(options["regions"])
-        if isinstance(velocity := options["initial_velocity"], nn.Module):
-            found["initial_velocity"] = {"module": f"{type(velocity).__module__}.{type(velocity).__qualname__}"}
-        if callable(found.get("inner")):
-            found["inner"] = getattr(found["inner"], "__qualname__", type(found["inner"]).__name__)
     return found | ({"transforms": transforms} if transforms else {})
+
+
+def _plain(value: Any) -> Any:
+    """A module by its class, a function by its name."""
+    if isinstance(value, nn.Module):
+        return {"module": f"{type(value).__module__}.{type(value).__qualname__}"}
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
 
 
 def gamma_record(gamma: Any, lengths: set[int]) -> Any:

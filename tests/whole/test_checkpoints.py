@@ -140,7 +140,7 @@ def test_the_kind_of_module_that_gives_the_velocity():
 
 def test_how_a_network_is_computed_makes_no_other():
     state = mnet_fx.momentumize(Model()).state_dict()
-    other = mnet_fx.momentumize(Model(), backward="stored", on_drift="warn", precision="high", inner="aot_eager")
+    other = mnet_fx.momentumize(Model(), backward="stored", on_drift="warn", precision="high", inner="aot_eager", rest="checkpoint")
     assert warned(other, state) == []
 
 
