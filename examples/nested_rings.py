@@ -1,7 +1,7 @@
 """Four nested rings, separated by a momentum network and not by the ResNet of equal size (after Sander et al. 2021, arXiv 2102.07870).
 
-    python examples/nested_rings.py             # three seeds, under five minutes on two cores
-    python examples/nested_rings.py --untied    # each layer its own function: then the ResNet separates them too
+    python examples/nested_rings.py                      # one seed
+    python examples/nested_rings.py --seeds 3 --untied   # each layer its own function: then the ResNet separates them too, at some seeds
 
 One function f, a perceptron with 16 hidden units, is applied 15 times to points of the plane; then a line divides what has become of them.
 
@@ -85,12 +85,13 @@ def draw(nets: dict[str, Separator], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Nested rings: a momentum network against the ResNet of equal size.")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs; accuracies mean nothing then")
     parser.add_argument("--untied", action="store_true", help="each layer has a function of its own")
     parser.add_argument("--picture", default="nested_rings.png")
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
-    seeds, steps, nets = (1, 30, {}) if chosen.quick else (3, 2000, {})
+    seeds, steps, nets = (1, 30, {}) if chosen.quick else (chosen.seeds, 2000, {})
     print(f"{RINGS} rings of {POINTS} points, {DEPTH} layers, {HIDDEN} hidden units, {steps} steps of Adam")
     for name, momentum in (("ResNet", False), ("momentum", True)):
         began, accuracies = time.perf_counter(), []
