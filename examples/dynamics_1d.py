@@ -1,6 +1,6 @@
 """Paths on the line that must cross: x -> -x^3 by a ResNet and a momentum network (after Sander et al. 2021, arXiv 2102.07870).
 
-    python examples/dynamics_1d.py      # five seeds, about a minute on two cores
+    python examples/dynamics_1d.py      # five seeds, about a minute
 
 One function f, a perceptron with 16 hidden units, is applied 15 times. A flow of the line keeps the order of the points, so the best that
 it can do for a map that turns them round is to send all to 0: a mean squared error of 1/7, as x is uniform in [-1, 1). With a speed, paths

@@ -1,6 +1,6 @@
 """Handwritten digits by a pre-activation ResNet: plain, and as a momentum network at three gammas, from the same initial weights.
 
-    python examples/train_digits.py     # five seeds, under five minutes on two cores; needs scikit-learn, which ships the images
+    python examples/train_digits.py     # five seeds; needs scikit-learn, which ships the images
 
 Each seed draws its own split into training and test images, initial weights and order of the batches, the same for all four networks.
 """
