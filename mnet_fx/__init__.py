@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .budget.measured import Memory, measure
     from .compiled.backend import backend, reports, reset_reports
     from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
+    from .loading import load, save, saved_options
     from .named.momentum_net import FinalVelocity, MomentumNet, convert_momentumnet_state_dict, transform_to_momentumnet
     from .reporting.ask import report
     from .reporting.drawing import draw
@@ -34,6 +35,7 @@ _HOME = {
     "arithmetic.cost": ["state_bits", "state_bytes", "step_bits"],
     "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
     "budget.measured": ["Memory", "measure"],
+    "loading": ["load", "save", "saved_options"],
     "named.momentum_net": ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"],
     "reporting.ask": ["report"],
     "reporting.drawing": ["draw"],
@@ -67,12 +69,15 @@ __all__ = [
     "convert_momentumnet_state_dict",
     "draw",
     "estimate",
+    "load",
     "measure",
     "momentumize",
     "plot_step",
     "report",
     "reports",
     "reset_reports",
+    "save",
+    "saved_options",
     "state_bits",
     "state_bytes",
     "step_bits",

@@ -21,6 +21,7 @@ from .captured.graph_modules import rewritten
 from .captured.masks import unread_masks
 from .captured.stand_ins import real_tensors
 from .captured.unseen import check_unseen
+from .checkpoints import attach
 from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
 from .named.layers import name_region, paths_of
@@ -85,8 +86,8 @@ def momentumize(
     Returns:
         A module of the class of `model` whose `forward` is captured by Dynamo and rewritten; `net.report`, or `mnet_fx.report(net)` where
         the model has an attribute of that name, says what was done. A model without residual chains works as before, with a warning. A
-        `torch.fx.GraphModule` is rewritten as it is, into one that prints, pickles and traces. The options are not in the state_dict: to
-        use a checkpoint, momentumize the model with the same options, and load.
+        `torch.fx.GraphModule` is rewritten as it is, into one that prints, pickles and traces. `net.mnet_fx_options` has the options, by
+        name; a state_dict carries them as metadata, `mnet_fx.load` rebuilds the net with them, and a net with others warns.
 
     Raises:
         SettingsError: an option cannot work, or example_inputs do not fit the model.
@@ -115,6 +116,8 @@ def momentumize(
         _capture(net, settings, inner)
     if settings.velocity is not None:
         _add_velocity(net, settings.velocity)
+    captured = isinstance(net.__dict__.get("forward"), CapturedForward)
+    attach(net, settings, None if regions is None else paths_of(regions), **({"inner": inner} if captured else {}))
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
         capture_now(forward, example_inputs, (True, False))
     elif not isinstance(report_of(net), Pending) and not report_of(net).regions:

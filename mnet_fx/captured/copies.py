@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checkpoints import detach
 from ..errors import MnetError, SettingsError
 from ..reporting.build import REPORT
 from .masks import read_masks
@@ -64,6 +65,7 @@ def _release(net: nn.Module) -> None:
         return
     if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
         del net.__dict__["report"]
+    detach(net)
     velocity = net._modules.get("initial_velocity")
     for module in list(net.modules()):
         release = getattr(module.__dict__.get("forward"), "release", None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arithmetic.device_planes import Reserve
+from ..checkpoints import check, gamma_record, note, transformed
 from ..errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from ..reporting.build import REPORT, note_transform
 from ..runtime.own_copies import Learnt
@@ -89,6 +90,20 @@ class MomentumNet(nn.Module):
         if self._modules.get("init") is None:
             raise AttributeError("this MomentumNet has no init_function: its velocity starts at 0")
         return self._modules["init"]  # type: ignore[return-value]
+
+    @property
+    def mnet_fx_options(self) -> dict[str, Any]:
+        """What decides which network this is, as its checkpoints carry it."""
+        gamma = gamma_record(self.gamma, {self.n_functions})
+        return {"by": "MomentumNet", "gamma": gamma, "init_speed": self.init_speed, "is_residual": self.is_residual}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note(destination, prefix, self.mnet_fx_options)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        check(local_metadata, prefix, self.mnet_fx_options, type(self).__name__)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -253,6 +268,8 @@ def transform_to_momentumnet(
         setattr(net.get_submodule(parent), name, container)
         containers.append((path, container.n_functions, container.learnt.sizes))
     note_transform(net, containers, settings)
+    gamma_now = gamma_record(settings.gamma, {steps for _, steps, _ in containers})
+    transformed(net, sub_layers=paths_of(sub_layers), keep_first_layer=keep_first_layer, gamma=gamma_now, is_residual=is_residual)
     return net
 
 

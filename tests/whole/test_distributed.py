@@ -203,6 +203,15 @@ def fsdp_backward_twice(rank):
         loss.backward()
 
 
+def options_travel(rank, wrap):
+    """A state_dict of a wrapped net carries the options, and a net with others warns."""
+    state = wrap(made("named")).state_dict()
+    wrap(made("named")).load_state_dict(state)  # no warning
+    other = mnet_fx.momentumize(made("named"), regions=["layers"], gamma=0.25)
+    with pytest.warns(mnet_fx.MnetWarning, match="gamma=0.25"):
+        wrap(other).load_state_dict(state)
+
+
 def memory(wrap, depth, x):
     """Bytes kept after the forward pass, and the peak."""
     net = wrap(made("named", depth=depth))
@@ -237,6 +246,8 @@ CHECKS = {
     },
     "fsdp traced each layer": fsdp_around_layers_of_a_traced_region,
     "fsdp backward twice": fsdp_backward_twice,
+    "options ddp": functools.partial(options_travel, wrap=DistributedDataParallel),
+    "options fsdp": functools.partial(options_travel, wrap=functools.partial(sharded, each_layer=True)),
     "memory ddp": functools.partial(memory_saved, wrap=DistributedDataParallel),
     "memory fsdp": functools.partial(memory_saved, wrap=functools.partial(sharded, each_layer=True)),
 }
