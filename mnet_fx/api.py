@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
@@ -24,6 +24,7 @@ from .captured.unseen import check_unseen
 from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
 from .named.layers import name_region, paths_of
+from .named.marks import marked_containers
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Rest, Settings, Weights
@@ -39,7 +40,7 @@ def momentumize(
     initial_velocity: str | nn.Module = "zero",
     weights: Weights = "momentum",
     granularity: Granularity = "add",
-    regions: Sequence[str] | None = None,
+    regions: Sequence[str] | Literal["auto"] | None = None,
     backward: Backward = "reversible",
     min_steps: int = 2,
     on_drift: OnDrift = "raise",
@@ -71,7 +72,10 @@ def momentumize(
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
             Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and
             returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew. Layers that join the container
-            later stay as they are. example_inputs, granularity, min_steps and inner have no meaning then.
+            later stay as they are. example_inputs, granularity, min_steps and inner have no meaning then. "auto": the lists of layers that
+            the model's own library marks (transformers, timm, torch.nn), or else its ModuleLists of equal blocks, with at least `min_steps`
+            layers; `net.report` lists them, and a call in which a layer does not take what the one before it returned is a StreamError.
+            Where there are none, the model is captured, as without regions.
         backward: "reversible"; or "stored": the same forward, bit for bit, with activations stored by autograd.
         min_steps: shorter chains are left alone.
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
@@ -103,10 +107,12 @@ def momentumize(
             "options are given by name, as in gamma=0.9 or regions=['layers']"
         )
     checked_inner(inner)
-    _check_rest(model, settings, regions)
     net = copied(model)
-    if regions is not None:
-        named = [name_region(net, path, settings) for path in paths_of(regions)]
+    found = isinstance(regions, str) and regions == "auto"
+    paths = (None if isinstance(model, fx.GraphModule) else marked_containers(net, min_steps) or None) if found else regions
+    _check_rest(model, settings, paths)
+    if paths is not None:
+        named = [name_region(net, path, settings, found=found) for path in paths_of(paths)]
         _show(net, named_report([region.shown for region in named], settings, _stream_dtype(model)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
