@@ -15,10 +15,11 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from .captured.copies import copied
+from .captured.copies import check_model, copied
 from .captured.forward import CapturedForward
 from .captured.graph_modules import rewritten
 from .captured.masks import unread_masks
+from .captured.restoring import check_original, release
 from .captured.stand_ins import real_tensors
 from .captured.unseen import check_unseen
 from .compiled.backend import Inner, checked_inner
@@ -47,6 +48,7 @@ def momentumize(
     precision: Precision = "standard",
     rest: Rest = "store",
     inner: Inner = "eager",
+    inplace: bool = False,
 ) -> nn.Module:
     """Rewrites the residual chains of a model into reversible momentum chains, which train without stored activations.
 
@@ -85,6 +87,8 @@ def momentumize(
             "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
             torch.compile by name, or a callable of that kind, which compiles each step once.
+        inplace: rewrite the model itself and return it, for code that cannot put another in its place. `mnet_fx.restore(model)` undoes
+            it. After an error the model is as it was. For no GraphModule, and no model that is rewritten already.
 
     Returns:
         A module of the class of `model` whose `forward` is captured by Dynamo and rewritten; `net.report`, or `mnet_fx.report(net)` where
@@ -107,25 +111,45 @@ def momentumize(
             "options are given by name, as in gamma=0.9 or regions=['layers']"
         )
     checked_inner(inner)
-    net = copied(model)
-    found = isinstance(regions, str) and regions == "auto"
-    paths = (None if isinstance(model, fx.GraphModule) else marked_containers(net, min_steps) or None) if found else regions
-    _check_rest(model, settings, paths)
+    if not inplace:
+        return _rewritten(copied(model), example_inputs, settings, regions, inner)
+    check_model(model)
+    check_original(model)
+    try:
+        return _rewritten(model, example_inputs, settings, regions, inner)
+    except BaseException:
+        release(model)
+        raise
+
+
+def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions: Any, inner: Inner) -> nn.Module:
+    """The module, rewritten as it is; another one for a GraphModule."""
+    paths, found = _paths(net, regions, settings.min_steps)
+    _check_rest(net, settings, paths)
+    if settings.velocity is not None:
+        _check_velocity(net)
     if paths is not None:
-        named = [name_region(net, path, settings, found=found) for path in paths_of(paths)]
-        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(model)))
+        named = [name_region(net, path, settings, found=found) for path in paths]
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))
     else:
         _capture(net, settings, inner)
     if settings.velocity is not None:
-        _add_velocity(net, settings.velocity)
+        net.add_module("initial_velocity", settings.velocity)
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
         capture_now(forward, example_inputs, (True, False))
     elif not isinstance(report_of(net), Pending) and not report_of(net).regions:
-        warnings.warn(f"{type(model).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=2)
+        warnings.warn(f"{type(net).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=3)
     return net
+
+
+def _paths(net: nn.Module, regions: Any, least: int) -> tuple[list[str] | None, bool]:
+    """Paths of the containers whose layers become steps, None for a capture; and whether they were found, and not named."""
+    if not isinstance(regions, str) or regions != "auto":
+        return None if regions is None else paths_of(regions), False
+    return (None if isinstance(net, fx.GraphModule) else marked_containers(net, least) or None), True
 
 
 def _check_rest(model: nn.Module, settings: Settings, regions: Sequence[str] | None) -> None:
@@ -154,21 +178,21 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
             "calls them, or make a Sequential of it"
         )
     check_unseen(net)
-    for layer in net.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            layer.activation_relu_or_gelu = 0  # it then takes no fast path in eval mode, which has no residual adds
     unread_masks(net)
     forward = CapturedForward(net, settings, inner)
     net.__dict__["forward"] = forward
     _show(net, Pending(forward.previewed_report))
 
 
-def _add_velocity(net: nn.Module, velocity: nn.Module) -> None:
+def _check_velocity(net: nn.Module) -> None:
+    """
+    Raises:
+        SettingsError: the module for v[0] has no place in the model.
+    """
     if hasattr(net, "initial_velocity"):
         raise SettingsError(f"{type(net).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
     if isinstance(net, nn.Sequential):
         raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
-    net.add_module("initial_velocity", velocity)
 
 
 def capture_now(forward: CapturedForward, example_inputs: Any, modes: Sequence[bool]) -> None:
