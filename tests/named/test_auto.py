@@ -8,6 +8,7 @@ from torch import nn
 from zoo import one_thread  # noqa: F401  (a fixture)
 
 import mnet_fx
+from mnet_fx.named.marks import marked_containers
 
 IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -121,6 +122,22 @@ def test_lists_that_are_found(name):
     assert regions(net) == expected
     assert [part.front_end for part in net.report.captured] == ["named"]
     zoo.assert_agree(zoo.seeded(net, torch.ones(2, 3, 4)), zoo.seeded(model, torch.ones(2, 3, 4)))
+
+
+class GradientCheckpointingLayer(Block):
+    """As transformers names it."""
+
+
+def marked(*widths):
+    return nn.ModuleList(GradientCheckpointingLayer(width) for width in widths)
+
+
+def test_lists_that_are_not_layers_of_one_chain():
+    """Another width, layers of torch.nn beside each other, lists of lists."""
+    attentions = nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(3))
+    rows = Timm(blocks=nn.Sequential(*(nn.Sequential(*blocks(2)) for _ in range(3))))
+    assert marked_containers(Model(a=marked(8, 8), b=marked(8, 4))) == ["a"]
+    assert marked_containers(Model(a=attentions)) == marked_containers(rows) == []
 
 
 NONE = {
