@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .budget.estimates import Estimate, Limits, Way
     from .budget.estimating import estimate
     from .budget.measured import Memory, measure
+    from .captured.restoring import restore
     from .compiled.backend import backend, reports, reset_reports
     from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
     from .loading import load, save, saved_options
@@ -31,6 +32,7 @@ _HOME = {
     "api": ["momentumize"],
     "budget.estimates": ["Estimate", "Limits", "Way"],
     "budget.estimating": ["estimate"],
+    "captured.restoring": ["restore"],
     "compiled.backend": ["backend", "reports", "reset_reports"],
     "arithmetic.cost": ["state_bits", "state_bytes", "step_bits"],
     "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
@@ -76,6 +78,7 @@ __all__ = [
     "report",
     "reports",
     "reset_reports",
+    "restore",
     "save",
     "saved_options",
     "state_bits",

@@ -9,22 +9,24 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from .captured.copies import copied
+from .captured.copies import check_model, copied
 from .captured.forward import CapturedForward
 from .captured.graph_modules import rewritten
 from .captured.masks import unread_masks
+from .captured.restoring import check_original, release
 from .captured.stand_ins import real_tensors
 from .captured.unseen import check_unseen
 from .checkpoints import attach
 from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
 from .named.layers import name_region, paths_of
+from .named.marks import marked_containers
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Rest, Settings, Weights
@@ -40,13 +42,14 @@ def momentumize(
     initial_velocity: str | nn.Module = "zero",
     weights: Weights = "momentum",
     granularity: Granularity = "add",
-    regions: Sequence[str] | None = None,
+    regions: Sequence[str] | Literal["auto"] | None = None,
     backward: Backward = "reversible",
     min_steps: int = 2,
     on_drift: OnDrift = "raise",
     precision: Precision = "standard",
     rest: Rest = "store",
     inner: Inner = "eager",
+    inplace: bool = False,
 ) -> nn.Module:
     """Rewrites the residual chains of a model into reversible momentum chains, which train without stored activations.
 
@@ -72,7 +75,10 @@ def momentumize(
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
             Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and
             returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew. Layers that join the container
-            later stay as they are. example_inputs, granularity, min_steps and inner have no meaning then.
+            later stay as they are. example_inputs, granularity, min_steps and inner have no meaning then. "auto": the lists of layers that
+            the model's own library marks (transformers, timm, torch.nn), or else its ModuleLists of equal blocks, with at least `min_steps`
+            layers; `net.report` lists them, and a call in which a layer does not take what the one before it returned is a StreamError.
+            Where there are none, the model is captured, as without regions.
         backward: "reversible"; or "stored": the same forward, bit for bit, with activations stored by autograd.
         min_steps: shorter chains are left alone.
         on_drift: what to do when a step does not repeat in the backward: "raise" InversionError, "warn", or "ignore" (no check is made).
@@ -82,6 +88,8 @@ def momentumize(
             "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
             torch.compile by name, or a callable of that kind, which compiles each step once.
+        inplace: rewrite the model itself and return it, for code that cannot put another in its place. `mnet_fx.restore(model)` undoes
+            it. After an error the model is as it was. For no GraphModule, and no model that is rewritten already.
 
     Returns:
         A module of the class of `model` whose `forward` is captured by Dynamo and rewritten; `net.report`, or `mnet_fx.report(net)` where
@@ -104,25 +112,46 @@ def momentumize(
             "options are given by name, as in gamma=0.9 or regions=['layers']"
         )
     checked_inner(inner)
-    _check_rest(model, settings, regions)
-    net = copied(model)
-    if regions is not None:
-        named = [name_region(net, path, settings) for path in paths_of(regions)]
-        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(model)))
+    if not inplace:
+        return _rewritten(copied(model), example_inputs, settings, regions, inner)
+    check_model(model)
+    check_original(model)
+    try:
+        return _rewritten(model, example_inputs, settings, regions, inner)
+    except BaseException:
+        release(model)
+        raise
+
+
+def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions: Any, inner: Inner) -> nn.Module:
+    """The module, rewritten as it is; another one for a GraphModule."""
+    paths, found = _paths(net, regions, settings.min_steps)
+    _check_rest(net, settings, paths)
+    if settings.velocity is not None:
+        _check_velocity(net)
+    if paths is not None:
+        named = [name_region(net, path, settings, found=found) for path in paths]
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net)))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))
     else:
         _capture(net, settings, inner)
     if settings.velocity is not None:
-        _add_velocity(net, settings.velocity)
-    captured = isinstance(net.__dict__.get("forward"), CapturedForward)
-    attach(net, settings, None if regions is None else paths_of(regions), **({"inner": inner} if captured else {}))
+        net.add_module("initial_velocity", settings.velocity)
+    attach(net, settings, paths, **({"inner": inner} if isinstance(net.__dict__.get("forward"), CapturedForward) else {}))
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
         capture_now(forward, example_inputs, (True, False))
     elif not isinstance(report_of(net), Pending) and not report_of(net).regions:
-        warnings.warn(f"{type(model).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=2)
+        warnings.warn(f"{type(net).__name__}: no residual chain was rewritten; print(net.report) says why", MnetWarning, stacklevel=3)
     return net
+
+
+def _paths(net: nn.Module, regions: Any, least: int) -> tuple[list[str] | None, bool]:
+    """Paths of the containers whose layers become steps, None for a capture; and whether they were found, and not named."""
+    if not isinstance(regions, str) or regions != "auto":
+        return None if regions is None else paths_of(regions), False
+    return (None if isinstance(net, fx.GraphModule) else marked_containers(net, least) or None), True
 
 
 def _check_rest(model: nn.Module, settings: Settings, regions: Sequence[str] | None) -> None:
@@ -151,21 +180,21 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
             "calls them, or make a Sequential of it"
         )
     check_unseen(net)
-    for layer in net.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            layer.activation_relu_or_gelu = 0  # it then takes no fast path in eval mode, which has no residual adds
     unread_masks(net)
     forward = CapturedForward(net, settings, inner)
     net.__dict__["forward"] = forward
     _show(net, Pending(forward.previewed_report))
 
 
-def _add_velocity(net: nn.Module, velocity: nn.Module) -> None:
+def _check_velocity(net: nn.Module) -> None:
+    """
+    Raises:
+        SettingsError: the module for v[0] has no place in the model.
+    """
     if hasattr(net, "initial_velocity"):
         raise SettingsError(f"{type(net).__name__} has an attribute initial_velocity, where the module for v[0] would go: rename it")
     if isinstance(net, nn.Sequential):
         raise SettingsError("the model is a Sequential, which would run the module for v[0] as a layer: put it in a module of its own")
-    net.add_module("initial_velocity", velocity)
 
 
 def capture_now(forward: CapturedForward, example_inputs: Any, modes: Sequence[bool]) -> None:

@@ -47,9 +47,11 @@ def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **
     options = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
     net.__dict__[OPTIONS] = options | {"regions": None if regions is None else list(regions)} | more
     _hook(net)
-    config = vars(net).get("config")
-    if config is not None and hasattr(config, "to_dict"):
+    config, path = _config(net)
+    if config is not None:
         record = record_of(net)
+        if record["regions"]:
+            record["regions"] = [region.removeprefix(path) for region in record["regions"]]
         if isinstance(known := getattr(config, KEY, None), dict):
             compare(known, record, type(net).__name__, "the config")
         config.mnet_fx = record
@@ -63,13 +65,22 @@ def transformed(net: nn.Module, **options: Any) -> None:
 
 def detach(net: nn.Module) -> None:
     """Takes back what `attach` did, where a net is momentumized again."""
-    net.__dict__.pop(OPTIONS, None)
-    if isinstance(getattr(config := vars(net).get("config"), KEY, None), dict):
+    config, _ = _config(net)
+    if net.__dict__.pop(OPTIONS, None) is not None and isinstance(getattr(config, KEY, None), dict):
         delattr(config, KEY)
     if TRANSFORMS not in net.__dict__:
         for hooks in (net._state_dict_hooks, net._load_state_dict_pre_hooks):
             for key in [key for key, hook in hooks.items() if _ours(hook)]:
                 del hooks[key]
+
+
+def _config(net: nn.Module) -> tuple[Any, str]:
+    """The config of a model of Hugging Face, and the path of the module that has it in a wrapper that shows it as its own, as PEFT's does."""
+    config = getattr(net, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None, ""
+    path = next((path for path, module in net.named_modules() if vars(module).get("config") is config), "")
+    return config, path and f"{path}."
 
 
 def record_of(net: nn.Module) -> dict[str, Any]:

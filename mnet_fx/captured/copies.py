@@ -11,12 +11,11 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checkpoints import detach
 from ..errors import MnetError, SettingsError
 from ..reporting.build import REPORT
-from .masks import read_masks
+from .restoring import release
 
-__all__ = ["copied"]
+__all__ = ["check_model", "copied"]
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -26,13 +25,8 @@ def copied(model: nn.Module) -> nn.Module:
         SettingsError: `model` is no module.
         MnetError: it cannot be copied, is a ScriptModule, or has lazy parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise MnetError("the model is a ScriptModule, whose code is not Python: momentumize the module that it was made from")
+    check_model(model)
     tensors = [*chain(model.parameters(), model.buffers())]
-    if any(map(is_lazy, tensors)):
-        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
     computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
     shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; deepcopy refuses them
     try:
@@ -47,8 +41,23 @@ def copied(model: nn.Module) -> nn.Module:
                 twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
         if isinstance(given, fx.GraphModule):
             _constants_again(given, twin)
-    _release(net)
+    if REPORT in net.__dict__:  # a second rewrite starts over
+        release(net)
     return net
+
+
+def check_model(model: nn.Module) -> None:
+    """
+    Raises:
+        SettingsError: `model` is no module.
+        MnetError: it is a ScriptModule, or has lazy parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"momentumize takes an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise MnetError("the model is a ScriptModule, whose code is not Python: momentumize the module that it was made from")
+    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        raise MnetError("the model has parameters of a lazy module, which have no shape yet: call the model once first")
 
 
 def _constants_again(given: fx.GraphModule, twin: nn.Module) -> None:
@@ -57,18 +66,3 @@ def _constants_again(given: fx.GraphModule, twin: nn.Module) -> None:
         if isinstance(value, Tensor) and twin._buffers.pop(name, None) is not None:
             twin._non_persistent_buffers_set.discard(name)
             twin.__dict__[name] = value
-
-
-def _release(net: nn.Module) -> None:
-    """Takes an earlier rewrite out of a copy, so that a second one starts over."""
-    if REPORT not in net.__dict__:
-        return
-    if net.__dict__.pop(REPORT) is net.__dict__.get("report"):
-        del net.__dict__["report"]
-    detach(net)
-    velocity = net._modules.get("initial_velocity")
-    for module in list(net.modules()):
-        release = getattr(module.__dict__.get("forward"), "release", None)
-        if release is not None and release() is velocity is not None:
-            net._modules.pop("initial_velocity", None)
-    read_masks(net)

@@ -14,10 +14,17 @@ from torch import Tensor, nn
 
 __all__ = ["read_masks", "unread_masks"]
 
+_FAST = "activation_relu_or_gelu"  # of a TransformerEncoderLayer; 0: it takes no fast path in eval mode, which has no residual adds
+_FAST_BEFORE = "_mnet_fx_fast_path"  # what it was
+
 
 def unread_masks(net: nn.Module) -> None:
-    """Gives the encoders and decoders of a model forwards that do not look at the values of masks, if they have none of their own."""
+    """Gives the encoders and decoders of a model forwards that do not look at the values of masks, if they have none of their own; and
+    their layers no fast path."""
     for module in net.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.__dict__[_FAST_BEFORE] = module.__dict__.get(_FAST, 0)
+            module.__dict__[_FAST] = 0
         forward = _FORWARDS.get(inspect.getattr_static(type(module), "forward", None))  # static: that of a script is a descriptor
         if forward is not None and "forward" not in module.__dict__:
             module.__dict__["forward"] = partial(forward, module)
@@ -26,6 +33,8 @@ def unread_masks(net: nn.Module) -> None:
 def read_masks(net: nn.Module) -> None:
     """Undoes `unread_masks`."""
     for module in net.modules():
+        if _FAST_BEFORE in module.__dict__:
+            module.__dict__[_FAST] = module.__dict__.pop(_FAST_BEFORE)
         forward = module.__dict__.get("forward")
         if isinstance(forward, partial) and forward.func in _FORWARDS.values():
             del module.__dict__["forward"]

@@ -57,7 +57,7 @@ momentum_options = _all(
     _choice("--initial-velocity", "zero first", "v[0] = 0, or the speed of the first residual."),
     _choice("--weights", "momentum matched", "Weights of the residuals: as in the paper, or closest to the original."),
     _choice("--granularity", "add module", "A step for each residual add, or for each repeated block."),
-    click.option("--regions", multiple=True, metavar="PATH", help="Make the layers of this list steps; may be repeated."),
+    click.option("--regions", multiple=True, metavar="PATH", help="Make the layers of this list steps; may be repeated; or auto."),
     _choice("--backward", "reversible stored", "Take chains back, or store activations."),
     click.option("--min-steps", type=click.IntRange(1), default=2, show_default=True, help="Leave shorter chains alone."),
     _choice("--on-drift", "raise warn ignore", "What to do when a step does not repeat."),
@@ -96,7 +96,8 @@ def output_options(formats: Mapping[str, str], pictures: bool = False) -> Decora
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options of `momentumize` among those of a command."""
     found = {name: options[name] for name in MOMENTUM_NAMES}
-    return {**found, "regions": list(found["regions"]) or None}
+    regions = list(found["regions"]) or None
+    return {**found, "regions": "auto" if regions == ["auto"] else regions}
 
 
 def said(

@@ -48,9 +48,10 @@ class NamedRegion:
         path: of the container in the model.
         layers: by their names in the container, in order; the same one may occur several times.
         settings: the recurrence.
+        found: whether it was found, and not named: then a layer that never follows another is an error.
     """
 
-    def __init__(self, path: str, layers: dict[str, nn.Module], settings: Settings) -> None:
+    def __init__(self, path: str, layers: dict[str, nn.Module], settings: Settings, found: bool = False) -> None:
         self.path, self.factors = path, settings.factors(len(layers))
         self.names = [f"{path}.{name}" if path else name for name in layers]
         self.backward, self.on_drift = settings.backward, settings.on_drift
@@ -59,6 +60,7 @@ class NamedRegion:
         self.widest = {p.dtype for layer in layers.values() for p in layer.parameters() if p.is_floating_point()}
         self.widest |= set() if settings.held is None else {settings.held}
         self.layers = list(layers.values())
+        self.confirmed: set[int] | None = set() if found else None  # indices of layers that are known to begin or continue a chain
         self.learnt, self.reserve = Learnt(), Reserve()
         self._index()
 
@@ -99,6 +101,8 @@ class NamedRegion:
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, self.names[index])
         extras = chain.step(step, call.sides)
+        if self.confirmed is not None:
+            self.confirmed.add(index)
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
         if index + 1 < len(self.layers):
             self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
@@ -133,6 +137,12 @@ class NamedRegion:
             raise StreamError(
                 f"{self.names[index]} is run again in a backward pass without the chain it belongs to, by a torch.utils.checkpoint around "
                 "this layer: remove it (gradient_checkpointing_disable()), the chain keeps no activations by itself"
+            )
+        if self.confirmed and index not in self.confirmed:
+            raise StreamError(
+                f"regions='auto' took the layers of {self.title} for a chain, but {self.names[index]} was called with another tensor than "
+                f"{self.names[index - 1]} returned: name the containers that are chains, as in regions=['encoder.layers'] "
+                "(print(net.report) lists those that were found), or leave regions out, which captures the model"
             )
         if not self.warned:
             self.warned = True
@@ -220,7 +230,7 @@ def paths_of(named: Any) -> list[str]:
     return paths
 
 
-def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) -> NamedRegion:
+def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0, found: bool = False) -> NamedRegion:
     """Makes the layers of a container steps of one chain, in place.
 
     Args:
@@ -228,12 +238,13 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0) ->
         path: of a ModuleList, Sequential, or any module whose children are called one after the other.
         settings: the recurrence.
         skip: how many layers at the start stay as they are.
+        found: as for `NamedRegion`.
 
     Raises:
         SettingsError: there is no such container, or a layer of it is in another region.
     """
     layers = layers_of(net, path, skip)
-    region = NamedRegion(path, layers, settings)
+    region = NamedRegion(path, layers, settings, found)
     for layer in dict.fromkeys(layers.values()):
         if isinstance(layer, OptimizedModule):
             raise SettingsError(
