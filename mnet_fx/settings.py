@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -85,6 +85,9 @@ _CHOICES: dict[str, Any] = {
 class Settings:
     """Options of `momentumize` that concern the recurrence and its backward; see there for their meaning.
 
+    Attributes:
+        reads: the network's read maps, which `calibrate` fills in (see `runtime.reads`).
+
     Raises:
         SettingsError: an option has a value that cannot work; the message says which do.
     """
@@ -98,6 +101,7 @@ class Settings:
     on_drift: OnDrift = "raise"
     precision: Precision = "standard"
     rest: Rest = "store"
+    reads: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from ..runtime.own_copies import Learnt
+from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import Chain
 from ..settings import Settings
@@ -60,6 +61,7 @@ class NamedRegion:
         self.widest |= set() if settings.held is None else {settings.held}
         self.layers = list(layers.values())
         self.learnt, self.reserve = Learnt(), Reserve()
+        self.weights, self.read_maps = settings.weights, Reads(settings.reads, tuple(self.names))
         self._index()
 
     @property
@@ -98,7 +100,7 @@ class NamedRegion:
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, self.names[index])
-        extras = chain.step(step, call.sides)
+        extras = chain.step(step, call.sides, index)
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
         if index + 1 < len(self.layers):
             self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
@@ -123,7 +125,16 @@ class NamedRegion:
         if index:
             self._broken(index)
         recurrence = Recurrence(
-            self.title, self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest, None, self.learnt, self.reserve
+            self.title,
+            self.factors[index:],
+            self.backward,
+            self.on_drift,
+            self.velocity[0],
+            self.widest,
+            None,
+            self.learnt,
+            self.reserve,
+            self.read_maps,
         )
         return recurrence.start(x)
 
