@@ -213,3 +213,17 @@ def test_verify_passes():
     net = made("named", 0.1)
     mnet_fx.calibrate(net, batches())
     assert mnet_fx.verify(net, batches()[0])
+
+
+def test_a_step_that_writes_to_what_it_reads_is_a_clear_error():
+    class Writing(Layer):
+        def forward(self, x):
+            return super().forward(x.relu_() if self.training and self.writes else x)
+
+    net = Net()
+    net.layers[2] = Writing(0.0)
+    net.layers[2].writes = True
+    net = mnet_fx.momentumize(net, gamma=0.5, weights="matched", regions=["layers"])
+    mnet_fx.calibrate(net, batches())  # in eval mode
+    with pytest.raises(mnet_fx.StreamError, match="in place"):
+        net(batches()[0])
