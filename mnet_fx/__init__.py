@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .budget.estimates import Estimate, Limits, Way
     from .budget.estimating import estimate
     from .budget.measured import Memory, measure
+    from .calibration import Calibration, RegionCalibration, calibrate
     from .captured.restoring import restore
     from .compiled.backend import backend, reports, reset_reports
     from .errors import InversionError, MnetError, MnetWarning, SettingsError, StreamError
@@ -34,6 +35,7 @@ _HOME = {
     "budget.estimating": ["estimate"],
     "captured.restoring": ["restore"],
     "compiled.backend": ["backend", "reports", "reset_reports"],
+    "calibration": ["Calibration", "RegionCalibration", "calibrate"],
     "arithmetic.cost": ["state_bits", "state_bytes", "step_bits"],
     "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
     "budget.measured": ["Memory", "measure"],
@@ -50,6 +52,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AddReport",
+    "Calibration",
     "CapturedPart",
     "Check",
     "Estimate",
@@ -60,6 +63,7 @@ __all__ = [
     "MnetError",
     "MnetWarning",
     "MomentumNet",
+    "RegionCalibration",
     "RegionReport",
     "Report",
     "SettingsError",
@@ -68,6 +72,7 @@ __all__ = [
     "Verification",
     "Way",
     "backend",
+    "calibrate",
     "convert_momentumnet_state_dict",
     "draw",
     "estimate",

@@ -49,6 +49,7 @@ def momentumize(
     precision: Precision = "standard",
     rest: Rest = "store",
     inner: Inner = "eager",
+    calibration: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Rewrites the residual chains of a model into reversible momentum chains, which train without stored activations.
@@ -88,6 +89,7 @@ def momentumize(
             "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
             torch.compile by name, or a callable of that kind, which compiles each step once.
+        calibration: read maps that `calibrate` fitted for a net of this model and these options: what it returned, or the `maps` of that.
         inplace: rewrite the model itself and return it, for code that cannot put another in its place. `mnet_fx.restore(model)` undoes
             it. After an error the model is as it was. For no GraphModule, and no model that is rewritten already.
 
@@ -105,7 +107,7 @@ def momentumize(
 
     Source: Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870, eq. 2.
     """
-    settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift, precision, rest)
+    settings = Settings(gamma, initial_velocity, weights, granularity, backward, min_steps, on_drift, precision, rest, calibration)
     if isinstance(example_inputs, (bool, int, float, str)):
         raise SettingsError(
             f"example_inputs must be a tuple of positional arguments or a dict of keyword arguments, got {example_inputs!r}; "

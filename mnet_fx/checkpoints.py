@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from .errors import MnetWarning
+from .read_maps import Maps, data_of, fingerprint
 from .reporting.build import report_of
 from .settings import Settings
 
@@ -31,6 +32,7 @@ log = logging.getLogger("mnet_fx")
 KEY, WITHIN = "mnet_fx", "mnet_fx_within"  # in metadata
 OPTIONS = "mnet_fx_options"  # where a net keeps the arguments of momentumize
 TRANSFORMS = "_mnet_fx_transforms"  # and those of transform_to_momentumnet
+CHAINS = "chains"  # where the record of a calibration has its maps
 INDIFFERENT = ("backward", "inner", "on_drift", "precision", "rest")  # these decide how a network is computed, not which
 
 
@@ -47,14 +49,28 @@ def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **
     options = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
     net.__dict__[OPTIONS] = options | {"regions": None if regions is None else list(regions)} | more
     _hook(net)
+    known = getattr(_config(net)[0], KEY, None)
+    record = note_config(net)
+    if isinstance(known, dict) and record is not None:
+        compare(known, record, type(net).__name__, "the config")
+
+
+def note_config(net: nn.Module) -> dict[str, Any] | None:
+    """Puts the options of a net into the config of its model, if that is one of Hugging Face. The values of read maps have no place there.
+
+    Returns:
+        The record; None without a config.
+    """
     config, path = _config(net)
-    if config is not None:
-        record = record_of(net)
-        if record["regions"]:
-            record["regions"] = [region.removeprefix(path) for region in record["regions"]]
-        if isinstance(known := getattr(config, KEY, None), dict):
-            compare(known, record, type(net).__name__, "the config")
-        config.mnet_fx = record
+    if config is None:
+        return None
+    record = record_of(net)
+    if record.get("calibration"):
+        record["calibration"] = {key: value for key, value in record["calibration"].items() if key != CHAINS}
+    if record.get("regions"):
+        record["regions"] = [region.removeprefix(path) for region in record["regions"]]
+    config.mnet_fx = record
+    return record
 
 
 def transformed(net: nn.Module, **options: Any) -> None:
@@ -75,7 +91,7 @@ def detach(net: nn.Module) -> None:
 
 
 def _config(net: nn.Module) -> tuple[Any, str]:
-    """The config of a model of Hugging Face, and the path of the module that has it in a wrapper that shows it as its own, as PEFT's does."""
+    """The config of a model of Hugging Face, and the path of the module in `net` that has it, as in PEFT's wrappers."""
     config = getattr(net, "config", None)
     if not hasattr(config, "to_dict"):
         return None, ""
@@ -139,8 +155,13 @@ def _record(options: Mapping[str, Any] | None, transforms: Any, lengths: set[int
     if options is not None:
         found |= {key: _plain(value) for key, value in options.items()}
         found["gamma"] = gamma_record(options["gamma"], lengths)
+        found["calibration"] = _calibration_record(options["calibration"])
         found["regions"] = None if options["regions"] is None else sorted(options["regions"])
     return found | ({"transforms": transforms} if transforms else {})
+
+
+def _calibration_record(maps: Maps) -> dict[str, Any] | None:
+    return {"fingerprint": fingerprint(maps), CHAINS: data_of(maps)} if any(map(any, maps.values())) else None
 
 
 def _plain(value: Any) -> Any:
@@ -167,6 +188,8 @@ def _values(gamma: Any, steps: int) -> list[float] | None:
 
 
 def _same(key: str, saved: Any, own: Any) -> bool:
+    if key == "calibration":
+        return (saved or {}).get("fingerprint") == (own or {}).get("fingerprint")
     if key != "gamma" or not (isinstance(saved, dict) or isinstance(own, dict)):
         return bool(saved == own)
     tables = [gamma.get("values", {}) if isinstance(gamma, dict) else None for gamma in (saved, own)]
@@ -182,6 +205,8 @@ def _shown(value: Any) -> str:
         return f"the schedule {value['schedule']} ({'; '.join(map(str, value.get('values', {}).values()))})"
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return "; ".join(f"({', '.join(f'{key}={_shown(inner)}' for key, inner in item.items())})" for item in value)
+    if isinstance(value, dict) and "fingerprint" in value:
+        return f"the maps of SHA-256 {value['fingerprint'][:12]}..."
     return f"a {value['module']}" if isinstance(value, dict) and "module" in value else repr(value)
 
 

@@ -6,6 +6,7 @@ weights_only=True, so that nothing of it is run.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from .named.momentum_net import MomentumNet, transform_to_momentumnet
 
 __all__ = ["load", "save", "saved_options"]
 
+LARGEST_HEADER = 80_000_000  # bytes; readers of safetensors refuse more than 100,000,000
+TENSOR = "safetensors"
 _HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of a checkpoint under which people put the state_dict
 
 
@@ -34,13 +37,16 @@ def save(net: nn.Module, path: str | Path) -> None:
         path: a file; one that ends in .safetensors is of that format, with the options in its header; any other is of `torch.save`.
 
     Raises:
-        MnetError: the package safetensors is not installed.
+        MnetError: the package safetensors is not installed, or read maps of more than 60 MB do not fit its header.
     """
     if Path(path).suffix != ".safetensors":
         torch.save(net.state_dict(), path)
         return
     records = _records(net.state_dict())
-    _safetensors().save_model(net, str(path), metadata={"format": "pt"} | ({KEY: json.dumps(records)} if records else {}))
+    header = {KEY: json.dumps(records, default=_encoded)} if records else {}
+    if len(header.get(KEY, "")) > LARGEST_HEADER:
+        raise MnetError("the read maps of this net are too large for the header of a safetensors file: write net.pt instead")
+    _safetensors().save_model(net, str(path), metadata={"format": "pt"} | header)
 
 
 def load(model: nn.Module, path: str | Path, **options: Any) -> nn.Module:
@@ -100,7 +106,7 @@ def saved_options(source: Any, **options: Any) -> dict[str, Any]:
         elif path.suffix == ".safetensors":
             records = _records_of_header(path)
         else:
-            records = _records(_state_of(torch.load(path, map_location="meta", weights_only=True), path))
+            records = _records(_state_of(torch.load(path, map_location="cpu", weights_only=True), path))
     elif isinstance(source, Mapping):
         records = _records(_state_of(source, "the dictionary"))
     else:
@@ -131,7 +137,12 @@ def _keywords(record: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     if record.get("by") != "momentumize" or record.get("transforms"):
         raise MnetError(f"these options are those of {record.get('by')}, and not of momentumize alone: use mnet_fx.load")
     found = {key: value for key, value in record.items() if key != "by"}
-    found |= {"gamma": _gamma(found["gamma"]), **options}
+    found |= {"gamma": _gamma(found["gamma"]), "calibration": (found["calibration"] or {"chains": None}).get("chains", ...), **options}
+    if found["calibration"] is ...:
+        raise SettingsError(
+            "the net was calibrated, and a config holds no read maps: give calibration=, from what mnet_fx.calibrate returned, or use "
+            "mnet_fx.save and mnet_fx.load"
+        )
     if isinstance(found["initial_velocity"], dict):
         kind = found["initial_velocity"].get("module")
         raise SettingsError(
@@ -169,7 +180,16 @@ def _records_of_header(path: str | Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(KEY, "{}"))
+        return json.loads((file.metadata() or {}).get(KEY, "{}"), object_hook=_decoded)
+
+
+def _encoded(tensor: Any) -> dict[str, str]:
+    """A tensor in JSON."""
+    return {TENSOR: base64.b64encode(_safetensors().save({"": tensor.contiguous()})).decode()}
+
+
+def _decoded(found: dict[str, Any]) -> Any:
+    return _safetensors().load(base64.b64decode(found[TENSOR]))[""] if TENSOR in found else found
 
 
 def _only(records: Mapping[str, Any], source: Any) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numbers
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from .errors import SettingsError
+from .read_maps import maps_of
 
 __all__ = ["Settings", "matched_weights", "momentum_weights"]
 
@@ -85,6 +86,9 @@ _CHOICES: dict[str, Any] = {
 class Settings:
     """Options of `momentumize` that concern the recurrence and its backward; see there for their meaning.
 
+    Attributes:
+        calibration: the network's read maps, which `calibrate` fills in; given as `read_maps.maps_of` takes them.
+
     Raises:
         SettingsError: an option has a value that cannot work; the message says which do.
     """
@@ -98,6 +102,7 @@ class Settings:
     on_drift: OnDrift = "raise"
     precision: Precision = "standard"
     rest: Rest = "store"
+    calibration: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):
@@ -111,6 +116,9 @@ class Settings:
             raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
         if self.weights == "matched" and self.velocity is not None:
             raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
+        object.__setattr__(self, "calibration", maps_of(self.calibration))
+        if self.calibration and self.weights != "matched":
+            raise SettingsError("calibration needs weights='matched', as calibrate does")
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
             raise SettingsError(f"min_steps must be a whole number of steps, 1 or more, got {self.min_steps!r}")
 

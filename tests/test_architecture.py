@@ -14,7 +14,7 @@ import mnet_fx
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
-CODE_LINES = 13_310  # of both packages; raise it with what a new capability needs, and lower it when you can
+CODE_LINES = 13_700  # of both packages; raise it with what a new capability needs, and lower it when you can
 
 
 def name_of(path: Path) -> str:
@@ -77,6 +77,7 @@ SHOWING = [
 ]  # what is above all: ask, drawing, steps
 MNET_FX = [
     ("errors", "toy_datasets"),
+    ("read_maps",),
     ("settings", "budget.sizes"),
     ("arithmetic",),
     ("runtime",),
@@ -88,6 +89,7 @@ MNET_FX = [
     ("api",),
     ("budget", "integrations", "loading"),
     ("verifying", "reporting"),
+    ("calibration",),
     ("cli",),
     ("__main__", "__init__"),
 ]

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
 from ..runtime.own_copies import Learnt
+from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import Chain
 from ..settings import Settings
@@ -62,6 +63,7 @@ class NamedRegion:
         self.layers = list(layers.values())
         self.confirmed: set[int] | None = set() if found else None  # indices of layers that are known to begin or continue a chain
         self.learnt, self.reserve = Learnt(), Reserve()
+        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(self.names))
         self._index()
 
     @property
@@ -100,7 +102,7 @@ class NamedRegion:
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, self.names[index])
-        extras = chain.step(step, call.sides)
+        extras = chain.step(step, call.sides, index)
         if self.confirmed is not None:
             self.confirmed.add(index)
         x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
@@ -127,7 +129,16 @@ class NamedRegion:
         if index:
             self._broken(index)
         recurrence = Recurrence(
-            self.title, self.factors[index:], self.backward, self.on_drift, self.velocity[0], self.widest, None, self.learnt, self.reserve
+            self.title,
+            self.factors[index:],
+            self.backward,
+            self.on_drift,
+            self.velocity[0],
+            self.widest,
+            None,
+            self.learnt,
+            self.reserve,
+            self.read_maps,
         )
         return recurrence.start(x)
 

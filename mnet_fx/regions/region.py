@@ -15,6 +15,7 @@ from passes import RegionCode, StepCode
 from ..arithmetic.device_planes import Reserve
 from ..arithmetic.kernels.eager import Kernels
 from ..errors import UNCOMPILED, StreamError
+from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import run_chain
 from ..settings import Settings
@@ -149,6 +150,7 @@ class ChainRegion(nn.Module):
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
         self.reserve = Reserve()
+        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(step.path for step in code.region.steps))
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity = (settings.velocity,)
@@ -179,7 +181,15 @@ class ChainRegion(nn.Module):
         dtypes = {dtype for step, _ in steps for dtype in self.dtypes(step)}
         widest = {dtype for dtype in dtypes if dtype.is_floating_point} | (set() if self.held is None else {self.held})
         recurrence = Recurrence(
-            self.name, self.factors, backward, self.on_drift, self.velocity, widest, self.arithmetic, reserve=self.reserve
+            self.name,
+            self.factors,
+            backward,
+            self.on_drift,
+            self.velocity,
+            widest,
+            self.arithmetic,
+            reserve=self.reserve,
+            reads=self.read_maps,
         )
         last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last

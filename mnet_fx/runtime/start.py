@@ -22,6 +22,7 @@ from ..arithmetic.valueless import valueless
 from ..errors import MnetError, StreamError
 from .guise import check_carried, plain
 from .own_copies import Learnt, OwnCopies
+from .reads import Reads
 from .replay import exported, transformed
 from .shear import Factors
 from .steps import Chain
@@ -51,6 +52,7 @@ class Recurrence:
         arithmetic: the loops over elements; None for those that the environment asks for.
         learnt: what the region has learnt about writes that come after its steps; None: it keeps no copies.
         reserve: what the region's chains have spilled on a device so far.
+        reads: where the steps read the stream; None: at x[t].
     """
 
     name: str
@@ -62,6 +64,7 @@ class Recurrence:
     arithmetic: Kernels | None = None
     learnt: Learnt | None = None
     reserve: Reserve | None = None
+    reads: Reads | None = None
 
     def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
@@ -77,7 +80,7 @@ class Recurrence:
         v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
         tape = self._tape(x, v0, reversing)
         tape.own = None if self.learnt is None or valueless(x) else OwnCopies(self.learnt)  # on fake tensors: as after a first call
-        return Chain(tape, x, v0)
+        return Chain(tape, x, v0, self.reads)
 
     def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:
         reversible = torch.is_grad_enabled() and self.backward == "reversible"

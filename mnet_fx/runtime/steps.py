@@ -16,6 +16,7 @@ from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
 from .proofs import Print, unseen_write
+from .reads import Reads
 from .replay import Conditions, Known, noted, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Rerun, Tape
 
@@ -204,17 +205,18 @@ class Chain:
         t: number of steps done.
         print: the fingerprint of x, which nobody may write to.
         known: fingerprints of what the steps read, where they are known already.
+        reads: where the steps read the stream; None: at x[t].
     """
 
-    def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None) -> None:
-        self.tape, self.t = tape, 0
+    def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None, reads: Reads | None = None) -> None:
+        self.tape, self.t, self.reads = tape, 0, reads
         self.known: Known = {}
         self.x: Any
         self.x, self.v = tape.begin(x0, v0)
         self.print = stream_print(tape, self.x)
 
-    def step(self, module: nn.Module, sides: tuple[Any, ...]) -> list[Any]:
-        """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras.
+    def step(self, module: nn.Module, sides: tuple[Any, ...], index: int | None = None) -> list[Any]:
+        """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras. `index`: its number among all steps, if that is not t.
 
         Raises:
             StreamError: the step changed the stream in place.
@@ -225,6 +227,10 @@ class Chain:
                 f"{self.tape.region}, step {self.t}: a transform of torch.func, or forward-mode differentiation, began or ended since "
                 "the chain did: apply it to the whole model"
             )
+        if self.reads is not None:
+            gamma, weight = self.tape.factors[self.t]
+            reach = gamma / weight if self.t else 0.0
+            module = self.reads.of(module, self.t if index is None else index, reach, self.x)
         if isinstance(self.tape, PlainTape):
             y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:

@@ -1,0 +1,280 @@
+"""`mnet_fx.calibrate`: has each step read the stream where the original network would, as far as an affine map of x[t] can tell.
+
+    weights="matched":  z[t] = x[t] + c[t] v[t]  obeys  z[t+1] = z[t] + f[t](x[t])      the original would read f[t] at z[t]
+    calibrated:         f[t] read at  x[t] + m[t] + x[t] W[t]                           m, W: ridge regression of c[t] v[t] on x[t]
+
+The step must not read v[t] itself, or it could not be undone. Steps are fitted in the order in which they run, each in a network in which
+those before it are calibrated: one pass over the batches for each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .captured.forward import CapturedForward
+from .checkpoints import note_config
+from .errors import MnetWarning, SettingsError
+from .named.layers import NamedLayer
+from .read_maps import Maps, Place, ReadMap, data_of
+from .regions.region import MomentumRegion
+from .reporting.build import REPORT
+from .runtime.reads import channel_axis, observed
+from .settings import Settings
+from .verifying.subject import Subject
+
+__all__ = ["Calibration", "RegionCalibration", "calibrate"]
+
+Kind = Literal["auto", "diagonal", "full"]
+RIDGE = 3e-3  # of the mean variance of a channel
+FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: from where "auto" fits full maps, and below which they are worse than none
+Streams = dict[tuple[Place, int], tuple[Tensor, Tensor]]
+_Fit = tuple[str, int, int]  # kind, tokens, width
+
+
+@dataclass(frozen=True)
+class RegionCalibration:
+    """One chain.
+
+    Attributes:
+        path: of its first step's module.
+        steps: how many it has.
+        mapped: how many of these have a map.
+        kind: "diagonal" or "full".
+        tokens: positions of the stream that the maps were fitted on.
+        width: channels.
+    """
+
+    path: str
+    steps: int
+    mapped: int
+    kind: str
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did, and how close the network is to the original one on batches that no map was fitted on.
+
+    Attributes:
+        regions: the chains.
+        held_out: how many batches these figures are of.
+        error_before, error_after: norm of the difference of the outputs, relative to the norm of the original's.
+        cosine_before, cosine_after: mean cosine between the rows (last dimension) of the first output and the original's.
+        maps: the read maps, as lists, dictionaries and tensors, which `torch.save` writes and `momentumize(calibration=...)` takes.
+    """
+
+    regions: tuple[RegionCalibration, ...]
+    held_out: int
+    error_before: float
+    error_after: float
+    cosine_before: float
+    cosine_after: float
+    maps: list[dict[str, Any]] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{r.path or '(root)'}: {r.mapped} of {r.steps} steps, {r.kind}, {r.tokens} tokens of width {r.width}" for r in self.regions
+        ]
+        return "\n".join(
+            [
+                "calibrated",
+                *rows,
+                f"on {self.held_out} held-out batches     before      after",
+                f"relative error of output  {self.error_before:9.5f}  {self.error_after:9.5f}",
+                f"mean cosine to original   {self.cosine_before:9.5f}  {self.cosine_after:9.5f}",
+            ]
+        )
+
+
+def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") -> Calibration:
+    """Brings a momentum network closer to the original one at the same bits: each step reads at x[t] + m[t] + x[t] W[t].
+
+    The maps are fitted by ridge regression in eval mode, without gradients, and stay frozen: no keys of the state_dict, no parameters.
+    They follow the stream's dtype and device. Copies and pickles of the net have them. Checkpoints carry them among the options:
+    `mnet_fx.load` rebuilds the net with them, and a net without them warns. Gradients stay exact. Maps act on channels, the
+    last dimension of the stream, or dimension 1 where it has 4 or 5 (images, volumes); all other positions are tokens. Where a batch is a
+    mapping with an "attention_mask" of the shape of the tokens, those masked out do not count.
+
+    Args:
+        net: from `momentumize(..., weights="matched")`; already calibrated: its maps are replaced.
+        batches: calls of the net, each a tuple of positional arguments, a mapping of keyword arguments, or one tensor; at least two. The
+            last quarter is held out. The others run T times, for T steps; a chain's streams on one batch, and one step's on all, are kept.
+        kind: "full": W is n x n; "diagonal": n numbers; "auto": full from 6 n tokens on, else diagonal with a warning.
+
+    Raises:
+        SettingsError: the net has other weights, is no network of `momentumize`, or runs a chain more than once in a call, or none.
+
+    Source: z[t] is that of `settings.matched_weights`.
+    """
+    maps = _maps(net)
+    if kind not in get_args(Kind):
+        raise SettingsError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
+    if not isinstance(batches, Sequence) or len(batches) < 2:
+        raise SettingsError("batches must be a list of at least two: the last quarter is held out")
+    calls, held = [_call(batch) for batch in batches], max(1, len(batches) // 4)
+    old = dict(maps)
+    try:
+        with _evaluated(net):
+            found = _calibrated(net, maps, calls[:-held], calls[-held:], kind)
+        note_config(net)
+        return found
+    except BaseException:
+        maps.clear()
+        maps.update(old)
+        raise
+
+
+def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], kind: Kind) -> Calibration:
+    maps.clear()
+    steps = [found for call in fitted for found in _streams(net, call)]
+    if not steps:
+        raise SettingsError(f"{type(net).__name__}: no chain ran with a velocity, so there is nothing to calibrate")
+    before = [_output(net, call) for call in held]
+    with Subject(net, (), {}, None).set(gamma=0.0):
+        expected = [_output(net, call) for call in held]
+    maps.update({place: (None,) * len(place) for place, _ in steps})
+    fits: dict[Place, list[_Fit]] = {}
+    for place, t in dict.fromkeys(steps):
+        read, fit = _fitted_step(net, fitted, (place, t), kind)
+        maps[place] = tuple(read if i == t else known for i, known in enumerate(maps[place]))
+        fits.setdefault(place, []).append(fit)
+    regions = tuple(RegionCalibration(place[0], len(place), len(found), *min(found)) for place, found in fits.items())
+    _warn(regions, kind)
+    after = [_output(net, call) for call in held]
+    errors = _error(before, expected), _error(after, expected)
+    cosines = _cosine(before, expected), _cosine(after, expected)
+    return Calibration(regions, len(held), *errors, *cosines, data_of(maps))
+
+
+def _fitted_step(net: nn.Module, calls: list[Any], step: tuple[Place, int], kind: Kind) -> tuple[ReadMap, _Fit]:
+    """The map of one step, and how it was fitted."""
+    pairs = []
+    for call in calls:
+        if (found := _streams(net, call).get(step)) is not None:
+            pairs.append(tuple(_tokens(t, call) for t in found))
+    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    x, ahead = (torch.cat(part).double() for part in zip(*pairs, strict=True))
+    tokens, width = x.shape
+    chosen = ("full" if tokens >= FULL_FROM * width else "diagonal") if kind == "auto" else kind
+    return ReadMap(*(t.to(dtype) for t in _fit(x, ahead, chosen))), (chosen, tokens, width)
+
+
+def _fit(x: Tensor, e: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """m and W of e ~ m + x W, for (tokens, n) float64 each."""
+    mean_x, mean_e = x.mean(0), e.mean(0)
+    x, e = x - mean_x, e - mean_e
+    if kind == "diagonal":
+        weight = (x * e).mean(0) / ((x * x).mean(0) * (1 + RIDGE) + 1e-12)
+        return mean_e - mean_x * weight, weight
+    covariance = x.T @ x / len(x)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(covariance, x.T @ e / len(x))
+    return mean_e - mean_x @ weight, weight
+
+
+def _streams(net: nn.Module, call: Any) -> Streams:
+    """x[t] and c[t] v[t] = z[t] - x[t] of every step that has a velocity, in one call of the net."""
+    found: Streams = {}
+    before: dict[Place, tuple[int, Tensor]] = {}
+
+    def see(place: Place, t: int, reach: float, x: Tensor) -> None:
+        last, earlier = before.get(place, (-1, x))
+        if t <= last:
+            where = place[0] or "the root"
+            raise SettingsError(f"the chain from {where} runs more than once in a call, and maps are fitted for one run of it")
+        before[place] = t, x.detach().clone()
+        if reach:
+            found[place, t] = before[place][1], reach * (x.detach() - earlier)
+
+    with observed(see):
+        net(*call[0], **call[1])
+    return found
+
+
+def _tokens(x: Tensor, call: Any) -> Tensor:
+    """The stream as (tokens, n), without those masked out."""
+    rows, mask = x.movedim(channel_axis(x), -1), call[1].get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]:
+        return rows[mask.bool()]
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _warn(regions: Sequence[RegionCalibration], kind: Kind) -> None:
+    for region in regions:
+        few = region.tokens < (FULL_FROM if kind == "auto" else FULL_AT_LEAST) * region.width
+        if region.mapped and few and kind != "diagonal":
+            warnings.warn(
+                f"the chain from {region.path or 'the root'} was calibrated on {region.tokens} tokens of width {region.width}: full maps "
+                f"need at least {FULL_AT_LEAST} to {FULL_FROM} times the width; {region.kind} ones were fitted",
+                MnetWarning,
+                stacklevel=4,
+            )
+
+
+def _maps(net: nn.Module) -> Maps:
+    """The read maps of a network, which `calibrate` fills.
+
+    Raises:
+        SettingsError: it has none to fill.
+    """
+    if not isinstance(net, nn.Module) or REPORT not in net.__dict__:
+        raise SettingsError(f"calibrate takes a network that mnet_fx.momentumize returned, got {type(net).__name__}")
+    forwards = [module.__dict__.get("forward") for module in net.modules()]
+    holders: list[Any] = [f.settings for f in forwards if isinstance(f, CapturedForward)]
+    holders += [f.region for f in forwards if isinstance(f, NamedLayer)] + [m for m in net.modules() if isinstance(m, MomentumRegion)]
+    if not holders:
+        raise SettingsError(f"{type(net).__name__} has no chain to calibrate; print(net.report) says why")
+    if holders[0].weights != "matched":
+        raise SettingsError("calibrate needs weights='matched', under which the original stream can be told from x: momentumize with that")
+    first = holders[0]
+    return first.calibration if isinstance(first, Settings) else first.read_maps.maps
+
+
+@contextmanager
+def _evaluated(net: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, for a time."""
+    flags = {module: module.training for module in net.modules()}
+    try:
+        for module in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):  # also what a tokenizer of Hugging Face returns
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def _output(net: nn.Module, call: Any) -> list[Tensor]:
+    """The floating tensors of an output; of those with a row for each token, the rows that are not masked out."""
+    output = net(*call[0], **call[1])
+    leaves = pytree.tree_leaves(list(output.values()) if isinstance(output, Mapping) else output)
+    floats = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    mask = call[1].get("attention_mask")
+    return [t[mask.bool()] if isinstance(mask, Tensor) and mask.shape == t.shape[:-1] else t.clone() for t in floats]
+
+
+def _error(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+    off, size = (float(sum(t.square().sum() for t in part)) for part in ([a - b for a, b in pairs], [b for _, b in pairs]))
+    return (off / max(size, 1e-300)) ** 0.5
+
+
+def _cosine(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True) if ours and ours[0].dim()]
+    cosines = [torch.cosine_similarity(a, b, dim=-1).flatten() for a, b in pairs]
+    return float(torch.cat(cosines).mean()) if cosines else float("nan")
