@@ -356,7 +356,7 @@ MUTANTS: list[tuple[str, str, str]] = [
         "        new = set().union(*(codes.get(name, set()) for name in new)) - found\n",
         "        new = set()\n",
     ),
-    ("mnet_fx/api.py", "layer.activation_relu_or_gelu = 0", "pass"),
+    ("mnet_fx/captured/masks.py", "            module.__dict__[_FAST] = 0\n", ""),
     # Checkpoints, and lists of tensors.
     ("passes/capturing/checkpointed.py", "    body, _ = written_out(body, checkpoints(body))\n", ""),
     ("mnet_fx/compiled/backend.py", "return found if len(used) == len(names) else", "return found if True else"),
