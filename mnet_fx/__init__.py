@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .budget.estimates import Estimate, Limits, Way
     from .budget.estimating import estimate
     from .budget.measured import Memory, measure
+    from .budget.planning import Plan, plan
     from .calibration import Calibration, RegionCalibration, calibrate
     from .captured.restoring import restore
     from .compiled.backend import backend, reports, reset_reports
@@ -39,6 +40,7 @@ _HOME = {
     "arithmetic.cost": ["state_bits", "state_bytes", "step_bits"],
     "errors": ["InversionError", "MnetError", "MnetWarning", "SettingsError", "StreamError"],
     "budget.measured": ["Memory", "measure"],
+    "budget.planning": ["Plan", "plan"],
     "loading": ["load", "save", "saved_options"],
     "named.momentum_net": ["FinalVelocity", "MomentumNet", "convert_momentumnet_state_dict", "transform_to_momentumnet"],
     "reporting.ask": ["report"],
@@ -63,6 +65,7 @@ __all__ = [
     "MnetError",
     "MnetWarning",
     "MomentumNet",
+    "Plan",
     "RegionCalibration",
     "RegionReport",
     "Report",
@@ -79,6 +82,7 @@ __all__ = [
     "load",
     "measure",
     "momentumize",
+    "plan",
     "plot_step",
     "report",
     "reports",

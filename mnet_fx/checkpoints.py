@@ -33,7 +33,7 @@ KEY, WITHIN = "mnet_fx", "mnet_fx_within"  # in metadata
 OPTIONS = "mnet_fx_options"  # where a net keeps the arguments of momentumize
 TRANSFORMS = "_mnet_fx_transforms"  # and those of transform_to_momentumnet
 CHAINS = "chains"  # where the record of a calibration has its maps
-INDIFFERENT = ("backward", "inner", "on_drift", "precision", "rest")  # these decide how a network is computed, not which
+INDIFFERENT = ("backward", "inner", "on_drift", "precision", "rest", "keep")  # these decide how a network is computed, not which
 
 
 def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **more: Any) -> None:
@@ -45,7 +45,7 @@ def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **
         regions: paths of containers, or None.
         more: further options.
     """
-    without = () if regions is None else ("granularity", "min_steps", "rest")  # these have no meaning then
+    without = () if regions is None else ("granularity", "min_steps", "rest", "keep")  # these have no meaning then
     options = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
     net.__dict__[OPTIONS] = options | {"regions": None if regions is None else list(regions)} | more
     _hook(net)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from .budget.sizes import parsed
 from .errors import SettingsError
 from .read_maps import maps_of
 
@@ -103,6 +104,7 @@ class Settings:
     precision: Precision = "standard"
     rest: Rest = "store"
     calibration: Any = field(default=None, compare=False, repr=False)
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):
@@ -116,6 +118,7 @@ class Settings:
             raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
         if self.weights == "matched" and self.velocity is not None:
             raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
+        object.__setattr__(self, "keep", parsed(self.keep, "keep", least=0))
         object.__setattr__(self, "calibration", maps_of(self.calibration))
         if self.calibration and self.weights != "matched":
             raise SettingsError("calibration needs weights='matched', as calibrate does")

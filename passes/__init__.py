@@ -16,15 +16,18 @@ from passes.planning.planner import plan
 from passes.planning.stretches import with_stretches
 from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
+from passes.rewriting.costs import costs_of_steps
 from passes.rewriting.heads import Head, chunked_heads, heads
 from passes.rewriting.invariants import InvariantError
 from passes.rewriting.rewriter import PassResult, rewrite
-from passes.rewriting.segments import cutting, largest_step
-from passes.rewriting.splitting import PROOF, pieces
+from passes.rewriting.segments import Cost, cutting, largest_step
+from passes.rewriting.splitting import COST, PROOF, pieces
 
 __all__ = [
     "CODES",
+    "COST",
     "PROOF",
+    "Cost",
     "Form",
     "Granularity",
     "Head",
@@ -43,6 +46,7 @@ __all__ = [
     "Unlifted",
     "checkpoints",
     "chunked_heads",
+    "costs_of_steps",
     "cutting",
     "heads",
     "is_hook",

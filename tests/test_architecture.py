@@ -77,8 +77,8 @@ SHOWING = [
 ]  # what is above all: ask, drawing, steps
 MNET_FX = [
     ("errors", "toy_datasets"),
-    ("read_maps",),
-    ("settings", "budget.sizes"),
+    ("read_maps", "budget.sizes"),
+    ("settings",),
     ("arithmetic",),
     ("runtime",),
     ("regions",),
@@ -86,8 +86,10 @@ MNET_FX = [
     ("checkpoints",),
     ("compiled", "named"),
     ("captured",),
+    ("rewrite",),
+    ("budget",),
     ("api",),
-    ("budget", "integrations", "loading"),
+    ("integrations", "loading"),
     ("verifying", "reporting"),
     ("calibration",),
     ("cli",),

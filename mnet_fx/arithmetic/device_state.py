@@ -8,11 +8,12 @@ inverse. Fingerprints are gathered on the way by the same passes over the elemen
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -241,6 +242,14 @@ class DeviceState:
         """
         if self.planes is not None:
             self.planes.look(wait=True)
+
+    def ahead(self) -> Self:
+        """As of `State`: keeps nothing of what is spilled from here on."""
+        state = copy.copy(self)
+        state.X, state.U, state.ledger, state.sums = self.X.clone(), self.U.clone(), self.ledger.clone(), self.sums.clone()
+        state.kinds, state.factors, state.planes, state.mailbox = [*self.kinds], [*self.factors], None, 0
+        state.store = state.proof = False
+        return state
 
     def tensors(self) -> list[Tensor]:
         """What it keeps on the device."""

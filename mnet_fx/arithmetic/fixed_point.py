@@ -42,9 +42,10 @@ what no float64 should be, beyond 2^1000.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -258,6 +259,12 @@ class State:
             bits = (math.frexp(self._fresh() / self.ratio)[1] - 1) // 8 * 8  # whole bytes; by frexp, as a device does, never by log2
             record.u_spill = spill(self.U, bits, held)
             self.ratio *= 2.0**bits
+
+    def ahead(self) -> Self:
+        """A state of the same time that goes on alone, while this one stays."""
+        state = copy.copy(self)
+        state.X, state.U = self.X.clone(), self.U.clone()
+        return state
 
     def tensors(self) -> list[Tensor]:
         """What it keeps on a device, but for what is in records."""

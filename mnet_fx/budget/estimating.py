@@ -15,12 +15,12 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..api import momentumize
 from ..captured.copies import copied
 from ..captured.graph_modules import original
 from ..errors import MnetError, MnetWarning, SettingsError
 from ..named.layers import NamedLayer
 from ..reporting.build import REPORT, TRANSFORMED, report_of
+from ..rewrite import momentum_network
 from .advice import advice, notes
 from .blocks import block_paths, checkpointed
 from .estimates import Estimate, Way
@@ -30,7 +30,7 @@ from .sizes import parsed
 from .ways import Taken, default_loss, taken
 from .work import checked_gpu
 
-__all__ = ["estimate"]
+__all__ = ["Request", "estimate"]
 
 Loss = Callable[[Any], Tensor]
 
@@ -74,9 +74,7 @@ def estimate(
         MnetError: the model asks for values of tensors, or Dynamo breaks its graph (then give `regions`), or it cannot be copied.
     """
     began = time.perf_counter()
-    if loss is not None and not callable(loss):
-        raise SettingsError(f"loss must be a function (output) -> scalar tensor, got {loss!r}")
-    request = _Request(model, call_of(example_inputs), optimizer, loss or default_loss, checked_gpu(gpu), options)
+    request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, options, gpu)
     size = None if memory is None else parsed(memory)
     found = request.at(None)
     if size is not None:
@@ -85,7 +83,7 @@ def estimate(
 
 
 @dataclass
-class _Request:
+class Request:
     """An estimate that was asked for, to be made for any batch."""
 
     model: nn.Module
@@ -94,6 +92,13 @@ class _Request:
     loss: Loss
     gpu: str | None
     options: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any, optimizer: Any, loss: Loss, options: dict[str, Any], gpu: str | None = None) -> Request:
+        """With arguments as users give them."""
+        if not callable(loss):
+            raise SettingsError(f"loss must be a function (output) -> scalar tensor, got {loss!r}")
+        return cls(model, call_of(inputs), optimizer, loss, checked_gpu(gpu), options)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -123,7 +128,7 @@ class _Request:
         if self.rewritten:
             return fake_model(self.model, self.mode)
         with self._noted():
-            return momentumize(self.original, **self.options)
+            return momentum_network(self.original, **self.options)
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
@@ -151,6 +156,13 @@ class _Request:
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
 
+    def again(self, name: str) -> Taken:
+        """One step more in a way, for a net that was changed since."""
+        self.known.pop((name, None), None)
+        found = self.taken(name, None)
+        assert found is not None
+        return found
+
     def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer | None:
         return fake_optimizer(self.optimizer, self.model, net)
 
@@ -177,7 +189,7 @@ class _Request:
 
     def at_gamma(self, gamma: Any) -> Estimate:
         """The estimate for another momentum."""
-        return _Request(self.model, self.call, self.optimizer, self.loss, self.gpu, {**self.options, "gamma": gamma}).at(None)
+        return Request(self.model, self.call, self.optimizer, self.loss, self.gpu, {**self.options, "gamma": gamma}).at(None)
 
     def limited(self, found: Estimate, memory: int) -> Estimate:
         """The estimate with what fits."""

@@ -13,6 +13,7 @@ from torch import nn
 from passes import Refusal, joined, modules_run, owner_stack
 
 from ..compiled.backend import Backend, Found, Inner
+from ..compiled.keeping import Keeping
 from ..regions.region import ChainRegion
 from ..reporting.report import Report
 from ..settings import Settings
@@ -28,6 +29,7 @@ class Caller(Protocol):
     owner: nn.Module
     settings: Settings
     regions: list[ChainRegion]
+    keepings: list[Keeping]
 
     def running(self) -> Any:
         """The call of the model that this thread is in, or None."""
@@ -61,6 +63,7 @@ class Capture(Backend):
         graph = self._noted(gm, found, self.report(gm, found), example_inputs)
         run = self.compiled(gm, found, example_inputs)
         self.forward.regions += getattr(run, "regions", [])
+        self.forward.keepings += [run.keeping] if hasattr(run, "keeping") else []
         if call is not None:
             call.new.append(graph)
 

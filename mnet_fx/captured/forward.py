@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..arithmetic.valueless import valueless
 from ..compiled.backend import Inner
+from ..compiled.keeping import Keeping
 from ..errors import UNCOMPILED, MnetError, MnetWarning
 from ..regions.region import ChainRegion
 from ..reporting.build import REPORT
@@ -91,6 +92,7 @@ class CapturedForward:
     def _prepare(self) -> None:
         self.calls = threading.local()
         self.regions: list[ChainRegion] = []  # of all graphs
+        self.keepings: list[Keeping] = []  # likewise
         install(self.inside, self)
 
     @cached_property
@@ -292,7 +294,11 @@ class CapturedForward:
         return self._state()
 
     def _state(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("calls", "compiled", "plain", "previewed", "regions")}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("calls", "compiled", "plain", "previewed", "regions", "keepings")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state

@@ -38,6 +38,7 @@ from .bodies import bodies, holders, refusals, with_bodies
 from .compiler import Compile, Compiler
 from .filling import Filler
 from .head import ChunkedHead
+from .keeping import Keeping
 from .region import CompiledRegion, Reading
 from .segment import CompiledSegment
 
@@ -230,11 +231,15 @@ def _compiled(
     compiler = Compiler(inner, fake_mode)
     segment = partial(CompiledSegment, attributes=unlifted.attributes, on_drift=settings.on_drift)
     Filler(joined, compiler, Artifacts(compiler, static).fill, segment).run(*inputs)
+    costs = passes.costs_of_steps(unlifted.graph_module, found.plan) if settings.backward == "reversible" else {}
+    segments = [module for module in joined.modules() if isinstance(module, CompiledSegment)]
+    keeping = Keeping([(regions[name], cost) for name, cost in costs.items()], segments)
+    keeping.spend(settings.keep)
 
     def run(*inputs: Any) -> Any:
         return joined.forward(*inputs)
 
-    run.regions = list(regions.values())  # type: ignore[attr-defined]
+    run.regions, run.keeping = list(regions.values()), keeping  # type: ignore[attr-defined]
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
         setattr(run, name, getattr(gm, name))
     return run

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from passes import PROOF, owner_stack
+from passes import COST, PROOF, Cost, owner_stack
 
 from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_segment
@@ -34,6 +34,8 @@ class CompiledSegment(Unseen):
         super().__init__()
         names = [str(node.target) for node in piece.graph.nodes if node.op == "placeholder"]
         self.name, self.on_drift, self.proof = f"the segment {_where(piece)}", on_drift, piece.meta[PROOF]
+        self.cost: Cost = piece.meta[COST]
+        self.stored = 0  # 1: autograd stores what it saves
         self._run = run
         self._own = [i for i, name in enumerate(names) if name in attributes]
         self._sides = [i for i, name in enumerate(names) if name not in attributes]
@@ -42,13 +44,18 @@ class CompiledSegment(Unseen):
         paths = [attributes[names[i]] for i in self._own]
         self._step = CompiledStep(Artifact(self._in_order, (True,) * (1 + len(names)), False), paths, None)
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.name
+
     def _in_order(self, _: Tensor, *given: Any) -> Any:
         return self._run(*(given[i] for i in self._places))
 
     def forward(self, *args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, Tensor)]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if not needs_grad or transformed() or exported():
+        if not needs_grad or self.stored or transformed() or exported():
             return self._run(*args)
         step = self._step.bound([args[i] for i in self._own], ())
         x = next((t for t in tensors if t.device.type != "cpu"), tensors[0])  # a number may lie on the CPU

@@ -150,10 +150,16 @@ class ChainRegion(nn.Module):
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
         self.reserve = Reserve()
+        self.stored = 0  # of how many steps, the last ones, autograd stores the activations
         self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(step.path for step in code.region.steps))
         self.escapes = code.region.escapes
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
-        self._velocity = (settings.velocity,)
+        self._velocity, self._path = (settings.velocity,), code.region.path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"steps of the chain in {self._path or 'the root'}"
 
     @property
     def velocity(self) -> nn.Module | None:
@@ -190,6 +196,7 @@ class ChainRegion(nn.Module):
             self.arithmetic,
             reserve=self.reserve,
             reads=self.read_maps,
+            stored=self.stored,
         )
         last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes)
         return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last

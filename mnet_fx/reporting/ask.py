@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..api import capture_now, momentumize
+from ..api import momentumize
 from ..captured.forward import CapturedForward
 from ..errors import SettingsError
+from ..rewrite import capture_now
 from .build import REPORT, TRANSFORMED, report_of
 from .report import Report
 

@@ -53,6 +53,7 @@ class Recurrence:
         learnt: what the region has learnt about writes that come after its steps; None: it keeps no copies.
         reserve: what the region's chains have spilled on a device so far.
         reads: where the steps read the stream; None: at x[t].
+        stored: of how many steps, the last ones, autograd stores the activations though the others are taken back.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recurrence:
     learnt: Learnt | None = None
     reserve: Reserve | None = None
     reads: Reads | None = None
+    stored: int = 0
 
     def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
@@ -83,7 +85,7 @@ class Recurrence:
         return Chain(tape, x, v0, self.reads)
 
     def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:
-        reversible = torch.is_grad_enabled() and self.backward == "reversible"
+        reversible = torch.is_grad_enabled() and self.backward == "reversible" and self.stored < len(self.factors)
         floats = transformed() or exported() or FLOATING.get()
         if not floats:
             check_carried(self.name, x)
@@ -97,7 +99,9 @@ class Recurrence:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             state = self._state(plain(x.detach()), None if v0 is None else plain(v0.detach()), held, kind is ReversingTape)
         log.debug("%s: %d steps of %s %s, %s on %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__, type(state).__name__)
-        return kind(self.name, state, self.factors, self.on_drift)
+        tape = kind(self.name, state, self.factors, self.on_drift)
+        tape.end -= self.stored
+        return tape
 
     def _state(self, x: Tensor, v0: Tensor | None, held: torch.dtype, goes_back: bool) -> State | DeviceState:
         horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))

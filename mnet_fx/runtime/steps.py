@@ -231,7 +231,7 @@ class Chain:
             gamma, weight = self.tape.factors[self.t]
             reach = gamma / weight if self.t else 0.0
             module = self.reads.of(module, self.t if index is None else index, reach, self.x)
-        if isinstance(self.tape, PlainTape):
+        if isinstance(self.tape, PlainTape) or self.t >= self.tape.end:
             y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:
             step = Step(self.tape, self.t, module, sides, self.x, self.print, self.known)
@@ -264,7 +264,7 @@ def run_chain(
     """
     escaped, extras = [], []
     if not isinstance(chain.tape, PlainTape) and chain.tape.on_drift != "ignore":
-        chain.known = noted(steps)
+        chain.known = noted(steps[: chain.tape.end])
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
             escaped.append(chain.x)

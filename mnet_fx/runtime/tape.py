@@ -34,6 +34,7 @@ Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; 
         nothing and is differentiable, so double backward works.
 Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
         forward and the gradients have the same bits either way.
+Rule 9. From time `end` on autograd stores what steps need. A reversing tape stays at that time, and a copy of its state goes on to T.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Tape:
         self._begin(region, factors, on_drift)
 
     def _begin(self, region: str, factors: Factors, on_drift: str) -> None:
-        self.region, self.factors, self.on_drift = region, factors, on_drift
+        self.region, self.factors, self.on_drift, self.end = region, factors, on_drift, len(factors)
         self.drifted, self.proofs = Drift(region, on_drift), Proofs()
         self.reruns: list[Rerun] = []
         self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
@@ -114,14 +115,15 @@ class Tape:
         """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]. x is the tensor in which x[t] was handed out."""
         raise NotImplementedError
 
-    def _step(self, t: int, y: Tensor, x: Tensor | None = None) -> tuple[Any, Tensor]:
+    def _step(self, t: int, y: Tensor, x: Tensor | None = None, state: State | DeviceState | None = None) -> tuple[Any, Tensor]:
         """A step of the state: its record and x[t + 1]. A device looks meanwhile whether x still is what was handed out."""
-        if not isinstance(self.state, DeviceState):
-            return self.state.step(y, *self.factors[t])
+        state = state or self.state
+        if not isinstance(state, DeviceState):
+            return state.step(y, *self.factors[t])
         given = x if x is not None and self.watches(x) else None
-        result = self.state.step(y, *self.factors[t], given=given)
+        result = state.step(y, *self.factors[t], given=given)
         if given is not None:
-            self.proofs.put_off(*self.state.written, partial(unseen_write, self.region, t))
+            self.proofs.put_off(*state.written, partial(unseen_write, self.region, t))
         return result
 
     def present(self, t: int) -> Tensor:
@@ -164,9 +166,21 @@ class ReversingTape(Tape):
         self.handover = Handover(state.X.device)
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
+        if t >= self.end:
+            return self._onwards(t, y, x)
         self._seek(t)  # where a backward pass through earlier steps has come in between
         after = self._forward(y, x)
         self.prints.append(self.fingerprint(self.state.fingerprint))
+        return after
+
+    def _onwards(self, t: int, y: Tensor, x: Tensor) -> Tensor:
+        """A step of the end, on a state of its own (Rule 9)."""
+        if t == self.end:
+            self._seek(t)
+            self.ahead = self.state.ahead()
+        _, after = self._step(t, y, x, self.ahead)
+        if t + 1 == len(self.factors):
+            del self.ahead
         return after
 
     def present(self, t: int) -> Tensor:
@@ -258,12 +272,12 @@ class StoringTape(Tape):
         return self._kept(super().enter())
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
-        self.prints.append(self.fingerprint(lambda: prints([y])))
         _, after = self._step(t, y, x)
-        if t + 1 < len(self.factors):
-            return self._kept(after)
-        del self.state
-        return after
+        if t < self.end:
+            self.prints.append(self.fingerprint(lambda: prints([y])))
+        if t + 1 == len(self.factors):
+            del self.state
+        return self._kept(after) if t + 1 < self.end else after
 
     def present(self, t: int) -> Tensor:
         return self.inputs[t][0]

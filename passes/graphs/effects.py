@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.graphs.doubles import NUMBERS, Double, Doubles, UnlikeError, form_of, fresh, made_of, repeats
+from passes.graphs.work import hint, work_of_operation
 from passes.graphs.writes import is_hook
 
-__all__ = ["Effect", "forget_effect", "noted", "observed"]
+__all__ = ["Effect", "forget_effect", "noted", "observed", "work_of"]
 
 _NOTE = "mnet_fx_effect"
 _RUNS_GRAPHS = frozenset(
@@ -48,12 +49,14 @@ class Effect:
         written: of the storages that it was given, those that it overwrites.
         saved: the storages that autograd keeps for its gradient, each with its bytes; None where these depend on values.
         known: False where it could not be run.
+        work: what it takes, see `work`.
     """
 
     memory: tuple[int, ...] = ()
     written: tuple[int, ...] = ()
     saved: tuple[tuple[int, int | None], ...] = ()
     known: bool = True
+    work: int = 0
 
 
 def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
@@ -75,6 +78,12 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
 def noted(node: fx.Node) -> Effect | None:
     """The effect of a node if its graph, or the one it was copied from, has been observed."""
     return node.meta.get(_NOTE)
+
+
+def work_of(node: fx.Node) -> int:
+    """What a node takes, as in `work`; 0 where it has not been observed."""
+    effect = noted(node)
+    return 0 if effect is None else effect.work
 
 
 @contextmanager
@@ -120,6 +129,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.written: list[Tensor] = []
         self.exchanged = False
+        self.work = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +137,9 @@ class _Watch(TorchDispatchMode):
             given = [args[i] if i < len(args) else kwargs.get(name) for i, name in places]
             self.written += [value for value in tree_leaves(given) if isinstance(value, Tensor)]
             self.exchanged |= "set_" in func._schema.name
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.work += work_of_operation(func, args, kwargs, result)
+        return result
 
 
 @cache
@@ -222,7 +234,7 @@ class _Run:
 
         self.values[node] = self.doubles.repeated(node, known.value, number, given)
         effect = known.effect
-        return Effect(tuple(map(number, effect.memory)), (), tuple((number(place), size) for place, size in effect.saved))
+        return Effect(tuple(map(number, effect.memory)), (), tuple((number(place), size) for place, size in effect.saved), work=effect.work)
 
     def _run(self, node: fx.Node, given: tuple[int, ...], key: Hashable) -> Effect:
         self.doubles.make_waiting(given)
@@ -258,7 +270,7 @@ class _Run:
         if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value)):
             saved = tuple((places[number], size) for number, size in effect.saved)
             value = self.doubles.template(value, places)
-            self.known[key] = _Known(value, Effect(tuple(places[number] for number in effect.memory), (), saved))
+            self.known[key] = _Known(value, Effect(tuple(places[number] for number in effect.memory), (), saved, work=effect.work))
 
     def _call(self, node: fx.Node) -> Any:
         target: Any = node.target
@@ -275,7 +287,7 @@ class _Run:
             after = {*self.doubles.memory(*node.all_input_nodes), *written, *given}
             self.equal |= dict.fromkeys(after, min(after))
         overwritten = tuple(number for number in given if number in written)
-        return Effect(self.doubles.memory(node), overwritten, tuple(self.saved.items()))
+        return Effect(self.doubles.memory(node), overwritten, tuple(self.saved.items()), work=self.watch.work)
 
     def _joined(self, effect: Effect) -> Effect:
         """The effect with one number for storages that were exchanged."""
@@ -284,7 +296,7 @@ class _Run:
             return tuple(dict.fromkeys(self._root(number) for number in numbers))
 
         saved = {self._root(number): size for number, size in effect.saved}
-        return Effect(joined(effect.memory), joined(effect.written), tuple(saved.items()), effect.known)
+        return Effect(joined(effect.memory), joined(effect.written), tuple(saved.items()), effect.known, effect.work)
 
     def _root(self, number: int) -> int:
         while self.equal.get(number, number) != number:
@@ -293,7 +305,7 @@ class _Run:
 
     def _save(self, tensor: Tensor) -> Tensor:
         size = tensor.untyped_storage().nbytes()
-        self.saved[self.doubles.number(tensor)] = size if isinstance(size, int) else _hint(size)
+        self.saved[self.doubles.number(tensor)] = size if isinstance(size, int) else hint(size)
         return tensor.detach()  # an operation that saved its own result would keep it, where the garbage collector does not see that
 
     def _again(self, node: fx.Node) -> Any:
@@ -319,10 +331,6 @@ def _is_number(node: fx.Node) -> bool:
     """Whether a node gives a number, by a function of torch's or Python's, which writes to nothing then."""
     numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
     return isinstance(_value(node), numbers) and not isinstance(node.target, torch._ops.OperatorBase) and node.op != "call_module"
-
-
-def _hint(size: torch.SymInt) -> int | None:
-    return int(size.node.hint) if size.node.has_hint() else None  # type: ignore[arg-type]
 
 
 def _has_symbols(value: Any) -> bool:

@@ -22,14 +22,27 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from passes.graphs.effects import Effect, noted
+from passes.graphs.effects import Effect, noted, work_of
 from passes.graphs.facts import bytes_of, recorded
 from passes.graphs.writes import running_statistics
 from passes.regions import Plan
 
-__all__ = ["Memory", "Segment", "cutting", "largest_step", "segmented"]
+__all__ = ["Cost", "Memory", "Segment", "cutting", "largest_step", "saved_by", "segmented"]
 
 _BOUNDS = 12  # on what a segment may save, from the least possible to all
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to keep what could be run again, and what that saves.
+
+    Attributes:
+        size: bytes that autograd keeps then, and that are not there anyway.
+        work: what running it again takes, as in `graphs.work`.
+    """
+
+    size: int
+    work: int
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,12 @@ class Segment:
         nodes: in graph order.
         proof: the output by which it is shown that a rerun gave what the first run did; None where the segment cannot be run again, or
             nothing is gained by it.
+        cost: of keeping what it saves, where it has a proof.
     """
 
     nodes: list[fx.Node]
     proof: fx.Node | None = None
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def largest_step(gm: fx.GraphModule, plan: Plan) -> int:
     named = {node.name: node for node in gm.graph.nodes}
     memory = Memory.of(gm.graph, ())
     steps = [[named[name] for name in step.nodes] for region in plan.regions for step in region.steps]
-    return max((sum(_saved(nodes, memory).values()) for nodes in steps), default=0)
+    return max((sum(saved_by(nodes, memory).values()) for nodes in steps), default=0)
 
 
 def segmented(groups: Sequence[list[fx.Node]], memory: Memory, floor: int) -> list[list[Segment]]:
@@ -144,7 +159,7 @@ def _peak(groups: list[list[Segment]], memory: Memory, floor: int) -> int:
     kept: dict[int, int] = {}
     work = floor
     for segment in (segment for group in groups for segment in group):
-        saved, given = _saved(segment.nodes, memory), _given(segment.nodes, memory)
+        saved, given = saved_by(segment.nodes, memory), _given_to(segment.nodes, memory)
         if segment.proof is None:
             kept |= saved
         else:
@@ -153,13 +168,13 @@ def _peak(groups: list[list[Segment]], memory: Memory, floor: int) -> int:
     return sum(kept.values()) + work
 
 
-def _saved(nodes: Iterable[fx.Node], memory: Memory) -> dict[int, int]:
+def saved_by(nodes: Iterable[fx.Node], memory: Memory) -> dict[int, int]:
     """The storages that autograd saves for some nodes, without those that are there anyway."""
     effects = [effect for node in nodes if (effect := noted(node)) is not None]
     return {number: size or 0 for effect in effects for number, size in effect.saved if number not in memory.inputs}
 
 
-def _given(nodes: Sequence[fx.Node], memory: Memory) -> set[int]:
+def _given_to(nodes: Sequence[fx.Node], memory: Memory) -> set[int]:
     """The storages that some nodes read and do not make, without those that are there anyway."""
     inside = set(nodes)
     return _memory(source for node in nodes for source in node.all_input_nodes if source not in inside) - memory.inputs
@@ -196,7 +211,7 @@ class _Run:
 
     def saves(self, start: int, end: int) -> int:
         """Bytes that some nodes save."""
-        return sum(_saved(self.nodes[start:end], self.memory).values())
+        return sum(saved_by(self.nodes[start:end], self.memory).values())
 
     def cut(self, bound: int) -> list[Segment]:
         """The segments that keep fewest bytes, where none may save more than so many bytes if it can be cut."""
@@ -219,7 +234,7 @@ class _Run:
         given: set[int] = set()
         for begin, end in pairwise(self.places[at:]):
             nodes = self.nodes[begin:end]
-            saved |= _saved(nodes, self.memory)
+            saved |= saved_by(nodes, self.memory)
             given |= _memory(s for node in nodes for s in node.all_input_nodes if self.position.get(s, -1) < start) - self.memory.inputs
             saves = sum(saved.values())
             if saves > bound and begin != start:
@@ -228,7 +243,7 @@ class _Run:
 
     def _proof(self, nodes: list[fx.Node]) -> fx.Node | None:
         """An output in memory of its own, of nodes that can be run again; None if they cannot."""
-        inside, made = set(nodes), _memory(nodes) - _given(nodes, self.memory) - self.memory.inputs
+        inside, made = set(nodes), _memory(nodes) - _given_to(nodes, self.memory) - self.memory.inputs
         if not all(self._repeats(node, made) for node in nodes):
             return None
         last = self.memory.index[nodes[-1]]
@@ -241,6 +256,10 @@ class _Run:
         graded = (node for node in outputs if getattr(recorded(node), "requires_grad", False) and _memory([node]) <= made)
         return next((node for node in graded if all(numbers.count(number) == 1 for number in _memory([node]))), None)
 
+    def _cost(self, nodes: list[fx.Node]) -> Cost:
+        there = _given_to(nodes, self.memory)
+        return Cost(sum(size for number, size in saved_by(nodes, self.memory).items() if number not in there), sum(map(work_of, nodes)))
+
     def _repeats(self, node: fx.Node, made: set[int]) -> bool:
         """Whether a node can be run again: it is known what it does, and it writes to nothing but what the segment makes, and buffers."""
         effect: Effect | None = noted(node)
@@ -251,7 +270,8 @@ class _Run:
         found, end = list[Segment](), len(self.nodes)
         while end > 0:
             _, start, proof = best[end]
-            found.append(Segment(self.nodes[start:end], proof))
+            nodes = self.nodes[start:end]
+            found.append(Segment(nodes, proof, None if proof is None else self._cost(nodes)))
             end = start
         return found[::-1]
 

@@ -23,7 +23,7 @@ from passes.graphs.facts import graded, recorded
 from passes.graphs.writes import is_hook, is_unknown, written
 from passes.rewriting.segments import Segment
 
-__all__ = ["PROOF", "pieces"]
+__all__ = ["COST", "PROOF", "pieces"]
 
 Groups = list[list[fx.Node]]
 Segments = list[list[Segment]]
@@ -31,6 +31,9 @@ Segments = list[list[Segment]]
 
 PROOF = "mnet_fx_proof"
 """In the meta data of a piece that can be run again: which of its outputs shows that a rerun gave what the first run did."""
+
+COST = "mnet_fx_cost"
+"""In the meta data of such a piece: its `Cost`."""
 
 
 def pieces(
@@ -105,7 +108,7 @@ class _Joiner:
                 self.values[node] = self.graph.node_copy(node)
         for unit in units:
             if isinstance(unit, Segment):
-                self._piece(unit.nodes, unit.proof)
+                self._piece(unit)
             else:
                 self._copied(unit)
         self._copied(self.gm.graph.output_node())
@@ -121,8 +124,9 @@ class _Joiner:
             if used.op in ("call_module", "get_attr"):
                 self.modules[str(used.target)] = getattr(self.gm, str(used.target))
 
-    def _piece(self, nodes: list[fx.Node], proof: fx.Node | None) -> None:
+    def _piece(self, segment: Segment) -> None:
         """One piece and its call; nothing for no nodes."""
+        nodes = segment.nodes
         if not nodes:
             return
         inside, graph = set(nodes), fx.Graph()
@@ -139,8 +143,8 @@ class _Joiner:
         name = f"piece_{len([n for n in self.modules if n.startswith('piece_')])}"
         targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
         self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
-        if proof is not None:
-            self.modules[name].meta[PROOF] = outputs.index(proof)
+        if segment.proof is not None:
+            self.modules[name].meta |= {PROOF: outputs.index(segment.proof), COST: segment.cost}
         call = self.graph.call_module(name, tuple(self.values[source] for source in read if source.op != "get_attr"))
         for i, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, i))

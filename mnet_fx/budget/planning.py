@@ -1,0 +1,165 @@
+"""`plan`: what to keep and what to run again, so that a training step fits in the memory there is.
+
+    least kept  --keep more, what saves most work for its bytes first--> most that fits        `compiled.keeping`, `momentumize(keep=...)`
+
+Each try is a training step on fake tensors, as for an estimate, in one capture of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..compiled.keeping import Keeping
+from ..errors import MnetError, SettingsError
+from .estimates import Way
+from .estimating import Request
+from .sizes import parsed, shown
+from .ways import default_loss
+
+__all__ = ["Plan", "plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` chose.
+
+    Attributes:
+        model: name of the class.
+        memory: bytes that were asked for.
+        options: those of `momentumize` with which the model keeps to it: `momentumize(model, **plan.options)`.
+        predicted: the training step with these options; its `total_bytes` are at most `memory`.
+        least, plain: with the least kept, and of the original model.
+        kept: for each chain, and each segment of the rest that can be run again: what it is, how many steps or segments are kept, and of
+            how many.
+        seconds_taken: how long it took to plan.
+    """
+
+    model: str
+    memory: int
+    options: dict[str, Any]
+    predicted: Way
+    least: Way
+    plain: Way
+    kept: tuple[tuple[str, int, int], ...] = field(repr=False)
+    seconds_taken: float = field(compare=False)
+
+    def __str__(self) -> str:
+        ways = {"plain": self.plain, "this plan": self.predicted, "least kept": self.least}
+        rows = [["total at the peak", *(shown(way.total_bytes) for way in ways.values())]]
+        rows += [["peak of forward and backward", *(shown(way.peak_bytes) for way in ways.values())]]
+        rows += [["operations / plain", *(f"{way.flops_ratio:.2f}" for way in ways.values())]]
+        table = tabulate(rows, ["", *ways], tablefmt="simple", disable_numparse=True, colalign=("left", "right", "right", "right"))
+        kept = tabulate([[name, f"{some} of {all_}"] for name, some, all_ in self.kept], ["kept", ""], tablefmt="simple")
+        chosen = f"rest={self.options['rest']!r}, keep={self.options['keep']}"
+        return f"{self.model} in {shown(self.memory)}: {chosen}\n\n{table}\n\n{kept}"
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    memory: str | float,
+    optimizer: Any = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    **options: Any,
+) -> Plan:
+    """Chooses `rest` and `keep` for `momentumize`, so that a training step fits in the memory there is and least is run again.
+
+    Args:
+        model: any module that can be captured, on any device (also "meta"); the original.
+        example_inputs: the largest call of the model in training, as for `estimate`.
+        memory: bytes that forward, backward and the optimizer may take at their peak, parameters and all included, as a number or a text
+            such as "16GiB"; or a number below 1, relative to `total_bytes` of plain training.
+        optimizer, loss: as for `estimate`.
+        options: those of `momentumize`, but for rest, keep and regions.
+
+    Returns:
+        A `Plan`; print it. Less memory never gives a plan with a higher peak.
+
+    What it supposes is what `estimate` supposes; work space of cuDNN and fragmentation come on top. Bytes that the model keeps in eval mode
+    or for larger calls are not counted.
+
+    Raises:
+        SettingsError: an argument cannot be used, or is chosen by the plan.
+        MnetError: there is no way to take so little; the message says what the least is. Or the model cannot be estimated.
+    """
+    began = time.perf_counter()
+    if chosen := {"rest", "keep", "regions", "backward", "memory"} & {name for name, value in options.items() if value != "reversible"}:
+        raise SettingsError(f"plan chooses how much is kept of a captured model: leave {', '.join(sorted(chosen))} out")
+    request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, {**options, "rest": "checkpoint"})
+    plain = request.taken("plain", None)
+    assert plain is not None
+    size = _size(memory, plain.way)
+    tries = _Tries(request, plain.flops)
+    least = tries.at(0)
+    if least.total_bytes > size:
+        raise MnetError(_too_little(type(model).__name__, size, least, plain.way))
+    sizes = tries.sizes
+    at = bisect_right(range(len(sizes)), size, key=lambda i: tries.at(sizes[i]).total_bytes) - 1
+    return Plan(
+        model=type(model).__name__,
+        memory=size,
+        options={**options, "rest": "checkpoint", "keep": sizes[at]},
+        predicted=tries.at(sizes[at]),
+        least=least,
+        plain=plain.way,
+        kept=tries.kept(sizes[at]),
+        seconds_taken=time.perf_counter() - began,
+    )
+
+
+class _Tries:
+    """Steps with so much kept."""
+
+    def __init__(self, request: Request, flops: int) -> None:
+        self.request, self.flops = request, flops
+        self.known: dict[int, Way] = {}
+
+    @property
+    def keepings(self) -> list[Keeping]:
+        """Of the graphs that were captured; to be asked after a try."""
+        forward: Any = self.request.momentum.__dict__["forward"]
+        return forward.keepings
+
+    @property
+    def sizes(self) -> list[int]:
+        """Values of keep that make a difference, from 0 on."""
+        sums = (accumulate(cost.size for _, cost in keeping.items) for keeping in self.keepings)
+        return sorted({0, *(size for found in sums for size in found)})
+
+    def at(self, keep: int) -> Way:
+        if keep not in self.known:
+            if self.known:
+                for keeping in self.keepings:
+                    keeping.spend(keep)
+            taken = self.request.again("momentum")
+            self.known[keep] = replace(taken.way, flops_ratio=taken.flops / self.flops if self.flops else 1.0)
+        return self.known[keep]
+
+    def kept(self, keep: int) -> tuple[tuple[str, int, int], ...]:
+        for keeping in self.keepings:
+            keeping.spend(keep)
+        return tuple((keeper.title, keeper.stored, many) for keeping in self.keepings for keeper, many in keeping.counts())
+
+
+def _size(memory: str | float, plain: Way) -> int:
+    if isinstance(memory, float) and 0 < memory < 1:
+        return int(memory * plain.total_bytes)
+    return parsed(memory if isinstance(memory, str) else int(memory))
+
+
+def _too_little(name: str, size: int, least: Way, plain: Way) -> str:
+    part, most = max(least.parts.items(), key=lambda item: item[1])
+    return (
+        f"{name} does not fit in {shown(size)}: with the least kept, a training step takes {shown(least.total_bytes)}, most of it "
+        f"{part} ({shown(most)}); plain training takes {shown(plain.total_bytes)}. A smaller batch takes less, and a gamma nearer to 1 if "
+        "states of chains are much; print(mnet_fx.estimate(...)) shows where it goes"
+    )
