@@ -153,7 +153,7 @@ class _Tries:
 def _size(memory: str | float, plain: Way) -> int:
     if isinstance(memory, float) and 0 < memory < 1:
         return int(memory * plain.total_bytes)
-    return parsed(memory if isinstance(memory, str) else int(memory))
+    return parsed(int(memory) if isinstance(memory, float) else memory)
 
 
 def _too_little(name: str, size: int, least: Way, plain: Way) -> str:

@@ -1,0 +1,118 @@
+"""`plan`, and `momentumize(memory=...)`: a training step takes what was said, and at most what was asked."""
+
+import copy
+
+import pytest
+import torch
+from budget_models import UNet
+from models import Encoder
+from torch import nn
+
+import mnet_fx
+from mnet_fx import MnetError, SettingsError
+from mnet_fx.budget.measured import measure
+
+MIB = 2**20
+
+
+def taken(net, inputs):
+    """The peak of forward and backward."""
+
+    def step():
+        out = net(*inputs)
+        return out.sum()
+
+    step().backward()
+    net.zero_grad(set_to_none=False)
+    return measure(step, lambda loss: loss.backward()).peak
+
+
+def encoder():
+    torch.manual_seed(0)
+    return Encoder(4, 64, 4), (torch.randn(4, 32, 64),)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    model, inputs = encoder()
+    least = mnet_fx.plan(model, inputs, memory=0.9, gamma=0.9).least.total_bytes
+    plain = mnet_fx.plan(model, inputs, memory=0.9, gamma=0.9).plain.total_bytes
+    budgets = [round(least + i / 5 * (plain - least)) for i in range(6)]
+    return model, inputs, [mnet_fx.plan(model, inputs, memory=budget, gamma=0.9) for budget in budgets]
+
+
+def test_what_is_predicted_is_measured_and_fits(plans):
+    model, inputs, found = plans
+    for plan in found:
+        assert plan.predicted.total_bytes <= plan.memory
+        peak = taken(mnet_fx.momentumize(copy.deepcopy(model), **plan.options), inputs)
+        assert peak == pytest.approx(plan.predicted.peak_bytes, rel=0.01)
+        assert peak + plan.predicted.total_bytes - plan.predicted.peak_bytes <= 1.01 * plan.memory
+
+
+def test_more_memory_keeps_more_and_runs_less_again(plans):
+    _, _, found = plans
+    peaks, works = [p.predicted.total_bytes for p in found], [p.predicted.flops_ratio for p in found]
+    assert peaks == sorted(peaks)
+    assert works == sorted(works, reverse=True)
+    assert len(set(peaks)) > 3
+    assert found[0].predicted.total_bytes == found[0].least.total_bytes
+    assert works[0] > 1.2 > 1.1 > works[-1]
+    text = str(found[2])
+    assert "this plan" in text
+    assert "steps of the chain in" in text
+
+
+def test_momentumize_plans_by_itself():
+    model, inputs = encoder()
+    net = mnet_fx.momentumize(model, inputs, memory=0.8, gamma=0.9)
+    plan = mnet_fx.plan(model, inputs, memory=0.8, gamma=0.9)
+    assert [net.mnet_fx_options[key] for key in ("rest", "keep", "gamma")] == ["checkpoint", plan.options["keep"], 0.9]
+    assert plan.options["keep"] > 0
+    text = mnet_fx.momentumize(model, inputs, memory=f"{plan.memory / MIB} MiB", gamma=0.9).mnet_fx_options["keep"]
+    assert text == plan.options["keep"]
+
+
+def test_convolutions_within_three_percent():
+    torch.manual_seed(0)
+    model, inputs = UNet(), (torch.randn(2, 3, 32, 32),)
+    for memory in (0.9, 0.75):
+        plan = mnet_fx.plan(model, inputs, memory=memory, gamma=0.9)
+        peak = taken(mnet_fx.momentumize(copy.deepcopy(model), **plan.options), inputs)
+        assert peak + plan.predicted.total_bytes - plan.predicted.peak_bytes <= 1.03 * plan.memory
+
+
+def test_the_optimizer_counts():
+    model, inputs = encoder()
+    without = mnet_fx.plan(model, inputs, memory=0.8)
+    with pytest.raises(MnetError, match=r"does not fit in .* the least kept, a training step takes"):
+        mnet_fx.plan(model, inputs, memory=without.least.total_bytes, optimizer=torch.optim.AdamW)
+    assert mnet_fx.plan(model, inputs, memory="1GiB", optimizer=torch.optim.AdamW).predicted.parts["optimizer state"] > 0
+
+
+def test_errors():
+    model, inputs = encoder()
+    for options, match in (
+        ({"rest": "store"}, "leave rest out"),
+        ({"keep": 3}, "leave keep out"),
+        ({"regions": ["layers"]}, "leave regions out"),
+        ({"backward": "stored"}, "leave backward out"),
+        ({"loss": 3}, "loss must be"),
+    ):
+        with pytest.raises(SettingsError, match=match):
+            mnet_fx.plan(model, inputs, memory=0.5, **options)
+    for memory in ("much", 0, -1.0, True):
+        with pytest.raises(SettingsError, match="memory must be"):
+            mnet_fx.plan(model, inputs, memory=memory)
+    for options in ({"rest": "checkpoint"}, {"keep": 3}, {"regions": ["layers"]}, {"backward": "stored"}):
+        with pytest.raises(SettingsError, match="memory chooses rest and keep"):
+            mnet_fx.momentumize(model, inputs, memory=0.5, **options)
+    with pytest.raises(SettingsError, match="example_inputs"):
+        mnet_fx.momentumize(model, memory=0.5)
+
+
+def test_a_model_without_chains_keeps_all_or_does_not_fit():
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), (torch.randn(4, 8),)
+    with pytest.warns(mnet_fx.MnetWarning, match="no residual chain"):
+        net = mnet_fx.momentumize(model, inputs, memory="1MiB")
+    assert net.mnet_fx_options["keep"] == 0
