@@ -3,8 +3,9 @@
     python tests/fuzz.py --way captured --programs 2000 --seed 0
     python tests/fuzz.py --way captured --programs 1 --seed 17 --show        # one program: its source and what came out
 
-Ways: captured (`momentumize`), rest (likewise, with rest="checkpoint" but for what is stored), eager and aot_eager (`torch.compile` with
-the backend over that compiler), named (`regions=[...]`), graph (a `torch.fx.GraphModule` of symbolic_trace or torch.export).
+Ways: captured (`momentumize`), rest (likewise, with rest="checkpoint" and some of it kept, but for what is stored), eager and aot_eager
+(`torch.compile` with the backend over that compiler), named (`regions=[...]`), graph (a `torch.fx.GraphModule` of symbolic_trace or
+torch.export).
 
 Each program is a small model in Python source (`fuzz_programs.py`). What a training step, or two, gives and leaves (values, other outputs,
 gradients of inputs and parameters, buffers, attributes, the side input) is compared:
@@ -166,7 +167,7 @@ def compiled(inner: str) -> Callable[..., tuple[Callable[..., Any], nn.Module]]:
 
 def resting(model: nn.Module, trial: Trial, **options: Any) -> tuple[Callable[..., Any], nn.Module]:
     if options.get("backward") != "stored":
-        options["rest"] = "checkpoint"
+        options |= {"rest": "checkpoint", "keep": (0, 500, 2000, 2**30)[trial.seed % 4]}
     return captured(model, trial, **options)
 
 

@@ -325,7 +325,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/forward.py", '"allow_rnn": True', '"allow_rnn": False'),
     ("mnet_fx/captured/forward.py", '"capture_dynamic_output_shape_ops": True', '"capture_dynamic_output_shape_ops": False'),
     ("mnet_fx/captured/forward.py", '"use_numpy_random_stream": True', '"use_numpy_random_stream": False'),
-    ("mnet_fx/api.py", "            if not whole:\n                break", "            if False:\n                break"),
+    ("mnet_fx/rewrite.py", "            if not whole:\n                break", "            if False:\n                break"),
     ("mnet_fx/captured/forward.py", "        if not call.graphs:\n", "        if False:\n"),
     ("mnet_fx/captured/forward.py", "    _check_caller", "    lambda owner: None"),
     ("mnet_fx/captured/capturing.py", "call.ran(graph)", "pass"),

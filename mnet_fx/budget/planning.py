@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,9 +22,13 @@ from ..errors import MnetError, SettingsError
 from .estimates import Way
 from .estimating import Request
 from .sizes import parsed, shown
-from .ways import default_loss
+from .ways import Taken, default_loss
 
 __all__ = ["Plan", "plan"]
+
+
+_CHOSEN = {"rest": "store", "keep": 0, "regions": None, "backward": "reversible"}
+"""Options that a plan decides on, and what they are by default."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,21 @@ class Plan:
     plain: Way
     kept: tuple[tuple[str, int, int], ...] = field(repr=False)
     seconds_taken: float = field(compare=False)
+    _at: Callable[[str | float], Plan] = field(repr=False, compare=False)
+
+    def at(self, memory: str | float) -> Plan:
+        """The plan for other memory, without another capture.
+
+        Raises:
+            SettingsError, MnetError: as of `plan`.
+        """
+        return self._at(memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what json.dumps takes, if the options are."""
+        ways = {"predicted": asdict(self.predicted), "least": asdict(self.least), "plain": asdict(self.plain)}
+        kept = [{"what": what, "kept": some, "of": all_} for what, some, all_ in self.kept]
+        return {"model": self.model, "memory": self.memory, "options": self.options, **ways, "kept": kept}
 
     def __str__(self) -> str:
         ways = {"plain": self.plain, "this plan": self.predicted, "least kept": self.least}
@@ -92,36 +111,46 @@ def plan(
         MnetError: there is no way to take so little; the message says what the least is. Or the model cannot be estimated.
     """
     began = time.perf_counter()
-    if chosen := {"rest", "keep", "regions", "backward", "memory"} & {name for name, value in options.items() if value != "reversible"}:
-        raise SettingsError(f"plan chooses how much is kept of a captured model: leave {', '.join(sorted(chosen))} out")
+    if chosen := [name for name, default in _CHOSEN.items() if options.pop(name, default) != default]:
+        raise SettingsError(f"plan chooses how much is kept of a captured model: leave {', '.join(chosen)} out")
     request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, {**options, "rest": "checkpoint"})
     plain = request.taken("plain", None)
     assert plain is not None
-    size = _size(memory, plain.way)
-    tries = _Tries(request, plain.flops)
-    least = tries.at(0)
-    if least.total_bytes > size:
-        raise MnetError(_too_little(type(model).__name__, size, least, plain.way))
-    sizes = tries.sizes
-    at = bisect_right(range(len(sizes)), size, key=lambda i: tries.at(sizes[i]).total_bytes) - 1
-    return Plan(
-        model=type(model).__name__,
-        memory=size,
-        options={**options, "rest": "checkpoint", "keep": sizes[at]},
-        predicted=tries.at(sizes[at]),
-        least=least,
-        plain=plain.way,
-        kept=tries.kept(sizes[at]),
-        seconds_taken=time.perf_counter() - began,
-    )
+    return _Tries(request, plain, began).plan(memory)
 
 
 class _Tries:
-    """Steps with so much kept."""
+    """Steps with so much kept, of one model."""
 
-    def __init__(self, request: Request, flops: int) -> None:
-        self.request, self.flops = request, flops
+    def __init__(self, request: Request, plain: Taken, began: float) -> None:
+        self.request, self.plain, self.began = request, plain, began
         self.known: dict[int, Way] = {}
+
+    def plan(self, memory: str | float) -> Plan:
+        name, size, least = type(self.request.model).__name__, _size(memory, self.plain.way), self.at(0)
+        if least.total_bytes > size:
+            raise MnetError(_too_little(name, size, least, self.plain.way))
+        keep = self._most(size)
+        return Plan(
+            model=name,
+            memory=size,
+            options={**self.request.options, "keep": keep},
+            predicted=self.at(keep),
+            least=least,
+            plain=self.plain.way,
+            kept=self.kept(keep),
+            seconds_taken=time.perf_counter() - self.began,
+            _at=self._again,
+        )
+
+    def _again(self, memory: str | float) -> Plan:
+        self.began = time.perf_counter()
+        return self.plan(memory)
+
+    def _most(self, size: int) -> int:
+        """The most that can be kept, if a step may take so many bytes."""
+        sizes = self.sizes
+        return sizes[bisect_right(range(len(sizes)), size, key=lambda i: self.at(sizes[i]).total_bytes) - 1]
 
     @property
     def keepings(self) -> list[Keeping]:
@@ -141,7 +170,7 @@ class _Tries:
                 for keeping in self.keepings:
                     keeping.spend(keep)
             taken = self.request.again("momentum")
-            self.known[keep] = replace(taken.way, flops_ratio=taken.flops / self.flops if self.flops else 1.0)
+            self.known[keep] = replace(taken.way, flops_ratio=taken.flops / self.plain.flops if self.plain.flops else 1.0)
         return self.known[keep]
 
     def kept(self, keep: int) -> tuple[tuple[str, int, int], ...]:

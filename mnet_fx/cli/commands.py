@@ -26,12 +26,13 @@ from .options import (
     working,
 )
 
-__all__ = ["bench", "demo", "estimate", "report", "verify"]
+__all__ = ["bench", "demo", "estimate", "plan", "report", "verify"]
 
 _TEXTS = {"text": "", "json": ".json"}
 _REPORTS = {"text": "", "table": ".txt", "markdown": ".md", "csv": ".csv", "json": ".json", "html": ".html"}
 _TABLES = {"text": "", "markdown": ".md", "csv": ".csv", "json": ".json"}
 _MEMORY = "What there is, such as 16GiB: does a step fit, how large may batch and depth be? Status 1 where it does not fit."
+_BUDGET = "What a step may take in all, such as 16GiB; or a number below 1, relative to plain training."
 _GPUS = ("NVIDIA H100", "NVIDIA A100", "NVIDIA L4", "AMD MI350X", "AMD MI300X", "AMD MI300A", "AMD MI210X")
 
 
@@ -139,6 +140,27 @@ def estimate(model: str, kwargs: Any, inputs: Any, seed: int, memory: Any, plot:
         against = None if plot == "bars" else plot
         said(fmt, output, _TEXTS, _texts(found), lambda path: found.plot(path, against=against))
     return 0 if fits else 1
+
+
+@click.command()
+@model_arguments
+@input_options
+@click.option("--memory", metavar="SIZE", required=True, help=_BUDGET)
+@click.option("--optimizer", metavar="NAME", help="Of torch.optim, such as AdamW: count its state too.")
+@loss_option
+@momentum_options
+@output_options(_TEXTS)
+def plan(model: str, kwargs: Any, inputs: Any, seed: int, memory: str, fmt: Any, output: Any, **options: Any) -> int:
+    """Choose what MODEL keeps and what it runs again, so that a training step fits in --memory."""
+    import mnet_fx
+
+    net, call = _made(model, kwargs, inputs, seed, "meta")
+    with _asked(model, call.text), working(f"planning {model}"):
+        share = float(memory) if re.fullmatch(r"0?\.\d+", memory) else memory
+        extra = {"optimizer": _optimizer(options["optimizer"]), "loss": _loss(options["loss"])}
+        found = mnet_fx.plan(net, call.example_inputs, memory=share, **extra, **given(options))
+        said(fmt, output, _TEXTS, _texts(found))
+    return 0
 
 
 @click.command()

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .commands import bench, demo, estimate, report, verify
+from .commands import bench, demo, estimate, plan, report, verify
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ def completion(shell: str) -> None:
     click.echo(found(cli, {}, "mnet-fx", "_MNET_FX_COMPLETE").source())
 
 
-for _command in (estimate, report, verify, bench, demo):
+for _command in (estimate, plan, report, verify, bench, demo):
     cli.add_command(_command)
 
 

@@ -183,6 +183,20 @@ def test_estimate_in_a_picture_against(run, folder, against):
     assert (folder / f"{against}.svg").read_bytes().startswith(b"<?xml")
 
 
+def test_plan(run):
+    status, out, err = run("plan", *NET, "--memory", "0.99")
+    assert (status, err) == (0, "")
+    assert re.search(r"rest='checkpoint', keep=\d+", out)
+    status, out, _ = run("plan", *NET, "--memory", "1GiB", "--optimizer", "AdamW", "--format", "json", "--gamma", "0.5")
+    found = json.loads(out)
+    assert (status, found["memory"], found["options"]["gamma"]) == (0, 2**30, 0.5)
+    assert found["predicted"]["parts"]["optimizer state"] > 0
+    status, _, err = run("plan", *NET, "--memory", "2KiB")
+    assert status == 2
+    assert "does not fit in 2.00 KiB: with the least kept" in err
+    assert run("plan", *NET, "--memory", "1GiB", "--regions", "layers")[0] == 2
+
+
 def test_verify_says_whether_all_is_well(run):
     status, out, err = run("verify", *NET, "--loss", "own_model.py:loss")
     assert (status, err) == (0, "")
