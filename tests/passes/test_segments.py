@@ -91,7 +91,7 @@ def test_a_proof_lies_in_memory_of_its_own(x):
         y = x * 1
         a = wave(y, 6) + 1
         of_input, of_a = y.view(-1), a.view(-1)
-        b = wave(a, 2)
+        b = wave(a + 1, 2)
         a.relu_()  # so that all of this is one segment
         return of_input, of_a, a, b
 
