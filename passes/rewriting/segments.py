@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from passes.regions import Plan
 
 __all__ = ["Memory", "Segment", "cutting", "largest_step", "segmented"]
 
+_PLACES = 256  # of one run that are tried as cuts, since each is tried with each
 _BOUNDS = 12  # on what a segment may save, from the least possible to all
 
 
@@ -219,7 +220,18 @@ class _Run:
                 _close(closed, first.get(number, i), i)
             for number in _memory([node, *node.all_input_nodes]) - written:
                 first.setdefault(number, i)
-        return [i for i in range(len(self.nodes) + 1) if i in (0, len(self.nodes)) or not closed[i]]
+        return self._cheapest([i for i in range(len(self.nodes) + 1) if i in (0, len(self.nodes)) or not closed[i]])
+
+    def _cheapest(self, places: list[int]) -> list[int]:
+        """The places; of too many, of each few that follow each other the one that fewest bytes cross."""
+        crossing = [0] * (len(self.nodes) + 2)
+        for i, node in enumerate(self.nodes):
+            last = max((self.position.get(user, i) for user in node.users), default=i)
+            crossing[i + 1] += bytes_of(node) or 0
+            crossing[last + 1] -= bytes_of(node) or 0
+        crossing, inner = list(accumulate(crossing)), places[1:-1]
+        few = -(-len(inner) // _PLACES)
+        return [0, *(min(inner[i : i + few], key=crossing.__getitem__) for i in range(0, len(inner), max(few, 1))), len(self.nodes)]
 
     def cut(self, bound: int) -> list[Segment]:
         """The segments that keep fewest bytes, where none may save more than so many bytes if it can be cut."""
@@ -300,5 +312,7 @@ def _changes_state(node: fx.Node) -> bool:
 
 
 def _crosses(value: Any) -> bool:
-    """Whether a part can hand on such a value to another."""
-    return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, int, float, bool))
+    """Whether a part can hand on such a value to another. AOTAutograd saves no float that was read from a tensor elsewhere."""
+    if isinstance(value, torch.SymFloat):
+        return value.node.has_hint()
+    return isinstance(value, (Tensor, torch.SymInt, int, float, bool))

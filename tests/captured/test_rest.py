@@ -338,3 +338,15 @@ def test_state_that_the_rest_writes(way, inner):
     model, x = Stateful(way), torch.randn(6, 8)
     stored, again = (made(model, rest=rest, inner=inner) for rest in ("store", "checkpoint"))
     assert same(trained(stored, x), trained(again, x))
+
+
+def test_a_float_that_is_read_from_a_tensor():
+    def scaled(self, x):
+        size = x.detach().abs().max().item()
+        return wave(wave(wave(self.f(x)) * size) * size)
+
+    torch.manual_seed(0)
+    model, x = Stateful(scaled), torch.randn(6, 8)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        stored, again = (made(model, rest=rest, inner="aot_eager") for rest in ("store", "checkpoint"))
+        assert same(trained(stored, x), trained(again, x))

@@ -1,5 +1,7 @@
 """Where what lies between regions may be cut, and what of it can be run again."""
 
+import time
+
 import pytest
 import torch
 
@@ -116,6 +118,18 @@ def test_what_is_read_before_it_is_overwritten_is_stored(x):
     reader = next(node for node in nodes_of(graph) if any(source.name == "y" for source in node.all_input_nodes))
     groups = [nodes_of(graph)[:1], nodes_of(graph)[1:]]
     assert all(segment.proof is None or reader not in segment.nodes or reader.target == "mul_" for segment in cut(graph, groups))
+
+
+def test_a_long_run_takes_no_longer_for_each_node(x):
+    taken = {}
+    for n in (300, 1200):
+        graph = captured(lambda x, n=n: wave(x, n), x)
+        start = time.perf_counter()
+        found = cut(graph)
+        taken[n] = time.perf_counter() - start
+        assert [node for segment in found for node in segment.nodes] == nodes_of(graph)
+        assert sum(segment.proof is not None for segment in found) > 5
+    assert taken[1200] < 10 * taken[300]
 
 
 def loss_of(logits, target):
