@@ -138,8 +138,8 @@ def segmented(groups: Sequence[list[fx.Node]], memory: Memory, floor: int) -> li
     total = sum(run.saves for run in runs)
     if total == 0:
         return [[Segment(group)] for group in groups]
-    least = max(run.least for run in runs)
-    bounds = {max(least, floor), *(round(least * (total / max(least, 1)) ** (i / (_BOUNDS - 1))) for i in range(_BOUNDS))}
+    least = max(1, *(run.least for run in runs))
+    bounds = {max(least, floor), *(round(least * (total / least) ** (i / (_BOUNDS - 1))) for i in range(_BOUNDS))}
     found = [[run.cut(bound) for run in runs] for bound in sorted(bounds)]
     return min(found, key=lambda segments: _peak(segments, memory, floor))
 
@@ -177,11 +177,13 @@ class _Stretch:
         end: position of that place.
         saved: the storages that they save, with their bytes.
         given: the storages that they read, each with the position of who gives it; -1 outside of the run.
+        again: whether they can be run again.
     """
 
     end: int
     saved: dict[int, int]
     given: list[tuple[int, int]]
+    again: bool
 
 
 class _Run:
@@ -190,7 +192,7 @@ class _Run:
     Attributes:
         places: positions of the cuts that are possible, from 0 to the number of nodes.
         stretches: what lies between each two of them.
-        saves, least: the bytes that all of it saves, and the largest stretch.
+        saves, least: the bytes that all of it saves, and the largest stretch that can be run again.
     """
 
     def __init__(self, nodes: list[fx.Node], memory: Memory) -> None:
@@ -199,13 +201,13 @@ class _Run:
         self.places = self._places() if nodes else [0]
         self.stretches = [self._stretch(i, j) for i, j in pairwise(self.places)]
         self.saves = sum(_saved(nodes, memory).values())
-        self.least = max((sum(stretch.saved.values()) for stretch in self.stretches), default=0)
+        self.least = max((sum(stretch.saved.values()) for stretch in self.stretches if stretch.again), default=0)
 
     def _stretch(self, start: int, end: int) -> _Stretch:
         nodes = self.nodes[start:end]
         sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
         given = [(number, self.position.get(source, -1)) for source in sources for number in _memory([source]) - self.memory.inputs]
-        return _Stretch(end, _saved(nodes, self.memory), given)
+        return _Stretch(end, _saved(nodes, self.memory), given, self._proof(nodes) is not None)
 
     def _places(self) -> list[int]:
         if any(map(_changes_state, self.nodes)):
@@ -307,8 +309,8 @@ def _close(closed: list[bool], first: int, last: int) -> None:
 
 
 def _changes_state(node: fx.Node) -> bool:
-    """Whether a node is there for what it does to something other than tensors, such as a level of vmap."""
-    return not node.users and not node.all_input_nodes
+    """Whether a node is there for what it does to something other than tensors, such as a level of vmap; torchvision's only count calls."""
+    return not node.users and not node.all_input_nodes and node.target is not torch._C._log_api_usage_once
 
 
 def _crosses(value: Any) -> bool:

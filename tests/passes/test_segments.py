@@ -120,6 +120,21 @@ def test_what_is_read_before_it_is_overwritten_is_stored(x):
     assert all(segment.proof is None or reader not in segment.nodes or reader.target == "mul_" for segment in cut(graph, groups))
 
 
+def test_what_cannot_be_run_again_is_no_reason_for_longer_segments(x):
+    def writing(x):
+        big = torch.cat([x] * 64)
+        big.add_(wave(big, 8))  # over what sin saved
+        z = big[:8] * 1
+        for _ in range(4):
+            z = wave(torch.cat([z] * 4), 4).sum(0, keepdim=True).expand(8, 8)
+        return z + big[:8]
+
+    graph = captured(writing, x)
+    nodes = nodes_of(graph)
+    at = nodes.index(next(node for node in nodes if node.target == "add_")) + 1
+    assert sum(segment.proof is not None for segment in cut(graph, [nodes[:at], nodes[at:]])) >= 3
+
+
 def test_a_long_run_takes_no_longer_for_each_node(x):
     taken = {}
     for n in (300, 1200):
