@@ -305,12 +305,13 @@ def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[t
 
 
 def _may_differ(t: Tensor, was: Any, now: Any, version: Any, proof: bool) -> bool:
-    """Whether a step may have changed a buffer, of which these are the fingerprints before and after.
+    """Whether a step may have changed a buffer, of which these are the fingerprints before and after. A write of the values that were there
+    is one: a later step may write others.
 
     On a device nobody reads them: small buffers count as changed, others where autograd saw a change; unless nobody will prove that.
     """
     if not isinstance(was, Tensor):
-        return was != now
+        return was != now or version != _version(t)
     return t.untyped_storage().nbytes() <= SMALL or version != _version(t) or not (proof or torch.equal(was, now))
 
 

@@ -12,23 +12,25 @@ fewest bytes are found by dynamic programming; of the bounds, the one with the l
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+from torch import Tensor, nn
 
-from passes.graphs.effects import Effect, noted, work_of
+from passes.graphs.effects import noted, work_of
 from passes.graphs.facts import bytes_of, recorded
 from passes.graphs.writes import running_statistics
 from passes.regions import Plan
 
 __all__ = ["Cost", "Memory", "Segment", "cutting", "largest_step", "saved_by", "segmented"]
 
+_PLACES = 256  # of one run that are tried as cuts, since each is tried with each
 _BOUNDS = 12  # on what a segment may save, from the least possible to all
 
 
@@ -67,14 +69,14 @@ class Memory:
 
     Attributes:
         inputs: storages that are there anyway: of the graph's inputs, parameters and buffers.
-        attributes: those of parameters and buffers.
+        buffers: those that one buffer alone lies in: a rerun works on a copy of each buffer, and of parameters on none.
         sizes: bytes of each storage.
         last_write: for each storage, the position of the last node that overwrites it.
         index: position of each node.
     """
 
     inputs: frozenset[int]
-    attributes: frozenset[int]
+    buffers: frozenset[int]
     sizes: dict[int, int] = field(default_factory=dict)
     last_write: dict[int, int] = field(default_factory=dict)
     index: dict[fx.Node, int] = field(default_factory=dict)
@@ -87,8 +89,10 @@ class Memory:
             attributes: names of its placeholders that are parameters and buffers.
         """
         given = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-        own = [node for node in given if node.op == "get_attr" or node.name in attributes]
-        memory = cls(frozenset(_memory(given)), frozenset(_memory(own)))
+        own = Counter(number for node in given if node.name in attributes for number in _memory([node]))
+        fixed = _memory(node for node in given if node.name not in attributes or isinstance(recorded(node), nn.Parameter))
+        buffers = {number for number, count in own.items() if count == 1} - fixed
+        memory = cls(frozenset(_memory(given)), frozenset(buffers))
         for i, node in enumerate(graph.nodes):
             memory.index[node] = i
             for number in _memory([node]):
@@ -146,11 +150,11 @@ def segmented(groups: Sequence[list[fx.Node]], memory: Memory, floor: int) -> li
         The segments of each group.
     """
     runs = [_Run(group, memory) for group in groups]
-    total = sum(run.saves(0, len(run.nodes)) for run in runs)
+    total = sum(run.saves for run in runs)
     if total == 0:
         return [[Segment(group)] for group in groups]
-    least = max(run.least for run in runs)
-    bounds = {max(least, floor), *(round(least * (total / max(least, 1)) ** (i / (_BOUNDS - 1))) for i in range(_BOUNDS))}
+    least = max(1, *(run.least for run in runs))
+    bounds = {max(least, floor), *(round(least * (total / least) ** (i / (_BOUNDS - 1))) for i in range(_BOUNDS))}
     found = [[run.cut(bound) for run in runs] for bound in sorted(bounds)]
     return min(found, key=lambda segments: _peak(segments, memory, floor))
 
@@ -180,38 +184,71 @@ def _given_to(nodes: Sequence[fx.Node], memory: Memory) -> set[int]:
     return _memory(source for node in nodes for source in node.all_input_nodes if source not in inside) - memory.inputs
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """The nodes from one place where a run may be cut to the next.
+
+    Attributes:
+        end: position of that place.
+        saved: the storages that they save, with their bytes.
+        given: the storages that they read, each with the position of who gives it; -1 outside of the run.
+        again: whether they can be run again.
+    """
+
+    end: int
+    saved: dict[int, int]
+    given: list[tuple[int, int]]
+    again: bool
+
+
 class _Run:
     """One run of nodes, and where it may be cut.
 
     Attributes:
         places: positions of the cuts that are possible, from 0 to the number of nodes.
-        least: the bytes that the largest stretch between two of them saves.
+        stretches: what lies between each two of them.
+        saves, least: the bytes that all of it saves, and the largest stretch that can be run again.
     """
 
     def __init__(self, nodes: list[fx.Node], memory: Memory) -> None:
         self.nodes, self.memory = nodes, memory
         self.position = {node: i for i, node in enumerate(nodes)}
         self.places = self._places() if nodes else [0]
-        self.least = max((self.saves(i, j) for i, j in pairwise(self.places)), default=0)
+        self.stretches = [self._stretch(i, j) for i, j in pairwise(self.places)]
+        self.saves = sum(saved_by(nodes, memory).values())
+        self.least = max((sum(stretch.saved.values()) for stretch in self.stretches if stretch.again), default=0)
+
+    def _stretch(self, start: int, end: int) -> _Stretch:
+        nodes = self.nodes[start:end]
+        sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
+        given = [(number, self.position.get(source, -1)) for source in sources for number in _memory([source]) - self.memory.inputs]
+        return _Stretch(end, saved_by(nodes, self.memory), given, self._proof(nodes) is not None)
 
     def _places(self) -> list[int]:
         if any(map(_changes_state, self.nodes)):
             return [0, len(self.nodes)]
         position, closed = self.position, [False] * (len(self.nodes) + 1)
-        makers: dict[int, int] = {}
+        first: dict[int, int] = {}
         for i, node in enumerate(self.nodes):
             last = i if _crosses(recorded(node)) else max((position[user] for user in node.users if user in position), default=i)
             _close(closed, i, last)
-            for number in _written(node):
-                if number in makers:  # who writes to a value stays with who made it
-                    _close(closed, makers[number], i)
-            for number in _memory([node]):
-                makers.setdefault(number, i)
-        return [i for i in range(len(self.nodes) + 1) if i in (0, len(self.nodes)) or not closed[i]]
+            written = _written(node)
+            for number in written:  # who writes to a value stays with who made it, or reads it before, of which a compiler may save it
+                _close(closed, first.get(number, i), i)
+            for number in _memory([node, *node.all_input_nodes]) - written:
+                first.setdefault(number, i)
+        return self._cheapest([i for i in range(len(self.nodes) + 1) if i in (0, len(self.nodes)) or not closed[i]])
 
-    def saves(self, start: int, end: int) -> int:
-        """Bytes that some nodes save."""
-        return sum(saved_by(self.nodes[start:end], self.memory).values())
+    def _cheapest(self, places: list[int]) -> list[int]:
+        """The places; of too many, of each few that follow each other the one that fewest bytes cross."""
+        crossing = [0] * (len(self.nodes) + 2)
+        for i, node in enumerate(self.nodes):
+            last = max((self.position.get(user, i) for user in node.users), default=i)
+            crossing[i + 1] += bytes_of(node) or 0
+            crossing[last + 1] -= bytes_of(node) or 0
+        crossing, inner = list(accumulate(crossing)), places[1:-1]
+        few = -(-len(inner) // _PLACES)
+        return [0, *(min(inner[i : i + few], key=crossing.__getitem__) for i in range(0, len(inner), max(few, 1))), len(self.nodes)]
 
     def cut(self, bound: int) -> list[Segment]:
         """The segments that keep fewest bytes, where none may save more than so many bytes if it can be cut."""
@@ -229,27 +266,29 @@ class _Run:
 
     def _from(self, at: int, bound: int) -> Iterator[tuple[int, int, int]]:
         """The ends of the segments that begin at a place; bytes that each saves, and bytes of what it is given."""
-        start = self.places[at]
-        saved: dict[int, int] = {}
-        given: set[int] = set()
-        for begin, end in pairwise(self.places[at:]):
-            nodes = self.nodes[begin:end]
-            saved |= saved_by(nodes, self.memory)
-            given |= _memory(s for node in nodes for s in node.all_input_nodes if self.position.get(s, -1) < start) - self.memory.inputs
-            saves = sum(saved.values())
-            if saves > bound and begin != start:
+        start, saves, gives = self.places[at], 0, 0
+        saved, given = set[int](), set[int]()
+        for stretch in islice(self.stretches, at, None):
+            saves += sum(size for number, size in stretch.saved.items() if number not in saved)
+            if saves > bound and stretch is not self.stretches[at]:
                 return
-            yield end, saves, self.memory.weigh(given)
+            saved |= stretch.saved.keys()
+            more = {number for number, position in stretch.given if position < start} - given
+            given |= more
+            gives += self.memory.weigh(more)
+            yield stretch.end, saves, gives
 
     def _proof(self, nodes: list[fx.Node]) -> fx.Node | None:
         """An output in memory of its own, of nodes that can be run again; None if they cannot."""
-        inside, made = set(nodes), _memory(nodes) - _given_to(nodes, self.memory) - self.memory.inputs
-        if not all(self._repeats(node, made) for node in nodes):
+        inside, memory = set(nodes), self.memory
+        sources = {source for node in nodes for source in node.all_input_nodes if source not in inside}
+        made = _memory(nodes) - _memory(sources) - memory.inputs
+        handed = _memory(source for source in sources if source.op != "placeholder")  # as they are: of these a rerun has no copies
+        if not _repeat(nodes, made | (memory.buffers - handed)):
             return None
-        last = self.memory.index[nodes[-1]]
-        read = _memory(source for node in nodes for source in node.all_input_nodes) - made
+        last = memory.index[nodes[-1]]
         own = {number for node in nodes for number in _written(node)}
-        if any(self.memory.last_write.get(number, -1) > last for number in read - own):
+        if any(memory.last_write.get(number, -1) > last for number in (_memory(sources) | _memory(nodes)) - made - own):
             return None  # a rerun would read what is written later
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
         numbers = [number for node in outputs for number in _memory([node])]
@@ -259,12 +298,6 @@ class _Run:
     def _cost(self, nodes: list[fx.Node]) -> Cost:
         there = _given_to(nodes, self.memory)
         return Cost(sum(size for number, size in saved_by(nodes, self.memory).items() if number not in there), sum(map(work_of, nodes)))
-
-    def _repeats(self, node: fx.Node, made: set[int]) -> bool:
-        """Whether a node can be run again: it is known what it does, and it writes to nothing but what the segment makes, and buffers."""
-        effect: Effect | None = noted(node)
-        known = effect is not None and effect.known and not _changes_state(node)
-        return known and _written(node) <= made | self.memory.attributes
 
     def _traced(self, best: dict[int, tuple[float, int, fx.Node | None]]) -> list[Segment]:
         found, end = list[Segment](), len(self.nodes)
@@ -276,6 +309,19 @@ class _Run:
         return found[::-1]
 
 
+def _repeat(nodes: list[fx.Node], own: set[int]) -> bool:
+    """Whether nodes can be run again: it is known what they do, they write to nothing but some storages, and to nothing that one of them
+    has saved: by the time of the rerun autograd alone would know whether that is needed.
+    """
+    saved = set[int]()
+    for node in nodes:
+        effect = noted(node)
+        if effect is None or not effect.known or _changes_state(node) or not _written(node) <= own or not saved.isdisjoint(effect.written):
+            return False
+        saved.update(number for number, _ in effect.saved)
+    return True
+
+
 def _close(closed: list[bool], first: int, last: int) -> None:
     """Forbids the cuts between two nodes."""
     for i in range(first + 1, last + 1):
@@ -283,10 +329,12 @@ def _close(closed: list[bool], first: int, last: int) -> None:
 
 
 def _changes_state(node: fx.Node) -> bool:
-    """Whether a node is there for what it does to something other than tensors, such as a level of vmap."""
-    return not node.users and not node.all_input_nodes
+    """Whether a node is there for what it does to something other than tensors, such as a level of vmap; torchvision's only count calls."""
+    return not node.users and not node.all_input_nodes and node.target is not torch._C._log_api_usage_once
 
 
 def _crosses(value: Any) -> bool:
-    """Whether a part can hand on such a value to another."""
-    return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, int, float, bool))
+    """Whether a part can hand on such a value to another. AOTAutograd saves no float that was read from a tensor elsewhere."""
+    if isinstance(value, torch.SymFloat):
+        return value.node.has_hint()
+    return isinstance(value, (Tensor, torch.SymInt, int, float, bool))

@@ -1,5 +1,7 @@
 """Where what lies between regions may be cut, and what of it can be run again."""
 
+import time
+
 import pytest
 import torch
 
@@ -91,7 +93,7 @@ def test_a_proof_lies_in_memory_of_its_own(x):
         y = x * 1
         a = wave(y, 6) + 1
         of_input, of_a = y.view(-1), a.view(-1)
-        b = wave(a, 2)
+        b = wave(a + 1, 2)
         a.relu_()  # so that all of this is one segment
         return of_input, of_a, a, b
 
@@ -116,6 +118,33 @@ def test_what_is_read_before_it_is_overwritten_is_stored(x):
     reader = next(node for node in nodes_of(graph) if any(source.name == "y" for source in node.all_input_nodes))
     groups = [nodes_of(graph)[:1], nodes_of(graph)[1:]]
     assert all(segment.proof is None or reader not in segment.nodes or reader.target == "mul_" for segment in cut(graph, groups))
+
+
+def test_what_cannot_be_run_again_is_no_reason_for_longer_segments(x):
+    def writing(x):
+        big = torch.cat([x] * 64)
+        big.add_(wave(big, 8))  # over what sin saved
+        z = big[:8] * 1
+        for _ in range(4):
+            z = wave(torch.cat([z] * 4), 4).sum(0, keepdim=True).expand(8, 8)
+        return z + big[:8]
+
+    graph = captured(writing, x)
+    nodes = nodes_of(graph)
+    at = nodes.index(next(node for node in nodes if node.target == "add_")) + 1
+    assert sum(segment.proof is not None for segment in cut(graph, [nodes[:at], nodes[at:]])) >= 3
+
+
+def test_a_long_run_takes_no_longer_for_each_node(x):
+    taken = {}
+    for n in (300, 1200):
+        graph = captured(lambda x, n=n: wave(x, n), x)
+        start = time.perf_counter()
+        found = cut(graph)
+        taken[n] = time.perf_counter() - start
+        assert [node for segment in found for node in segment.nodes] == nodes_of(graph)
+        assert sum(segment.proof is not None for segment in found) > 5
+    assert taken[1200] < 10 * taken[300]
 
 
 def loss_of(logits, target):
