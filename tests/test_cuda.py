@@ -147,6 +147,20 @@ def test_the_rest_runs_again(amp):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_last_steps_and_some_of_the_rest_are_kept(amp):
+    torch.manual_seed(0)
+    model = WithARest().to(CUDA)
+    x = torch.randn(4, 3, 12, 12, device=CUDA)
+    wanted = gradients(momentumize(copy.deepcopy(model), gamma=0.5), x, amp)
+    net = momentumize(copy.deepcopy(model), gamma=0.5, rest="checkpoint", keep="1GiB")
+    assert_same(gradients(net, x, amp), wanted)
+    costs = [cost.size for keeping in net.forward.keepings for _, cost in keeping.items]
+    for many in range(1, len(costs)):
+        net = momentumize(copy.deepcopy(model), gamma=0.5, rest="checkpoint", keep=sum(costs[:many]))
+        assert_same(gradients(net, x, amp), wanted)
+
+
 def test_a_head_in_chunks():
     torch.manual_seed(0)
     model = Headed().to(CUDA)

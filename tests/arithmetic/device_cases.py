@@ -260,6 +260,20 @@ def forward_only(n):
     assert dev.planes is None
 
 
+def ahead(n):
+    """A state that goes on alone gives the same x; the other stays, and goes back. The device has not come to any of it when it is told."""
+    for dtype, gammas, jump in ((F32, 0.5, None), (BF16, 0.05, None), (F32, [0.9, 0.9, 0.5, 0.0, 0.5, 0.9], (4, 100.0))):
+        run = made(n, 6, gammas, dtype, [dtype] * 4 + [F32] * 2, jump=jump, bad=BAD, v0=0.5)
+        run.to(3)
+        dev, ref = run.dev.ahead(), run.ref.ahead()
+        found = [dev.step(y.to(DEVICE))[1] for y in run.ys[3:]]
+        for t, x in enumerate(found, 3):
+            same(x, ref.step(run.ys[t], *run.factors[t])[1], f"x after step {t}")
+        assert run.bits() == (True, True), "the state that stayed"
+        run.to(0)
+        run.all()
+
+
 def layouts(n):
     """The stream and what is added to it with other strides, no memory of their own, or not on a word's boundary."""
     if n < 17:
@@ -410,7 +424,22 @@ GROUPS = {
     "float64": lambda n: plain(n, F64),
     **{
         f.__name__: f
-        for f in (held, promoted, magnitudes, again, skipped, unseen, forward_only, layouts, lost, refusals, words, fingerprints, drawn)
+        for f in (
+            held,
+            promoted,
+            magnitudes,
+            again,
+            skipped,
+            unseen,
+            forward_only,
+            ahead,
+            layouts,
+            lost,
+            refusals,
+            words,
+            fingerprints,
+            drawn,
+        )
     },
 }
 EVERYWHERE = ("float32", "bfloat16", "float64", "fingerprints")  # on a GPU, for each number of elements; the others for one
