@@ -32,7 +32,7 @@ class Keeping:
 
     def __init__(self, steps: Sequence[tuple[ChainRegion, list[Cost]]], segments: Iterable[CompiledSegment]) -> None:
         queues: list[list[tuple[Keeper, Cost]]] = [[(region, cost) for cost in costs] for region, costs in steps]
-        queues += [[(segment, segment.cost)] for segment in segments]
+        queues += [[(segment, segment.cost)] for segment in segments if segment.cost is not None]
         self.items: list[tuple[Keeper, Cost]] = []
         while queues := [queue for queue in queues if queue]:
             self.items.append(max(queues, key=lambda queue: queue[0][1].work / max(queue[0][1].size, 1)).pop(0))

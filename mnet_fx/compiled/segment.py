@@ -34,7 +34,7 @@ class CompiledSegment(Unseen):
         super().__init__()
         names = [str(node.target) for node in piece.graph.nodes if node.op == "placeholder"]
         self.name, self.on_drift, self.proof = f"the segment {_where(piece)}", on_drift, piece.meta[PROOF]
-        self.cost: Cost = piece.meta[COST]
+        self.cost: Cost | None = piece.meta[COST]
         self.stored = 0  # 1: autograd stores what it saves
         self._run = run
         self._own = [i for i, name in enumerate(names) if name in attributes]

@@ -12,7 +12,7 @@ taken to return and to overwrite all memory that it was given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +30,7 @@ from passes.graphs.doubles import NUMBERS, Double, Doubles, UnlikeError, form_of
 from passes.graphs.work import hint, work_of_operation
 from passes.graphs.writes import is_hook
 
-__all__ = ["Effect", "forget_effect", "noted", "observed", "work_of"]
+__all__ = ["Effect", "forget_effect", "is_measured", "noted", "observed", "work_of"]
 
 _NOTE = "mnet_fx_effect"
 _RUNS_GRAPHS = frozenset(
@@ -78,6 +78,12 @@ def observed(gm: fx.GraphModule) -> dict[fx.Node, Effect]:
 def noted(node: fx.Node) -> Effect | None:
     """The effect of a node if its graph, or the one it was copied from, has been observed."""
     return node.meta.get(_NOTE)
+
+
+def is_measured(nodes: Iterable[fx.Node]) -> bool:
+    """Whether it is known how many bytes autograd keeps for some nodes."""
+    effects = [noted(node) for node in nodes]
+    return all(effect is not None and effect.known and all(size is not None for _, size in effect.saved) for effect in effects)
 
 
 def work_of(node: fx.Node) -> int:

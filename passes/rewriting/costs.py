@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from passes.graphs.effects import work_of
+from passes.graphs.effects import is_measured, work_of
 from passes.graphs.facts import bytes_of
 from passes.graphs.work import FLOPS_PER_BYTE
 from passes.regions import Plan, PlannedRegion
@@ -16,7 +16,8 @@ _PASSES = 12  # over the bytes of a stream, that a step back takes besides its f
 
 
 def costs_of_steps(gm: fx.GraphModule, plan: Plan) -> dict[str, list[Cost]]:
-    """For each region of a plan that is in no other's step, by name, the costs of its steps, the last one first.
+    """For each region of a plan that is in no other's step, by name, the costs of its steps, the last one first; as
+    far as they are known.
 
     Args:
         gm: the planned graph, whose nodes' effects have been noted.
@@ -30,6 +31,8 @@ def _of_steps(region: PlannedRegion, named: dict[str, fx.Node], memory: Memory) 
     found, known = list[Cost](), set[int]()
     for step in reversed(region.steps):
         nodes = [named[name] for name in step.nodes]
+        if not is_measured(nodes):
+            break
         sizes = saved_by(nodes, memory)
         size = sum(size for number, size in sizes.items() if number not in known)
         known |= sizes.keys()

@@ -23,7 +23,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from passes.graphs.effects import noted, work_of
+from passes.graphs.effects import is_measured, noted, work_of
 from passes.graphs.facts import bytes_of, recorded
 from passes.graphs.writes import running_statistics
 from passes.regions import Plan
@@ -55,7 +55,7 @@ class Segment:
         nodes: in graph order.
         proof: the output by which it is shown that a rerun gave what the first run did; None where the segment cannot be run again, or
             nothing is gained by it.
-        cost: of keeping what it saves, where it has a proof.
+        cost: of keeping what it saves, where it has a proof and that is known.
     """
 
     nodes: list[fx.Node]
@@ -304,7 +304,7 @@ class _Run:
         while end > 0:
             _, start, proof = best[end]
             nodes = self.nodes[start:end]
-            found.append(Segment(nodes, proof, None if proof is None else self._cost(nodes)))
+            found.append(Segment(nodes, proof, self._cost(nodes) if proof is not None and is_measured(nodes) else None))
             end = start
         return found[::-1]
 

@@ -33,7 +33,7 @@ PROOF = "mnet_fx_proof"
 """In the meta data of a piece that can be run again: which of its outputs shows that a rerun gave what the first run did."""
 
 COST = "mnet_fx_cost"
-"""In the meta data of such a piece: its `Cost`."""
+"""In the meta data of such a piece: its `Cost`, or None."""
 
 
 def pieces(

@@ -173,6 +173,35 @@ def test_it_goes_with_copies_and_checkpoints_and_makes_no_other_network():
     assert all(torch.equal(a, b) for a, b in zip(everything(again, x, "once")[1:], wanted[1:], strict=True) if a is not None)
 
 
+def test_what_saves_bytes_that_depend_on_values_is_never_kept():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + torch.zeros_like(x).index_add(0, (at := (x[:, 0] > 0).nonzero()[:, 0]), self.linear(x[at]).tanh())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.chosen = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), Chosen()
+            self.last = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.first:
+                x = x + layer(x).tanh()
+            x = self.chosen(x)
+            for layer in self.last:
+                x = x + layer(x).tanh()
+            return x
+
+    net = momentumize(Model(), gamma=0.5, keep="1GiB")
+    net(torch.randn(6, 4)).sum().backward()
+    assert [len(region.factors) for region in net.forward.regions] == [5]
+    assert [region.stored for region in net.forward.regions] == [2], "the two after the one whose rows depend on values"
+
+
 def test_errors():
     for keep, match in (("much", "keep must be"), (-1, "keep must be"), (True, "keep must be")):
         with pytest.raises(mnet_fx.SettingsError, match=match):
