@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .reporting.drawing import draw
     from .reporting.report import AddReport, CapturedPart, RegionReport, Report, Stretch
     from .reporting.steps import plot_step
+    from .tuned import Candidate, Tuning
+    from .tuning import tune
     from .verifying.verification import Check, Verification, verify
 
 _HOME = {
@@ -46,6 +48,8 @@ _HOME = {
     "reporting.report": ["AddReport", "CapturedPart", "RegionReport", "Report", "Stretch"],
     "reporting.steps": ["plot_step"],
     "toy_datasets": ["toy_datasets"],
+    "tuned": ["Candidate", "Tuning"],
+    "tuning": ["tune"],
     "verifying.verification": ["Check", "Verification", "verify"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -53,6 +57,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AddReport",
     "Calibration",
+    "Candidate",
     "CapturedPart",
     "Check",
     "Estimate",
@@ -69,6 +74,7 @@ __all__ = [
     "SettingsError",
     "StreamError",
     "Stretch",
+    "Tuning",
     "Verification",
     "Way",
     "backend",
@@ -91,6 +97,7 @@ __all__ = [
     "step_bits",
     "toy_datasets",
     "transform_to_momentumnet",
+    "tune",
     "verify",
 ]
 
