@@ -114,7 +114,7 @@ class Tuning:
         )
         return "\n\n".join(
             [
-                f"{title}\nA training step holds, plain, {shown(self.plain_bytes)}{under}",
+                f"{title}\nA training step holds, plain, {shown(self.plain_bytes)}{under}; calibrated, also the read maps",
                 self._table(),
                 "\n".join([self._chosen(), WORDS, *self.notes]),
             ]
@@ -141,9 +141,10 @@ class Tuning:
         if self.best is None:
             closest = max(self.rows, key=lambda row: row.fidelity)
             least = min(self.rows, key=lambda row: row.total_bytes)
+            wanted = " within ".join(asked) or "a fidelity that is a number"
             return (
-                f"None keeps {' within '.join(asked)}: the most faithful has fidelity {closest.fidelity:.4f} at "
-                f"{shown(closest.total_bytes)}, the cheapest takes {shown(least.total_bytes)}."
+                f"None keeps {wanted}: the most faithful has fidelity {closest.fidelity:.4f} at {shown(closest.total_bytes)}, the cheapest "
+                f"takes {shown(least.total_bytes)}."
             )
         best = self.best
         how = f"{best.cut}, gamma {best.gamma:g}, {best.kind}: fidelity {best.fidelity:.4f}, {shown(best.total_bytes)}"
