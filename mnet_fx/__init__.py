@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .reporting.drawing import draw
     from .reporting.report import AddReport, CapturedPart, RegionReport, Report, Stretch
     from .reporting.steps import plot_step
+    from .tuned import Candidate, Tuning
+    from .tuning import tune
     from .verifying.verification import Check, Verification, verify
 
 _HOME = {
@@ -48,6 +50,8 @@ _HOME = {
     "reporting.report": ["AddReport", "CapturedPart", "RegionReport", "Report", "Stretch"],
     "reporting.steps": ["plot_step"],
     "toy_datasets": ["toy_datasets"],
+    "tuned": ["Candidate", "Tuning"],
+    "tuning": ["tune"],
     "verifying.verification": ["Check", "Verification", "verify"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -55,6 +59,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AddReport",
     "Calibration",
+    "Candidate",
     "CapturedPart",
     "Check",
     "Estimate",
@@ -72,6 +77,7 @@ __all__ = [
     "SettingsError",
     "StreamError",
     "Stretch",
+    "Tuning",
     "Verification",
     "Way",
     "backend",
@@ -95,6 +101,7 @@ __all__ = [
     "step_bits",
     "toy_datasets",
     "transform_to_momentumnet",
+    "tune",
     "verify",
 ]
 

