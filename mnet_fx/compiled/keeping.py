@@ -42,11 +42,11 @@ class Keeping:
         return list(Counter(keeper for keeper, _ in self.items).items())
 
     def spend(self, size: int) -> int:
-        """Keeps for so many bytes at most. Returns the bytes."""
+        """Keeps for so many bytes at most; for 0 nothing, also not what takes none. Returns the bytes."""
         spent = 0
         for keeper, _ in self.items:
             keeper.stored = 0
-        for keeper, cost in self.items:
+        for keeper, cost in self.items if size else ():
             if spent + cost.size > size:
                 break
             keeper.stored += 1
