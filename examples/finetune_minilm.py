@@ -249,9 +249,7 @@ def main() -> None:
         for name, runs in found.items():
             runs.append(run(name, probe.head.state_dict(), train, test, seed, size.epochs))
             print(f"seed {seed}  {name:23} {runs[-1]}", flush=True)
-    print(
-        f"\nmeans over {chosen.seeds} seeds: accuracy (%) before and after each epoch, of these weights in plain; peak of a step, relative"
-    )
+    print(f"\nmeans over {chosen.seeds} seeds: accuracy (%) before and after each epoch, of these weights in plain; peak of a step, also")
     print("relative to checkpoint; processor seconds of a step")
     for name, runs in found.items():
         print(row(name, runs, found["checkpoint"]))

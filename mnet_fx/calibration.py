@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .arguments import call_from
 from .captured.forward import CapturedForward
 from .checkpoints import note_config
-from .closeness import call_from, evaluated, mean_cosine, outputs, relative_error
+from .closeness import evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetWarning, SettingsError
 from .named.layers import NamedLayer
 from .read_maps import Maps, Place, ReadMap, data_of

@@ -25,7 +25,7 @@ from .read_maps import Maps, data_of, fingerprint
 from .reporting.build import report_of
 from .settings import Settings
 
-__all__ = ["KEY", "OPTIONS", "attach", "check", "compare", "detach", "gamma_record", "note", "record_of", "transformed"]
+__all__ = ["CHAINS", "KEY", "OPTIONS", "attach", "check", "compare", "detach", "gamma_record", "note", "record_of", "transformed"]
 
 log = logging.getLogger("mnet_fx")
 

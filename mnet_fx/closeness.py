@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Call", "call_from", "evaluated", "mean_cosine", "outputs", "relative_error"]
+from .arguments import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
-
-
-def call_from(batch: Any) -> Call:
-    """A call from a tuple of positional arguments, a mapping of keyword arguments, or one argument."""
-    if isinstance(batch, Mapping):  # also what a tokenizer of Hugging Face returns
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+__all__ = ["evaluated", "mean_cosine", "outputs", "relative_error"]
 
 
 @contextmanager

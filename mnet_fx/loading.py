@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .api import momentumize
-from .checkpoints import KEY, compare, record_of
+from .checkpoints import CHAINS, KEY, compare, record_of
 from .errors import MnetError, SettingsError
 from .named.momentum_net import MomentumNet, transform_to_momentumnet
 
@@ -137,7 +137,7 @@ def _keywords(record: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     if record.get("by") != "momentumize" or record.get("transforms"):
         raise MnetError(f"these options are those of {record.get('by')}, and not of momentumize alone: use mnet_fx.load")
     found = {key: value for key, value in record.items() if key != "by"}
-    found |= {"gamma": _gamma(found["gamma"]), "calibration": (found["calibration"] or {"chains": None}).get("chains", ...), **options}
+    found |= {"gamma": _gamma(found["gamma"]), "calibration": (found.get("calibration") or {CHAINS: None}).get(CHAINS, ...), **options}
     if found["calibration"] is ...:
         raise SettingsError(
             "the net was calibrated, and a config holds no read maps: give calibration=, from what mnet_fx.calibrate returned, or use "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.fx as fx
 from torch import nn
 
+from .arguments import call_from
 from .captured.copies import check_model, copied
 from .captured.forward import CapturedForward
 from .captured.graph_modules import rewritten
@@ -149,9 +150,7 @@ def capture_now(forward: CapturedForward, example_inputs: Any, modes: Sequence[b
         modes: the modes to capture, in order: True for train mode with gradients, False for eval mode without.
     """
     net = forward.owner
-    by_name = isinstance(example_inputs, Mapping)  # also what a tokenizer of Hugging Face returns, which is no dict
-    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    args, kwargs = ((), dict(example_inputs)) if by_name else (args, {})
+    args, kwargs = call_from(example_inputs)
     signature = inspect.signature(net.forward)
     try:
         signature.bind(*args, **kwargs)

@@ -11,12 +11,13 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from .api import momentumize
+from .arguments import call_from
 from .arithmetic.cost import state_bits
 from .budget.estimates import Estimate
 from .budget.estimating import estimate
 from .budget.sizes import parsed
 from .calibration import Calibration, calibrate
-from .closeness import call_from, evaluated, mean_cosine, outputs, relative_error
+from .closeness import evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetError, SettingsError
 from .named.marks import marked_containers
 from .reporting.ask import report

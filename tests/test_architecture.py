@@ -76,7 +76,8 @@ SHOWING = [
     "estimates",
 ]  # what is above all: ask, drawing, steps
 MNET_FX = [
-    ("errors", "toy_datasets", "closeness"),
+    ("errors", "arguments", "toy_datasets"),
+    ("closeness",),
     ("read_maps", "budget.sizes"),
     ("settings",),
     ("arithmetic",),

@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..arguments import Call
 from ..captured.copies import copied
 from ..captured.graph_modules import original
 from ..errors import MnetError, MnetWarning, SettingsError
@@ -24,7 +25,7 @@ from ..rewrite import momentum_network
 from .advice import advice, notes
 from .blocks import block_paths, checkpointed
 from .estimates import Estimate, Way
-from .faking import Call, batch_of, call_of, fake_model, fake_optimizer, resized
+from .faking import batch_of, call_of, fake_model, fake_optimizer, resized
 from .fitting import limits
 from .sizes import parsed
 from .ways import Taken, default_loss, taken

@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from ..arguments import Call, call_from
 from ..errors import MnetError, SettingsError
 
-__all__ = ["Call", "batch_of", "call_of", "fake_model", "fake_optimizer", "resized"]
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["batch_of", "call_of", "fake_model", "fake_optimizer", "resized"]
 
 
 def call_of(example_inputs: Any) -> Call:
@@ -26,15 +25,13 @@ def call_of(example_inputs: Any) -> Call:
     Raises:
         SettingsError: it is none.
     """
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
+    args, kwargs = call_from(example_inputs)
+    if not isinstance(example_inputs, Mapping) and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
         raise SettingsError(
             "example_inputs must be a call of the model: a tensor, a tuple of positional arguments or a dict of keyword arguments, "
             f"of which one is a tensor (real, fake or on the meta device); got {example_inputs!r:.80}"
         )
-    return args, {}
+    return args, kwargs
 
 
 def resized(call: Call, batch: int | None, mode: FakeTensorMode) -> Call:

@@ -7,6 +7,7 @@ Each try is a training step on fake tensors, as for an estimate, in one capture 
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable
@@ -182,7 +183,9 @@ class _Tries:
 def _size(memory: str | float, plain: Way) -> int:
     if isinstance(memory, float) and 0 < memory < 1:
         return int(memory * plain.total_bytes)
-    return parsed(int(memory) if isinstance(memory, float) else memory)
+    if isinstance(memory, float):
+        return parsed(int(memory) if math.isfinite(memory) else str(memory))
+    return parsed(memory)
 
 
 def _too_little(name: str, size: int, least: Way, plain: Way) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..arguments import Call
 from ..arithmetic.cost import state_bytes, step_bits
 from ..arithmetic.formats import Format
 from ..errors import MnetError, SettingsError
@@ -21,7 +22,6 @@ from ..runtime.steps import watched
 from ..runtime.tape import ReversingTape, StoringTape, Tape
 from .counting import Count, Tag
 from .estimates import PARTS, Way
-from .faking import Call
 from .places import ACTIVATIONS, OUTSIDE, STATE, STEPS, Places
 from .work import Work
 

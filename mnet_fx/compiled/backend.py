@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -231,10 +231,7 @@ def _compiled(
     compiler = Compiler(inner, fake_mode)
     segment = partial(CompiledSegment, attributes=unlifted.attributes, on_drift=settings.on_drift)
     Filler(joined, compiler, Artifacts(compiler, static).fill, segment).run(*inputs)
-    costs = passes.costs_of_steps(unlifted.graph_module, found.plan) if settings.backward == "reversible" else {}
-    segments = [module for module in joined.modules() if isinstance(module, CompiledSegment)]
-    keeping = Keeping([(regions[name], cost) for name, cost in costs.items()], segments)
-    keeping.spend(settings.keep)
+    keeping = _keeping(found, regions, joined, settings)
 
     def run(*inputs: Any) -> Any:
         return joined.forward(*inputs)
@@ -243,6 +240,15 @@ def _compiled(
     for name in ("named_parameters", "named_buffers", "zero_grad"):  # the minifier asks for these, as of every compiled function
         setattr(run, name, getattr(gm, name))
     return run
+
+
+def _keeping(found: Found, regions: Mapping[str, CompiledRegion], joined: fx.GraphModule, settings: Settings) -> Keeping:
+    """What may be kept of a compiled graph, with as much kept as the settings say."""
+    costs = passes.costs_of_steps(found.unlifted.graph_module, found.plan) if settings.backward == "reversible" else {}
+    segments = (module for module in joined.modules() if isinstance(module, CompiledSegment))
+    keeping = Keeping([(regions[name], cost) for name, cost in costs.items()], segments)
+    keeping.spend(settings.keep)
+    return keeping
 
 
 def _faked(value: Any, recorded: Any, mode: FakeTensorMode) -> Any:

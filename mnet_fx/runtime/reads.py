@@ -59,10 +59,12 @@ class Reads:
         """
         for see in _OBSERVERS:
             see(self.place, index, reach, x)
+        if not self.maps or not reach:
+            return module
         found = self.maps.get(self.place, ())
-        if self.maps and not found and reach:
+        if not found:
             self._uncalibrated()
-        read = found[index] if reach and index < len(found) else None
+        read = found[index] if index < len(found) else None
         return module if read is None or valueless(x) else Read(module, read, x)
 
     def _uncalibrated(self) -> None:

@@ -102,7 +102,7 @@ def test_errors():
     ):
         with pytest.raises(SettingsError, match=match):
             mnet_fx.plan(model, inputs, memory=0.5, **options)
-    for memory in ("much", 0, -1.0, True):
+    for memory in ("much", 0, -1.0, True, float("nan"), float("inf")):
         with pytest.raises(SettingsError, match="memory must be"):
             mnet_fx.plan(model, inputs, memory=memory)
     for options in ({"rest": "checkpoint"}, {"keep": 3}, {"regions": ["layers"]}, {"backward": "stored"}):
