@@ -7,7 +7,6 @@ Each try is a training step on fake tensors, as for an estimate, in one capture 
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable
@@ -181,10 +180,8 @@ class _Tries:
 
 
 def _size(memory: str | float, plain: Way) -> int:
-    if isinstance(memory, float) and 0 < memory < 1:
-        return int(memory * plain.total_bytes)
     if isinstance(memory, float):
-        return parsed(int(memory) if math.isfinite(memory) else str(memory))
+        return int(memory * plain.total_bytes) if 0 < memory < 1 else parsed(f"{memory:.0f}")
     return parsed(memory)
 
 
