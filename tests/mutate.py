@@ -50,6 +50,9 @@ TESTS = {
     "passes/rewriting/splitting.py": BACKEND,
     "mnet_fx/captured/calls.py": CAPTURED,
     "mnet_fx/captured/forward.py": CAPTURED,
+    "mnet_fx/captured/configured.py": [*CAPTURED, "tests/captured/test_logging.py"],
+    "mnet_fx/compiled/head.py": ["tests/captured/test_heads.py"],
+    "passes/rewriting/heads.py": ["tests/captured/test_heads.py", "tests/passes/test_segments.py"],
     "mnet_fx/captured/capturing.py": CAPTURED,
     "mnet_fx/captured/network.py": CAPTURED,
     "mnet_fx/captured/doors.py": CAPTURED,
@@ -65,6 +68,18 @@ SLOW = "not thousand and not resnet"
 
 # File, what stands there once, what the mutant has in its place.
 MUTANTS: list[tuple[str, str, str]] = [
+    # Heads.
+    ("mnet_fx/compiled/head.py", "with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():", "with nullcontext():"),
+    ("mnet_fx/compiled/head.py", "logits, self.logits = self.logits, None\n", "logits = self.logits\n"),
+    ("mnet_fx/compiled/head.py", "logits.to(self.head.dtype or logits.dtype)", "logits"),
+    ("mnet_fx/compiled/head.py", "        if torch.is_grad_enabled():\n", "        if False:\n"),
+    ("mnet_fx/compiled/head.py", "        if rows is None:\n", "        if False:\n"),
+    ("passes/rewriting/heads.py", "*([linear] if shared else [])]", "]"),
+    ("passes/rewriting/heads.py", "if len(dtypes) <= 2 else None", "if True else None"),
+    ("passes/rewriting/heads.py", "        if head.shared:\n", "        if False:\n"),
+    # Models that log.
+    ("mnet_fx/captured/configured.py", "        root.debug_locals += tx.debug_locals[logged:]\n", ""),
+    ("mnet_fx/captured/configured.py", "        del tx.debug_locals[logged:]\n", "        pass\n"),
     # GraphModules.
     ("mnet_fx/captured/copies.py", "            _constants_again(given, twin)\n", "            pass\n"),
     ("mnet_fx/captured/graph_modules.py", "if plan.regions and (call", "if False and (call"),
@@ -320,11 +335,11 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/graphs/facts.py", "[last_call[state] for state in states if state in last_call]", "[]"),
     ("passes/graphs/facts.py", "in bases | lent:", "in bases:"),
     # Captures.
-    ("mnet_fx/captured/forward.py", '"fail_on_recompile_limit_hit": True', '"fail_on_recompile_limit_hit": False'),
-    ("mnet_fx/captured/forward.py", '"skip_nnmodule_hook_guards": False', '"skip_nnmodule_hook_guards": True'),
-    ("mnet_fx/captured/forward.py", '"allow_rnn": True', '"allow_rnn": False'),
-    ("mnet_fx/captured/forward.py", '"capture_dynamic_output_shape_ops": True', '"capture_dynamic_output_shape_ops": False'),
-    ("mnet_fx/captured/forward.py", '"use_numpy_random_stream": True', '"use_numpy_random_stream": False'),
+    ("mnet_fx/captured/configured.py", '"fail_on_recompile_limit_hit": True', '"fail_on_recompile_limit_hit": False'),
+    ("mnet_fx/captured/configured.py", '"skip_nnmodule_hook_guards": False', '"skip_nnmodule_hook_guards": True'),
+    ("mnet_fx/captured/configured.py", '"allow_rnn": True', '"allow_rnn": False'),
+    ("mnet_fx/captured/configured.py", '"capture_dynamic_output_shape_ops": True', '"capture_dynamic_output_shape_ops": False'),
+    ("mnet_fx/captured/configured.py", '"use_numpy_random_stream": True', '"use_numpy_random_stream": False'),
     ("mnet_fx/rewrite.py", "            if not whole:\n                break", "            if False:\n                break"),
     ("mnet_fx/captured/forward.py", "        if not call.graphs:\n", "        if False:\n"),
     ("mnet_fx/captured/forward.py", "    _check_caller", "    lambda owner: None"),

@@ -44,6 +44,7 @@ from ..runtime.replay import exported, transformed
 from ..settings import Settings
 from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
+from .configured import CONFIG, configured
 from .doors import MODULES, close, install
 from .network import Network
 from .previewed import Previewed, previewed
@@ -54,22 +55,6 @@ __all__ = ["CapturedForward"]
 log = logging.getLogger("mnet_fx")
 
 _SLOW = 2.0  # seconds of a capture that are worth a line in the log
-_MANY = 10**6
-_CONFIG: dict[str, Any] = {
-    "recompile_limit": 256,  # kinds of calls of one model
-    "accumulated_recompile_limit": _MANY,  # of code that several models share
-    "fail_on_recompile_limit_hit": True,  # beyond it, the original network would run
-    "suppress_errors": False,  # likewise
-    "skip_nnmodule_hook_guards": False,  # a hook that comes later has its effect
-    "allow_rnn": True,
-    "allow_empty_graphs": True,  # a call that computes nothing is captured, so that it is known from one that was left to Python
-    "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
-    "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
-    "side_effect_replay_policy": "silent",  # likewise
-    "capture_dynamic_output_shape_ops": True,  # as in a block that picks rows by a mask
-    "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
-}
-_CONFIG = {name: value for name, value in _CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
 
 
 class CapturedForward:
@@ -161,7 +146,7 @@ class CapturedForward:
         call, outer = Call(dry), self.running()
         self.calls.now = call
         try:
-            with _configured():
+            with configured():
                 yield call
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, MnetError):
@@ -169,7 +154,7 @@ class CapturedForward:
             raise
         except FailOnRecompileLimitHit as error:
             raise MnetError(
-                f"{type(self.owner).__name__} was captured for {_CONFIG['recompile_limit']} kinds of calls, which is the limit: something "
+                f"{type(self.owner).__name__} was captured for {CONFIG['recompile_limit']} kinds of calls, which is the limit: something "
                 "that its forward reads is another at each call (TORCH_LOGS=recompiles says what); keep that constant or make it a "
                 "tensor, or name the list of layers with regions=[...], which needs no capture"
             ) from error
@@ -307,20 +292,6 @@ class CapturedForward:
 
 for _function_of_ours in (CapturedForward.running, CapturedForward.closed):  # called between graphs, where Dynamo looks at every frame
     torch._dynamo.eval_frame.skip_code(_function_of_ours.__code__)
-
-
-class _configured:
-    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each."""
-
-    def __enter__(self) -> None:
-        config = torch._dynamo.config
-        self.before = {name: known for name, value in _CONFIG.items() if (known := getattr(config, name)) != value}
-        for name in self.before:
-            setattr(config, name, _CONFIG[name])
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self.before.items():
-            setattr(torch._dynamo.config, name, value)
 
 
 def _check_caller(owner: nn.Module) -> None:

@@ -37,7 +37,7 @@ from .artifacts import Artifacts
 from .bodies import bodies, holders, refusals, with_bodies
 from .compiler import Compile, Compiler
 from .filling import Filler
-from .head import ChunkedHead
+from .head import ChunkedHead, Logits
 from .keeping import Keeping
 from .region import CompiledRegion, Reading
 from .segment import CompiledSegment
@@ -218,7 +218,7 @@ def _compiled(
     lifted = passes.lift(rewritten, unlifted, {name: region.reads for name, region in regions.items()})
     cut, own = None, set(regions)
     if settings.rest == "checkpoint":
-        own |= passes.chunked_heads(lifted, partial(ChunkedHead, on_drift=settings.on_drift)).keys()
+        own |= passes.chunked_heads(lifted, partial(ChunkedHead, on_drift=settings.on_drift), Logits).keys()
         cut = passes.cutting(lifted.graph, unlifted.attributes, passes.largest_step(unlifted.graph_module, found.plan))
     joined = passes.pieces(lifted, own, unlifted.sizes, cut)
     fake_mode = detect_fake_mode(example_inputs)

@@ -4,11 +4,12 @@ chunk's logits are ever there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from passes import Head
@@ -17,11 +18,14 @@ from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_segment
 from .filling import Unseen
 
-__all__ = ["ChunkedHead"]
+__all__ = ["ChunkedHead", "Logits"]
 
 
 class ChunkedHead(Unseen):
     """`cross_entropy(linear(hidden, weight, bias), target)`.
+
+    Where the logits are given out as well, they are what the loss is computed of, so that gradients pass through them, and they are not
+    kept for that: a rerun computes those of its rows again.
 
     A chunk has as many rows as there are features, so that its logits are as large as the weights, or so many that its logits are as large
     as all hidden values. The sum over the chunks is rounded otherwise than a sum over all rows.
@@ -36,7 +40,9 @@ class ChunkedHead(Unseen):
         self.head, self.on_drift = head, on_drift
         self.name = f"the head {head.linear}"
 
-    def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, logits: Tensor | None
+    ) -> Tensor:
         """
         Args:
             hidden: rows of features, of any leading shape.
@@ -44,19 +50,25 @@ class ChunkedHead(Unseen):
             bias: classes, or None.
             target: the class of each row, int64.
             class_weight: classes, or None.
+            logits: what the linear layer gave, where others read that too.
         """
-        taken = hidden if self.head.slices is None else hidden[self.head.slices]
-        rows = taken.reshape(-1, weight.shape[1])
-        total = torch.stack([self._sum(part, weight, bias, wanted, class_weight) for part, wanted in self._chunks(rows, weight, target)])
+        size = _chunk_size(target.shape[0], weight)
+        rest = None if logits is None else self._rows(logits, target)
+        sums = []
+        for i, (wanted, rows) in enumerate(zip(target.split(size), self._rows(hidden, target).split(size), strict=True)):
+            part = None
+            if rest is not None:
+                rest, part = _Part.apply(rest, i * size, i * size + rows.shape[0])
+            sums.append(self._sum(weight, bias, class_weight, wanted, rows, part))
+        total = torch.stack(sums)
         if self.head.reduction == "sum":
             return total.sum()
         wide = torch.promote_types(total.dtype, torch.float32)
         return (total.to(wide).sum() / self._count(target, class_weight, wide)).to(total.dtype)
 
-    def _chunks(self, rows: Tensor, weight: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        classes, features = weight.shape
-        size = max(1, features, rows.shape[0] * features // classes)
-        yield from zip(rows.split(size), target.split(size), strict=True)
+    def _rows(self, values: Tensor, target: Tensor) -> Tensor:
+        taken = values if self.head.slices is None else values[self.head.slices]
+        return taken.reshape(target.shape[0], values.shape[-1])
 
     def _count(self, target: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The number of rows that count, or the sum of their weights."""
@@ -65,22 +77,40 @@ class ChunkedHead(Unseen):
             return counting.sum(dtype=dtype)
         return (class_weight[target.where(counting, 0)] * counting).sum(dtype=dtype)  # no mask as an index, for which a device would wait
 
-    def _sum(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> Tensor:
+    def _sum(
+        self, weight: Tensor, bias: Tensor | None, class_weight: Tensor | None, target: Tensor, rows: Tensor, logits: Tensor | None
+    ) -> Tensor:
         inputs = [rows, target, weight, *(t for t in (bias, class_weight) if t is not None)]
-        step = _Chunk(self.head, bias is not None, class_weight is not None)
+        step = _Chunk(self.head, bias is not None, class_weight is not None, logits)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or transformed() or exported():
             return step(rows, *inputs)[0]
-        return run_segment(self.name, self.on_drift, step, rows, inputs, 0)[0]
+        return run_segment(self.name, self.on_drift, step, rows, inputs, 0 if logits is None else None)[0]
+
+
+class Logits(Unseen):
+    """The linear layer of a head, whose values others read too."""
+
+    def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(hidden, weight, bias)
+
+
+def _chunk_size(rows: int, weight: Tensor) -> int:
+    classes, features = weight.shape
+    return max(1, features, rows * features // classes)
 
 
 class _Chunk(nn.Module):
-    """The sum of the cross entropies of some rows."""
+    """The sum of the cross entropies of some rows.
+
+    Args:
+        logits: what to read in the first run; None: what the linear layer gives.
+    """
 
     stateless = True
 
-    def __init__(self, head: Head, has_bias: bool, has_class_weight: bool) -> None:
+    def __init__(self, head: Head, has_bias: bool, has_class_weight: bool, logits: Tensor | None) -> None:
         super().__init__()
-        self.head, self.has_bias, self.has_class_weight = head, has_bias, has_class_weight
+        self.head, self.has_bias, self.has_class_weight, self.logits = head, has_bias, has_class_weight, logits
 
     def path_of(self, name: str) -> str:
         return name
@@ -88,6 +118,36 @@ class _Chunk(nn.Module):
     def forward(self, _: Tensor, rows: Tensor, target: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor]:
         bias = more[0] if self.has_bias else None
         class_weight = more[-1] if self.has_class_weight else None
-        logits = F.linear(rows, weight, bias)
+        logits, self.logits = self.logits, None
+        if logits is None:
+            with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():  # no layer of the first run's
+                logits = F.linear(rows, weight, bias)
         options: dict[str, Any] = {"ignore_index": self.head.ignore_index, "label_smoothing": self.head.label_smoothing}
-        return (F.cross_entropy(logits, target, class_weight, reduction="sum", **options),)
+        return (F.cross_entropy(logits.to(self.head.dtype or logits.dtype), target, class_weight, reduction="sum", **options),)
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
+
+
+class _Part(torch.autograd.Function):
+    """Rows of a table, and the table for those who take the others: the gradients of all rows are written to one table, which the last who
+    took some makes. (Those of `split` are gathered first, and then copied into one.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.start, ctx.stop, ctx.shape = start, stop, table.shape
+        return table.view_as(table), table[start:stop]
+
+    @staticmethod
+    def backward(ctx: Any, table: Tensor | None, rows: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if rows is None:
+            return table, None, None
+        if table is None:
+            table = rows.new_zeros(ctx.shape)
+        if torch.is_grad_enabled():
+            return table.slice_scatter(rows, 0, ctx.start, ctx.stop), None, None
+        table[ctx.start : ctx.stop] = rows
+        return table, None, None

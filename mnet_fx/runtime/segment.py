@@ -22,7 +22,7 @@ from .steps import closed, graded, unwritten_saves
 __all__ = ["run_segment"]
 
 
-def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int) -> tuple[Any, ...]:
+def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int | None) -> tuple[Any, ...]:
     """Runs a part under a checkpoint.
 
     Args:
@@ -31,7 +31,7 @@ def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: 
         module: called as `module(x, *inputs)`; returns a tuple.
         x: any tensor on the device on which the part runs; of no other meaning.
         inputs: what the part reads, but for parameters and buffers.
-        proof: index of an output that lies in memory of its own.
+        proof: index of an output that lies in memory of its own; None: outputs are not compared.
 
     Raises:
         InversionError: out of the backward pass, if a rerun differs.
@@ -43,7 +43,7 @@ def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: 
 class _Segment:
     """The function that checkpoint runs, first and again."""
 
-    def __init__(self, name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int) -> None:
+    def __init__(self, name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int | None) -> None:
         self.place: tuple[str, int | None] = (name, None)
         self.x, self.wanted, self.proof = x, on_drift != "ignore", proof
         self.conditions = Conditions(module, inputs, x.device, self.wanted)
@@ -62,6 +62,8 @@ class _Segment:
             return self._closed(True, outputs)
 
     def _closed(self, rerun: bool, outputs: Sequence[Any]) -> tuple[Any, ...]:
+        if self.proof is None:
+            return tuple(outputs)
         before, y, after = outputs[: self.proof], outputs[self.proof], outputs[self.proof + 1 :]
         return *before, closed(self, rerun, y, (*before, *after)), *after
 

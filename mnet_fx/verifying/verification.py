@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..arithmetic.fingerprints import fingerprint
+from ..arithmetic.formats import Format
 from ..budget.estimating import estimate
 from ..budget.measured import measure
 from ..budget.sizes import shown
@@ -93,7 +94,8 @@ def verify(net: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = 
     *sound*: with gamma=0 the network computes what the original does (tried in float64 where roundings leave a doubt);
     *exact*: every step, run again in the backward pass, gives what it gave in the forward pass, and the state comes back bit for bit;
     *gradients*: those of parameters and inputs equal those of stored activations, bit for bit;
-    *recurrence*: the output errs from the recurrence in float64 no more than the recurrence in the model's own dtype does;
+    *recurrence*: the output errs from the recurrence in float64 no more than the recurrence in the model's own dtype does (or, in a float64
+    model, than by 64 units of its integers);
     *saves*: bytes kept by the forward pass, measured, beside those of the original and those that `estimate` tells.
 
     Args:
@@ -246,7 +248,7 @@ def _recurrence(subject: Subject) -> Check:
         floating = subject.run(gradients=False)
     found = subject.run(gradients=False)
     ours, theirs = off_by(found.outputs, reference.outputs), off_by(floating.outputs, reference.outputs)
-    resolution = max((torch.finfo(t.dtype).eps for t in found.outputs), default=0.0)
+    resolution = max((max(torch.finfo(t.dtype).eps, 2.0 ** -Format.of(t.dtype).bits) for t in found.outputs), default=0.0)
     told = f"the output errs by {ours:.1e} from the recurrence in float64; the recurrence in floating point errs by {theirs:.1e}"
     return Check("recurrence", ours <= max(4 * theirs, 64 * resolution), told)
 

@@ -1,7 +1,9 @@
-"""Finds heads whose logits nobody reads but a cross entropy, and has them computed by a module, which need not hold all logits at once.
+"""Finds linear layers that give the logits of a cross entropy, and has that computed by a module, which need not hold all of it at once.
 
-logits = linear(h, weight, bias)      becomes      momentum_head_0(h.reshape(-1, d), weight, bias, target, class weights)
+logits = linear(h, weight, bias)                 becomes      momentum_head_0(h, weight, bias, target, class weights, None)
 loss = cross_entropy(logits.view(-1, n), target)
+
+Where others read the logits too, as a model does that returns them, the layer stays, and the module is given what it gives.
 """
 
 from __future__ import annotations
@@ -28,22 +30,26 @@ _SIGNATURE = inspect.signature(torch.nn.functional.cross_entropy)
 
 @dataclass(frozen=True)
 class Head:
-    """A linear layer and the cross entropy that alone reads what it gives.
+    """A linear layer and the cross entropy of what it gives.
 
     Attributes:
         nodes: names of all its nodes, from the loss back to the linear layer.
+        shared: whether others read the logits too.
         hidden, weight, bias, target, class_weight: names of what they read; None for none.
         slices: what of the hidden values along all but their last dimension is read; None: all.
+        dtype: to which the logits are converted before the cross entropy; None: as they are.
         ignore_index, reduction, label_smoothing: as of `torch.nn.functional.cross_entropy`.
     """
 
     nodes: tuple[str, ...]
+    shared: bool
     hidden: str
     weight: str
     bias: str | None
     target: str
     class_weight: str | None
     slices: tuple[Any, ...] | None
+    dtype: torch.dtype | None
     ignore_index: int
     reduction: str
     label_smoothing: float
@@ -80,16 +86,19 @@ def _head(loss: fx.Node, memory: Memory) -> Head | None:
         return None
     nodes, slices = way
     linear = nodes[-1]
+    shared = len(linear.users) > 1
     named = inspect.signature(_linear).bind(*linear.args, **linear.kwargs).arguments
     hidden, weight, bias = named["input"], named["weight"], named.get("bias")
-    reads = [hidden, weight, bias, target, known["weight"]]
+    reads = [hidden, weight, bias, target, known["weight"], *([linear] if shared else [])]
     if not _pays(hidden, weight, linear) or _changed(reads, linear, memory):
         return None
     options = (known["ignore_index"], reduction, known["label_smoothing"])
     if not all(isinstance(value, (int, float, str)) for value in options):
         return None
     names = tuple(node.name for node in (loss, *nodes))
-    return Head(names, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, *options)
+    dtype = recorded(nodes[0]).dtype
+    cast = None if dtype == recorded(linear).dtype else dtype
+    return Head(names, shared, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, cast, *options)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> None:
@@ -106,14 +115,15 @@ def _back_to_linear(node: Any, reader: fx.Node) -> tuple[list[fx.Node], tuple[An
     if not isinstance(node, fx.Node) or not isinstance(recorded(node), Tensor) or recorded(node).dim() != 2:
         return None
     nodes: list[fx.Node] = []
-    classes, dtype = recorded(node).shape[-1], recorded(node).dtype
-    while isinstance(node, fx.Node) and set(node.users) == {reader}:
+    classes, dtypes = recorded(node).shape[-1], [recorded(node).dtype]
+    while isinstance(node, fx.Node) and (node.target in _LINEAR or set(node.users) == {reader}):
         value = recorded(node)
-        if not isinstance(value, Tensor) or value.shape[-1] != classes or value.dtype != dtype:
+        if not isinstance(value, Tensor) or value.shape[-1] != classes:
             return None
         nodes.append(node)
+        dtypes += [value.dtype] if value.dtype != dtypes[-1] else []
         if node.target in _LINEAR:
-            return nodes, slices
+            return (nodes, slices) if len(dtypes) <= 2 else None
         source: Any = node.args[0] if node.args else None
         before = recorded(source) if isinstance(source, fx.Node) else None
         if not isinstance(before, Tensor) or before.device != value.device:
@@ -154,12 +164,13 @@ def _changed(values: list[Any], linear: fx.Node, memory: Memory) -> bool:
     return any(memory.last_write.get(number, -1) > memory.index[linear] for number in numbers)
 
 
-def chunked_heads(gm: fx.GraphModule, build: Callable[[Head], nn.Module]) -> dict[str, nn.Module]:
+def chunked_heads(gm: fx.GraphModule, build: Callable[[Head], nn.Module], linear: Callable[[], nn.Module]) -> dict[str, nn.Module]:
     """Replaces the heads of a graph, which is changed.
 
     Args:
         gm: the graph.
-        build: makes the module of a head, called as `head(hidden, weight, bias, target, class_weight)` with a row for each target.
+        build: makes the module of a head, called as `head(hidden, weight, bias, target, class_weight, logits)`; logits: None unless shared.
+        linear: makes the module that gives those, called as `linear(hidden, weight, bias)`: by itself, so that it is no part of a rerun.
 
     Returns:
         The modules by their targets in the graph.
@@ -170,13 +181,29 @@ def chunked_heads(gm: fx.GraphModule, build: Callable[[Head], nn.Module]) -> dic
         loss, target = named[head.nodes[0]], f"momentum_head_{i}"
         made[target] = build(head)
         gm.add_module(target, made[target])
+        if head.shared:
+            made[f"momentum_logits_{i}"] = linear()
+            gm.add_module(f"momentum_logits_{i}", made[f"momentum_logits_{i}"])
+            _stand_alone(gm.graph, named, head, f"momentum_logits_{i}")
         with gm.graph.inserting_before(loss):
             reads = (head.hidden, head.weight, head.bias, head.target, head.class_weight)
-            call = gm.graph.call_module(target, tuple(None if name is None else named[name] for name in reads))
+            given = (*reads, head.linear if head.shared else None)
+            call = gm.graph.call_module(target, tuple(None if name is None else named[name] for name in given))
         call.meta = dict(loss.meta)
         loss.replace_all_uses_with(call)
-        for name in head.nodes:
+        for name in head.nodes[:-1] if head.shared else head.nodes:
             gm.graph.erase_node(named[name])
     if made:
         gm.recompile()
     return made
+
+
+def _stand_alone(graph: fx.Graph, named: dict[str, fx.Node], head: Head, target: str) -> None:
+    """Calls a module in place of a linear layer's function."""
+    layer = named[head.linear]
+    with graph.inserting_before(layer):
+        call = graph.call_module(target, tuple(None if name is None else named[name] for name in (head.hidden, head.weight, head.bias)))
+    call.meta = dict(layer.meta)
+    layer.replace_all_uses_with(call)
+    graph.erase_node(layer)
+    named[head.linear] = call

@@ -33,8 +33,18 @@ class LM(nn.Module):
             return F.cross_entropy(logits.view(-1, V), target.reshape(-1), **loss)
         if self.form == "shifted":
             return F.cross_entropy(logits[..., :-1, :].contiguous().view(-1, V), target[..., 1:].reshape(-1), **loss)
-        if self.form == "read":
+        if self.form == "returned":
             return F.cross_entropy(logits.view(-1, V), target.reshape(-1), **loss), logits
+        if self.form == "shifted and returned":
+            return F.cross_entropy(logits[..., :-1, :].reshape(-1, V), target[..., 1:].reshape(-1), **loss), logits
+        if self.form == "as Hugging Face does":
+            wide = logits.float().view(-1, V)
+            shifted = F.pad(target, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+            return F.cross_entropy(wide, shifted, ignore_index=-100, reduction="sum") / 50, logits
+        if self.form == "twice converted":
+            return F.cross_entropy(logits.half().float().view(-1, V), target.reshape(-1), **loss), logits
+        if self.form == "overwritten":
+            return F.cross_entropy(logits.view(-1, V), target.reshape(-1), **loss), logits.mul_(2)
         if self.form == "scaled":
             return F.cross_entropy(logits.view(-1, V) * 0.5, target.reshape(-1), **loss)
         return F.cross_entropy(logits.transpose(1, 2), target, **loss)
@@ -65,6 +75,9 @@ OPTIONS = [
     {"ignore_index": 5},
     {"weighted": True, "label_smoothing": 0.1},
     {"label_smoothing": 0.2},
+    {"form": "returned"},
+    {"form": "shifted and returned", "weighted": True},
+    {"form": "as Hugging Face does", "bias": False},
 ]
 
 
@@ -76,11 +89,12 @@ def test_the_loss_and_its_gradients(batch, options):
     stored, chunked = (momentumize(copy.deepcopy(model), batch, gamma=0.5, rest=rest) for rest in ("store", "checkpoint"))
     assert chunked.report.heads == ("head",)
     assert "chunks of tokens" in str(chunked.report)
+    exact = {"rtol": 1e-6, "atol": 1e-8} if options.get("form") == "as Hugging Face does" else {"rtol": 1e-10, "atol": 1e-12}
     for a, b in zip(step(stored, batch), step(chunked, batch), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a, b, **exact)
 
 
-@pytest.mark.parametrize("form", ["read", "scaled", "transposed"])
+@pytest.mark.parametrize("form", ["overwritten", "twice converted", "scaled", "transposed"])
 def test_other_heads_are_left_as_they_are(batch, form):
     torch.manual_seed(1)
     model = LM(form)
@@ -144,3 +158,60 @@ def test_arguments_by_name(batch):
     step(net, batch)
     taken = mnet_fx.measure(lambda: net(*batch), lambda loss: loss.backward())
     assert taken.kept < B * T * V  # a quarter of the logits
+
+
+RETURNED = ("returned", "as Hugging Face does")
+
+
+def both(form, batch, dtype=torch.float64):
+    torch.manual_seed(1)
+    model = LM(form).to(dtype)
+    return [momentumize(copy.deepcopy(model), batch, gamma=0.5, rest=rest) for rest in ("store", "checkpoint")]
+
+
+def test_gradients_pass_through_logits_that_are_returned(batch):
+    found = []
+    for net in both("returned", batch):
+        seen = []
+        loss, logits = net(*batch)
+        logits.retain_grad()
+        logits.register_hook(lambda g, seen=seen: seen.append(g.clone()) or 2 * g)
+        (loss + logits.sin().mean()).backward()
+        again = net(*batch)
+        found.append([*seen, logits.grad, *(p.grad for p in net.parameters()), torch.autograd.grad(*again)[0]])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_a_gradient(batch):
+    found = []
+    for net in both("returned", batch):
+        loss, _ = net(*batch)
+        first = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        found.append([p.grad for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_the_caller_may_overwrite_them(batch):
+    found = []
+    for net in both("returned", batch):
+        loss, logits = net(*batch)
+        with torch.no_grad():
+            logits.zero_()
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", RETURNED)
+def test_logits_that_are_returned_are_not_kept_by_us_and_have_one_gradient(batch, form):
+    size, taken = 4 * B * T * V, {}
+    for net, rest in zip(both(form, batch, torch.float32), ("store", "checkpoint"), strict=True):
+        step(net, batch)
+        taken[rest] = mnet_fx.measure(lambda net=net: net(*batch)[0], lambda loss: loss.backward())
+    assert taken["store"].kept > size
+    assert taken["checkpoint"].kept < size / 4
+    assert taken["checkpoint"].peak < 1.7 * size < 2.9 * size < taken["store"].peak

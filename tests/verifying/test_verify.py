@@ -85,6 +85,13 @@ def test_named_nets_are_verified(options):
     assert found.to_dict()["ok"] is True
 
 
+@pytest.mark.parametrize("options", [{}, {"regions": ["layers"]}])
+def test_a_net_in_float64_is_verified(options):
+    torch.manual_seed(0)
+    found = mnet_fx.verify(mnet_fx.momentumize(Net().double(), gamma=0.5, **options), points().double())
+    assert found.ok, str(found)
+
+
 def test_a_graph_module_is_verified():
     torch.manual_seed(0)
     net = mnet_fx.momentumize(fx.symbolic_trace(Net()))

@@ -1,0 +1,81 @@
+"""Dynamo's settings while it captures and runs a model of ours."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+from torch._dynamo.variables.misc import DebuggingVariable
+
+__all__ = ["CONFIG", "configured"]
+
+_MANY = 10**6
+CONFIG: dict[str, Any] = {
+    "recompile_limit": 256,  # kinds of calls of one model
+    "accumulated_recompile_limit": _MANY,  # of code that several models share
+    "fail_on_recompile_limit_hit": True,  # beyond it, the original network would run
+    "suppress_errors": False,  # likewise
+    "skip_nnmodule_hook_guards": False,  # a hook that comes later has its effect
+    "allow_rnn": True,
+    "allow_empty_graphs": True,  # a call that computes nothing is captured, so that it is known from one that was left to Python
+    "optimize_ddp": False,  # would cut the model, and so its chains, at DDP's buckets
+    "replay_side_effects": True,  # torch.export sets it otherwise around its own capture
+    "side_effect_replay_policy": "silent",  # likewise
+    "capture_dynamic_output_shape_ops": True,  # as in a block that picks rows by a mask
+    "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
+}
+CONFIG = {name: value for name, value in CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
+_LOGGING = "reorderable_logging_functions"  # run after the graph that they are in, and do not cut it, if given text, numbers and tensors
+_LEVELS = {"debug", "info", "warning", "warn", "error", "critical", "fatal", "log"}
+
+
+class configured:
+    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each."""
+
+    def __enter__(self) -> None:
+        _CALLS.depth = getattr(_CALLS, "depth", 0) + 1
+        config = torch._dynamo.config
+        self.before = {name: known for name, value in CONFIG.items() if (known := getattr(config, name)) != value}
+        for name in self.before:
+            setattr(config, name, CONFIG[name])
+        known, loggers = getattr(config, _LOGGING), _loggers(len(vars(logging.Logger)))
+        if not loggers <= known:
+            self.before[_LOGGING] = known
+            setattr(config, _LOGGING, known | loggers)
+
+    def __exit__(self, *error: object) -> None:
+        _CALLS.depth -= 1
+        for name, value in self.before.items():
+            setattr(torch._dynamo.config, name, value)
+
+
+@cache
+def _loggers(_: int) -> set[Any]:
+    """The methods by which loggers log, those that libraries add to all loggers included, such as `warning_once` of transformers.
+
+    Args:
+        _: how many methods loggers have: who adds some makes another.
+    """
+    return {method for name, method in vars(logging.Logger).items() if callable(method) and name.split("_")[0] in _LEVELS}
+
+
+_CALLS = threading.local()  # depth: how many calls of models of ours this thread is in
+_call_function = DebuggingVariable.call_function
+
+
+def _call_and_keep(self: DebuggingVariable, tx: Any, args: Any, kwargs: Any) -> Any:
+    """Dynamo runs what the traced function logs after its graph, and forgets what the functions log that it calls (torch 2.14): they say
+    it to the first function's.
+    """
+    logged = len(tx.debug_locals)
+    result = _call_function(self, tx, args, kwargs)
+    if getattr(_CALLS, "depth", 0) and tx is not (root := tx.output.root_tx):
+        root.debug_locals += tx.debug_locals[logged:]
+        del tx.debug_locals[logged:]
+    return result
+
+
+DebuggingVariable.call_function = _call_and_keep  # type: ignore[method-assign]
