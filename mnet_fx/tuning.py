@@ -57,7 +57,8 @@ def tune(
         metric: a function of a network in eval mode -> number, larger is better; without gradients. Default: the mean cosine between the
             rows of the first output and the original's, on the held-out calls.
         gammas: those to try, numbers in [0, 1).
-        optimizer, loss: as for `estimate`, which counts the bytes.
+        optimizer: as for `estimate`, which counts the bytes.
+        loss: likewise.
         options: others of `momentumize`, such as regions, granularity, weights, precision; not gamma and calibration.
 
     Returns:

@@ -1,6 +1,6 @@
 """Every code with which a residual-looking add, a step or a module is left as it is: what it means, and what to do about it.
 
-The table in `passes/README.md` shows them all, with an example of each.
+The table in `docs/not-rewritten.md` shows them all.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def plan(
         example_inputs: the largest call of the model in training, as for `estimate`.
         memory: bytes that forward, backward and the optimizer may take at their peak, parameters and all included, as a number or a text
             such as "16GiB"; or a number below 1, relative to `total_bytes` of plain training.
-        optimizer, loss: as for `estimate`.
+        optimizer: as for `estimate`.
+        loss: as for `estimate`.
         options: those of `momentumize`, but for rest, keep and regions.
 
     Returns:

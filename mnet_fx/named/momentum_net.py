@@ -34,13 +34,13 @@ class MomentumNet(nn.Module):
     """A momentum residual network of given functions.
 
     Args:
-        functions: modules f[t](x, *args) that keep the shape of x: a list, a ModuleList or a Sequential. The same one may occur several
+        functions: modules `f[t](x, *args)` that keep the shape of x: a list, a ModuleList or a Sequential. The same one may occur several
             times, and without any the network returns x. They become the children "0", "1", ...
         gamma: the momentum, in [0, 1).
         init_speed: start from v[0] = init_function(x[0]) instead of 0.
         init_function: module that gives v[0]; becomes the child "init".
         use_backprop: autograd stores the activations; False: none are stored, the backward pass works them out again, exactly.
-        is_residual: False if the functions are whole blocks, so that f[t](x) - x is iterated.
+        is_residual: False if the functions are whole blocks, so that `f[t](x) - x` is iterated.
 
     Called as `net(x, *args, **kwargs)` with x of any shape and real floating dtype; every function gets `args` and `kwargs` too. Outputs
     and gradients are the same bits for both values of `use_backprop`.
@@ -114,7 +114,9 @@ class MomentumNet(nn.Module):
         """(x[T], v[T]) without gradients, from which `inverse` comes back to x, bit for bit.
 
         Args:
-            x, args, kwargs: as in a call.
+            x: x[0], as in a call.
+            args: likewise.
+            kwargs: likewise.
 
         Returns:
             x[T] as a tensor; v[T] as an object that holds the exact integers besides the tensor `v.value`.
@@ -133,7 +135,8 @@ class MomentumNet(nn.Module):
         """The input of the network, bit for bit, from its final state: the recurrence run backwards on the exact integers.
 
         Args:
-            x, v: what `final_state` returned. The functions and their extra arguments must be as they were then.
+            x: what `final_state` returned.
+            v: likewise. The functions and their extra arguments must be as they were then.
 
         Returns:
             x[0], of the shape and dtype of x.

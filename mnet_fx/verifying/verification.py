@@ -101,7 +101,8 @@ def verify(net: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = 
     Args:
         net: what `mnet_fx.momentumize` returned, in the mode (train or eval) in which it is to be tried. Left as it is: buffers, random
             states and `.grad` are put back.
-        inputs, kwargs: a call of it.
+        inputs: positional arguments of a call of it.
+        kwargs: its keyword arguments.
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or a sum of all floating tensors with random weights.
 
     Raises:
