@@ -76,15 +76,15 @@ def shears() -> Any:
     start = [(x, u) for x in range(-3, 4) for u in range(-3, 4)]
     first = [(x, u + round(2 * math.sin(x))) for x, u in start]
     second = [(x + round(0.6 * u), u) for x, u in first]
-    figure, panels = plt.subplots(1, 3, figsize=(6.4, 2.7), sharex=True, sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(5.2, 2.2), sharex=True, sharey=True)
     titles = ["before", "U += round(h(X))", "X += round(r U)"]
     for axes, points, title in zip(panels, [start, first, second], titles, strict=True):
-        axes.scatter(*zip(*points, strict=True), c=[x for x, _ in start], cmap="cividis", s=14)
+        axes.scatter(*zip(*points, strict=True), c=[x for x, _ in start], cmap="cividis", s=12)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("X")
         axes.set_aspect("equal")
-        axes.set_xticks(range(-6, 7, 3))
-        axes.set_yticks(range(-6, 7, 3))
+        axes.set_xticks([-6, 0, 6])
+        axes.set_yticks([-6, 0, 6])
         axes.grid(color=GREY, linewidth=0.4)
     panels[0].set_ylabel("U")
     return figure
@@ -96,7 +96,7 @@ def bits(gamma: float = 0.1, steps: int = 24) -> Any:
     spilled = [8 * planes for planes in spilled_planes([gamma] * steps, form)]
     shed = [t * mnet_fx.step_bits(gamma) for t in (0, *range(steps))]  # v[0] = 0, so the first step sheds nothing
     held = [form.bits + s - out for s, out in zip(shed, spilled, strict=True)]
-    figure, axes = plt.subplots(figsize=(6.4, 3))
+    figure, axes = plt.subplots(figsize=(5.2, 2.8))
     axes.bar(range(steps + 1), held, color=BLUE, label="in U, 8 bytes")
     axes.bar(range(steps + 1), spilled, bottom=held, color=RED, label="spilled: packed bytes")
     axes.axhline(math.log2(form.u_limit), color="black", linewidth=0.8, linestyle="--", label="room of U")
@@ -109,7 +109,7 @@ def bits(gamma: float = 0.1, steps: int = 24) -> Any:
 def dial() -> Any:
     """Bits that a step puts aside, measured over 300 steps, on the curve log2(1 / gamma)."""
     rows = [row for row in results("exactness") if row["steps"] == 300 and float(row["gamma"]) > 0]
-    figure, axes = plt.subplots(figsize=(6.4, 3))
+    figure, axes = plt.subplots(figsize=(5.2, 2.8))
     curve = [k / 200 for k in range(1, 200)]
     axes.plot(curve, [math.log2(1 / g) for g in curve], color=BLUE, label="log2(1 / gamma)")
     axes.plot([float(row["gamma"]) for row in rows], [row["bits"] for row in rows], "^", color=RED, label="measured, 300 steps")
