@@ -1,4 +1,4 @@
-"""What the site holds beside docs/*.md: pages from elsewhere in the repository, and the reference, read from the sources.
+"""What the site holds beside docs/*.md: pages from elsewhere in the repository, the reference, read from the sources, and notebooks.
 
 Links between pages are written as they hold in the repository, so that they work where it is browsed; here they become those of the site.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import ast
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import notebook
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
@@ -25,6 +29,7 @@ ELSEWHERE = {
     "benchmarks/gpu/README.md": "benchmarks-gpu.md",
 }
 REFERENCES = {"reference.md": "mnet_fx", "reference-passes.md": "passes"}
+TUTORIALS = ["tutorial.md", "tutorial-fine-tune.md"]  # are there as notebooks too
 OWNERS = {page: path for path, page in ELSEWHERE.items()}
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -35,6 +40,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, content=(ROOT / path).read_text()))
     for page, package in REFERENCES.items():
         files.append(File.generated(config, page, content=reference(package)))
+    for page in TUTORIALS:
+        files.append(File.generated(config, _notebook_of(page), content=notebook((ROOT / "docs" / page).read_text())))
     return files
 
 
@@ -50,7 +57,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = ELSEWHERE.get(path) or path.removeprefix("docs/")
         return f"]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{match[2] or ''})"
 
+    if here in TUTORIALS:
+        markdown += f"\n[This page as a notebook]({_notebook_of(here)})\n"
     return LINK.sub(on_site, markdown)
+
+
+def _notebook_of(page: str) -> str:
+    return page.replace(".md", ".ipynb")
 
 
 def reference(package: str) -> str:

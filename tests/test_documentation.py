@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import doctest
+import importlib
 import io
+import json
 import re
 import sys
 import types
@@ -115,6 +117,20 @@ def run(block, text, page, names):
         exec(compile(code, str(page), "exec"), names)
     if block["prints"]:
         assert doctest.OutputChecker().check_output(block["prints"], printed.getvalue(), SHOWN), printed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["tutorial", "tutorial-fine-tune"])
+def test_notebooks(name, monkeypatch):
+    """They hold the code that the page does, each of its headings, and no link that leads nowhere there."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    text = (ROOT / f"docs/{name}.md").read_text()
+    cells = json.loads(importlib.import_module("notebooks").notebook(text))["cells"]
+    assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == [
+        b["code"].strip("\n") for b in FENCE.finditer(text)
+    ]
+    written = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert [line for line in text.splitlines() if line.startswith("#") and line not in written] == []
+    assert ".md" not in written  # pages that are not beside a notebook
 
 
 def test_bytes_by_gamma():
