@@ -402,7 +402,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("passes", "mnet_fx", "tests", "benchmarks"):
+        for name in ("passes", "mnet_fx", "tests", "benchmarks", "docs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)

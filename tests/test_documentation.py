@@ -58,7 +58,6 @@ BEFORE = {
     "docs/decide.md": VIT,
     "docs/fine-tuning.md": LAYERS,
     "docs/from-momentumnet.md": "import mnet_fx, torch\nf, x0 = torch.nn.Linear(8, 8), torch.randn(4, 8)",
-    "docs/hugging-face.md": "import mnet_fx, torch",
     "docs/not-rewritten.md": VIT,
     "docs/torch-compile.md": VIT,
     "docs/training-stacks.md": GPT2 + "net = mnet_fx.momentumize(model, regions=['h'])",
