@@ -72,7 +72,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/compiled/head.py", "with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():", "with nullcontext():"),
     ("mnet_fx/compiled/head.py", "logits, self.logits = self.logits, None\n", "logits = self.logits\n"),
     ("mnet_fx/compiled/head.py", "logits.to(self.head.dtype or logits.dtype)", "logits"),
-    ("mnet_fx/compiled/head.py", "        if torch.is_grad_enabled():\n", "        if False:\n"),
     ("mnet_fx/compiled/head.py", "        if rows is None:\n", "        if False:\n"),
     ("passes/rewriting/heads.py", "*([linear] if shared else [])]", "]"),
     ("passes/rewriting/heads.py", "if len(dtypes) <= 2 else None", "if True else None"),

@@ -147,7 +147,5 @@ class _Part(torch.autograd.Function):
             return table, None, None
         if table is None:
             table = rows.new_zeros(ctx.shape)
-        if torch.is_grad_enabled():
-            return table.slice_scatter(rows, 0, ctx.start, ctx.stop), None, None
         table[ctx.start : ctx.stop] = rows
         return table, None, None
