@@ -71,11 +71,12 @@ MUTANTS: list[tuple[str, str, str]] = [
     # Heads.
     ("mnet_fx/compiled/head.py", "with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():", "with nullcontext():"),
     ("mnet_fx/compiled/head.py", "logits, self.logits = self.logits, None\n", "logits = self.logits\n"),
-    ("mnet_fx/compiled/head.py", "logits.to(self.head.dtype or logits.dtype)", "logits"),
+    ("passes/rewriting/heads.py", "wide = logits if self.dtype is None else logits.to(self.dtype)", "wide = logits"),
     ("mnet_fx/compiled/head.py", "        if rows is None:\n", "        if False:\n"),
     ("passes/rewriting/heads.py", "*([linear] if shared else [])]", "]"),
     ("passes/rewriting/heads.py", "if len(dtypes) <= 2 else None", "if True else None"),
     ("passes/rewriting/heads.py", "        if head.shared:\n", "        if False:\n"),
+    ("mnet_fx/compiled/head.py", "        if self.stored:\n", "        if False:\n"),
     # Models that log.
     ("mnet_fx/captured/configured.py", "        root.debug_locals += tx.debug_locals[logged:]\n", ""),
     ("mnet_fx/captured/configured.py", "        del tx.debug_locals[logged:]\n", "        pass\n"),

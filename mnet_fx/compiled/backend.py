@@ -245,7 +245,7 @@ def _compiled(
 def _keeping(found: Found, regions: Mapping[str, CompiledRegion], joined: fx.GraphModule, settings: Settings) -> Keeping:
     """What may be kept of a compiled graph, with as much kept as the settings say."""
     costs = passes.costs_of_steps(found.unlifted.graph_module, found.plan) if settings.backward == "reversible" else {}
-    segments = (module for module in joined.modules() if isinstance(module, CompiledSegment))
+    segments = (module for module in joined.modules() if isinstance(module, (CompiledSegment, ChunkedHead)))
     keeping = Keeping([(regions[name], cost) for name, cost in costs.items()], segments)
     keeping.spend(settings.keep)
     return keeping

@@ -38,7 +38,9 @@ class ChunkedHead(Unseen):
     def __init__(self, head: Head, on_drift: str) -> None:
         super().__init__()
         self.head, self.on_drift = head, on_drift
-        self.name = f"the head {head.linear}"
+        self.name = self.title = f"the head {head.linear}"
+        self.cost = head.cost
+        self.stored = 0  # 1: the logits are kept, and nothing is computed in chunks
 
     def forward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, logits: Tensor | None
@@ -52,6 +54,9 @@ class ChunkedHead(Unseen):
             class_weight: classes, or None.
             logits: what the linear layer gave, where others read that too.
         """
+        if self.stored:
+            values = F.linear(hidden, weight, bias) if logits is None else logits
+            return self.head.loss(self._rows(values, target), target, class_weight, self.head.reduction)
         size = _chunk_size(target.shape[0], weight)
         rest = None if logits is None else self._rows(logits, target)
         sums = []
@@ -122,8 +127,7 @@ class _Chunk(nn.Module):
         if logits is None:
             with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():  # no layer of the first run's
                 logits = F.linear(rows, weight, bias)
-        options: dict[str, Any] = {"ignore_index": self.head.ignore_index, "label_smoothing": self.head.label_smoothing}
-        return (F.cross_entropy(logits.to(self.head.dtype or logits.dtype), target, class_weight, reduction="sum", **options),)
+        return (self.head.loss(logits, target, class_weight, "sum"),)
 
 
 def _same(saved: Tensor) -> Tensor:

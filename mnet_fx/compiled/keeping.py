@@ -1,4 +1,4 @@
-"""What is kept though it could be run again, as memory allows: the last steps of regions, and segments.
+"""What is kept though it could be run again, as memory allows: the last steps of regions, segments, and the logits of heads.
 
 What saves most work for its bytes comes first; of a region, the steps from the last on, whose activations are let go first. So what is kept
 for fewer bytes is part of what is kept for more.
@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from passes import Cost
 
 from ..regions.region import ChainRegion
+from .head import ChunkedHead
 from .segment import CompiledSegment
 
 __all__ = ["Keeping"]
 
-Keeper = ChainRegion | CompiledSegment
+Keeper = ChainRegion | CompiledSegment | ChunkedHead
 
 
 class Keeping:
@@ -24,13 +25,13 @@ class Keeping:
 
     Args:
         steps: for each region the costs of its steps, the last one first.
-        segments: those that can be run again.
+        segments: those that can be run again, heads among them.
 
     Attributes:
-        items: region or segment and cost, in the order in which they are kept.
+        items: region, segment or head, and cost, in the order in which they are kept.
     """
 
-    def __init__(self, steps: Sequence[tuple[ChainRegion, list[Cost]]], segments: Iterable[CompiledSegment]) -> None:
+    def __init__(self, steps: Sequence[tuple[ChainRegion, list[Cost]]], segments: Iterable[CompiledSegment | ChunkedHead]) -> None:
         queues: list[list[tuple[Keeper, Cost]]] = [[(region, cost) for cost in costs] for region, costs in steps]
         queues += [[(segment, segment.cost)] for segment in segments if segment.cost is not None]
         self.items: list[tuple[Keeper, Cost]] = []

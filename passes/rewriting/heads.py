@@ -18,8 +18,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from passes.graphs.effects import is_measured, work_of
 from passes.graphs.facts import recorded
-from passes.rewriting.segments import Memory
+from passes.rewriting.segments import Cost, Memory, saved_by
 
 __all__ = ["Head", "chunked_heads", "heads"]
 
@@ -39,6 +40,7 @@ class Head:
         slices: what of the hidden values along all but their last dimension is read; None: all.
         dtype: to which the logits are converted before the cross entropy; None: as they are.
         ignore_index, reduction, label_smoothing: as of `torch.nn.functional.cross_entropy`.
+        cost: what it takes to keep the logits, and what that saves; None: that is not known.
     """
 
     nodes: tuple[str, ...]
@@ -53,11 +55,18 @@ class Head:
     ignore_index: int
     reduction: str
     label_smoothing: float
+    cost: Cost | None
 
     @property
     def linear(self) -> str:
         """Name of the linear layer's node."""
         return self.nodes[-1]
+
+    def loss(self, logits: Tensor, target: Tensor, class_weight: Tensor | None, reduction: str) -> Tensor:
+        """The cross entropy of some rows of logits."""
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        wide = logits if self.dtype is None else logits.to(self.dtype)
+        return torch.nn.functional.cross_entropy(wide, target, class_weight, reduction=reduction, **options)
 
 
 def heads(graph: fx.Graph, inside: Collection[str] = ()) -> Iterator[Head]:
@@ -98,7 +107,16 @@ def _head(loss: fx.Node, memory: Memory) -> Head | None:
     names = tuple(node.name for node in (loss, *nodes))
     dtype = recorded(nodes[0]).dtype
     cast = None if dtype == recorded(linear).dtype else dtype
-    return Head(names, shared, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, cast, *options)
+    cost = _cost([loss, *nodes], hidden, memory)
+    return Head(names, shared, hidden.name, weight.name, _name(bias), target.name, _name(known["weight"]), slices, cast, *options, cost)
+
+
+def _cost(nodes: list[fx.Node], hidden: fx.Node, memory: Memory) -> Cost | None:
+    if not is_measured(nodes):
+        return None
+    kept = memory.of_node(hidden)  # in any case
+    sizes = saved_by(nodes, memory)
+    return Cost(sum(size for number, size in sizes.items() if number not in kept), sum(map(work_of, nodes)))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> None:

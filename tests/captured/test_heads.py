@@ -215,3 +215,20 @@ def test_logits_that_are_returned_are_not_kept_by_us_and_have_one_gradient(batch
     assert taken["store"].kept > size
     assert taken["checkpoint"].kept < size / 4
     assert taken["checkpoint"].peak < 1.7 * size < 2.9 * size < taken["store"].peak
+
+
+@pytest.mark.parametrize("form", ["flat", "returned", "as Hugging Face does"])
+def test_where_there_is_memory_logits_are_kept(batch, form):
+    """Then all is as with rest="store", bit for bit; below what they take they are computed in chunks as before."""
+    torch.manual_seed(1)
+    model = LM(form)
+    stored, kept, little = (momentumize(copy.deepcopy(model), gamma=0.5, **options) for options in ({}, *KEPT))
+    for a, b in zip(step(stored, batch), step(kept, batch), strict=True):
+        assert torch.equal(a, b)
+    step(little, batch)
+    taken = [mnet_fx.measure(lambda net=net: net(*batch), lambda out: None).kept for net in (kept, little)]
+    logits = 4 * B * T * V
+    assert taken[0] - taken[1] > logits * 0.9
+
+
+KEPT = ({"rest": "checkpoint", "keep": 10**9}, {"rest": "checkpoint", "keep": 4 * B * T * V // 2})
