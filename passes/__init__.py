@@ -16,11 +16,11 @@ from passes.planning.planner import plan
 from passes.planning.stretches import with_stretches
 from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
-from passes.rewriting.costs import costs_of_steps
+from passes.rewriting.costs import costs_of_steps, elements, largest_step, saved_by_own
 from passes.rewriting.heads import Head, chunked_heads, heads
 from passes.rewriting.invariants import InvariantError
 from passes.rewriting.rewriter import PassResult, rewrite
-from passes.rewriting.segments import Cost, cutting, largest_step
+from passes.rewriting.segments import Cost, cutting
 from passes.rewriting.splitting import COST, PROOF, pieces
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "chunked_heads",
     "costs_of_steps",
     "cutting",
+    "elements",
     "heads",
     "is_hook",
     "joined",
@@ -60,6 +61,7 @@ __all__ = [
     "plan",
     "preview",
     "rewrite",
+    "saved_by_own",
     "state_change",
     "unlift",
     "with_stretches",

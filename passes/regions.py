@@ -99,6 +99,7 @@ class PlannedRegion:
     Attributes:
         name: attribute name that the region module gets in the rewritten graph, such as "momentum_region_0".
         within: name of the region in a step of which this one lies, innermost; empty for most.
+        backward: "stored" if autograd stores its activations in each run of the step that it lies in, as long as its gradients take.
         path: deepest module path that contains every step, such as "layer3"; empty for the root.
         kind: "pre-activation" (every link is the add itself), "post-activation", "post-norm", or "block" (granularity "module", mixed
             links).
@@ -119,6 +120,7 @@ class PlannedRegion:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     within: str = ""
+    backward: Literal["reversible", "stored"] = "reversible"
     copied: tuple[str, ...] = ()
     copied_bytes: int | None = 0
 

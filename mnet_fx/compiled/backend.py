@@ -41,6 +41,7 @@ from .head import ChunkedHead, Logits
 from .keeping import Keeping
 from .region import CompiledRegion, Reading
 from .segment import CompiledSegment
+from .within import with_reversed
 
 __all__ = ["Backend", "Found", "Inner", "backend", "checked_inner", "mnet_fx", "reports", "reset_reports"]
 
@@ -192,7 +193,8 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     except LostContextError as error:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
     passes.level_layouts(unlifted.graph_module)
-    return Found(unlifted, passes.plan(unlifted.graph_module, **_how(settings)))
+    plan = passes.plan(unlifted.graph_module, **_how(settings))
+    return Found(unlifted, with_reversed(unlifted.graph_module, plan, settings))
 
 
 def _how(settings: Settings) -> dict[str, Any]:

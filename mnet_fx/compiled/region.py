@@ -124,7 +124,7 @@ class CompiledRegion(Unseen, ChainRegion):
 
     def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None, attributes: Mapping[str, str]) -> None:
         super().__init__(code, settings, arithmetic)
-        if code.region.within:
+        if code.region.backward == "stored":
             self.backward = "stored"  # the step around it is run again as a whole
         self.attributes = attributes
         self.bodies = code.steps

@@ -30,7 +30,7 @@ def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: t
     """The row of a planned region in the module at `path`, for a stream of that dtype."""
     found = row(region.name, path, len(region.steps), len(region.adds), region.kind, region.shape, settings, dtype)
     found = replace(found, copied=region.copied, copied_bytes=region.copied_bytes)
-    return replace(found, storage="nested", state_bytes_per_element=None) if region.within else found
+    return replace(found, storage="nested", state_bytes_per_element=None) if region.backward == "stored" else found
 
 
 def row(

@@ -234,6 +234,7 @@ def _region(piece: Piece, name: str, within: str, copied: Sequence[fx.Node], fac
     return PlannedRegion(
         name=name,
         within=within,
+        backward="stored" if within else "reversible",
         path=common_path(step.path for step in steps),
         kind=_kind(piece),
         steps=steps,

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from passes.graphs.effects import is_measured, noted, work_of
 from passes.graphs.facts import bytes_of, recorded
 from passes.graphs.writes import running_statistics
-from passes.regions import Plan
 
-__all__ = ["Cost", "Memory", "Segment", "cutting", "largest_step", "saved_by", "segmented"]
+__all__ = ["Cost", "Memory", "Segment", "cutting", "saved_by", "segmented"]
 
 _PLACES = 256  # of one run that are tried as cuts, since each is tried with each
 _BOUNDS = 12  # on what a segment may save, from the least possible to all
@@ -127,14 +126,6 @@ def cutting(graph: fx.Graph, attributes: Collection[str], floor: int) -> Callabl
         floor: as in `segmented`.
     """
     return partial(segmented, memory=Memory.of(graph, attributes), floor=floor)
-
-
-def largest_step(gm: fx.GraphModule, plan: Plan) -> int:
-    """The most bytes that autograd saves for one step of the regions of a graph."""
-    named = {node.name: node for node in gm.graph.nodes}
-    memory = Memory.of(gm.graph, ())
-    steps = [[named[name] for name in step.nodes] for region in plan.regions for step in region.steps]
-    return max((sum(saved_by(nodes, memory).values()) for nodes in steps), default=0)
 
 
 def segmented(groups: Sequence[list[fx.Node]], memory: Memory, floor: int) -> list[list[Segment]]:

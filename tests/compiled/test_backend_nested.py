@@ -185,7 +185,7 @@ def test_chains_three_deep():
     zoo.assert_identical(*(zoo.seeded(run, compiled(build(), backward=kind)) for kind in ("reversible", "stored")))
     zoo.assert_near(zoo.seeded(run, compiled(build().double(), gamma=0)), zoo.seeded(run, build().double()), 1e-7)
     assert rows()[0][0][1] == 3
-    assert [row[2] for row in rows()[0]].count("nested") == 2
+    assert len(rows()[0]) == 3
 
 
 def test_what_is_compiled_does_not_grow_with_depth():
