@@ -11,22 +11,23 @@ import torchvision
 from models import Encoder
 from torch import Tensor, nn
 
-__all__ = ["MODELS"]
+__all__ = ["GPT2", "MODELS", "Translator", "UNet", "WaveNet", "vit"]
 
 
 class GPT2(nn.Module):
-    """GPT-2 of Hugging Face, 12 layers, with head and loss."""
+    """GPT-2 of Hugging Face with head and loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 12, d: int = 256, tokens: int = 256, vocabulary: int = 8192) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
         self.lm = GPT2LMHeadModel(
             GPT2Config(
-                n_embd=256,
-                n_head=8,
-                n_positions=256,
-                vocab_size=8192,
+                n_layer=layers,
+                n_embd=d,
+                n_head=d // 32,
+                n_positions=tokens,
+                vocab_size=vocabulary,
                 use_cache=False,
                 bos_token_id=0,
                 eos_token_id=0,
@@ -41,9 +42,9 @@ class GPT2(nn.Module):
 class Translator(nn.Module):
     """nn.Transformer, encoder and decoder, pre-norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 8, d: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
-        self.transformer = nn.Transformer(256, 8, 8, 8, 1024, dropout=0.1, norm_first=True, batch_first=True)
+        self.transformer = nn.Transformer(d, 8, layers, layers, 4 * d, dropout=dropout, norm_first=True, batch_first=True)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.transformer(source, target)
@@ -102,12 +103,12 @@ class Gated(nn.Module):
 
 
 class WaveNet(nn.Module):
-    """Two cycles of eight dilated layers."""
+    """Cycles of eight dilated layers."""
 
-    def __init__(self, channels: int = 64) -> None:
+    def __init__(self, channels: int = 64, cycles: int = 2) -> None:
         super().__init__()
         self.enter = nn.Conv1d(1, channels, 1)
-        self.layers = nn.ModuleList(Gated(channels, 2**i) for _ in range(2) for i in range(8))
+        self.layers = nn.ModuleList(Gated(channels, 2**i) for _ in range(cycles) for i in range(8))
         self.leave = nn.Conv1d(channels, 256, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,15 +122,15 @@ def _sum(output: Any) -> Tensor:
     return output.sum()
 
 
-def _vit() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    vit = torchvision.models.VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-    return vit, (torch.randn(2, 3, 224, 224),)
+def vit(px: int, layers: int = 12) -> nn.Module:
+    """ViT-S/16 of torchvision."""
+    return torchvision.models.VisionTransformer(px, patch_size=16, num_layers=layers, num_heads=6, hidden_dim=384, mlp_dim=1536)
 
 
 MODELS: dict[str, tuple[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], Callable[[Any], Tensor]]] = {
     "encoder": ("transformer", lambda: (Encoder(16), (torch.randn(8, 256, 256),)), _sum),
     "GPT-2": ("transformer", lambda: (GPT2(), (torch.randint(0, 8192, (4, 256)),)), lambda loss: loss),
-    "ViT-S/16": ("transformer", _vit, _sum),
+    "ViT-S/16": ("transformer", lambda: (vit(224), (torch.randn(2, 3, 224, 224),)), _sum),
     "nn.Transformer": ("transformer", lambda: (Translator(), (torch.randn(4, 128, 256), torch.randn(4, 128, 256))), _sum),
     "ResNet-50": ("convolutional", lambda: (torchvision.models.resnet50(), (torch.randn(4, 3, 224, 224),)), _sum),
     "ResNet-101": ("convolutional", lambda: (torchvision.models.resnet101(), (torch.randn(4, 3, 128, 128),)), _sum),

@@ -51,14 +51,18 @@ def encoder(layers: int) -> tuple[nn.Module, Callable[[Callable], Tensor]]:
     return Encoder(layers), lambda f: f(x).square().mean()
 
 
-def thrifty(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-    """Inductor, told to keep a tenth of what it would."""
-    with torch._functorch.config.patch(activation_memory_budget=0.1):
-        return torch._dynamo.lookup_backend("inductor")(gm, inputs)
+def thrifty(budget: float) -> Callable[[torch.fx.GraphModule, list[Any]], Callable]:
+    """Inductor, told to keep such a part of what it would."""
+
+    def compile_(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return torch._dynamo.lookup_backend("inductor")(gm, inputs)
+
+    return compile_
 
 
 APART = "inductor, steps apart"
-COMPILERS: dict[str, Any] = {"inductor": "inductor", "inductor, budget 0.1": thrifty, "mnet_fx": mnet_fx.backend(gamma=0.9)}
+COMPILERS: dict[str, Any] = {"inductor": "inductor", "inductor, budget 0.1": thrifty(0.1), "mnet_fx": mnet_fx.backend(gamma=0.9)}
 
 
 def apart(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Attention", "Encoder", "Layer", "checkpointed"]
+__all__ = ["MLP", "Attention", "Decoder", "Encoder", "Layer", "Skip", "checkpointed"]
 
 
 class Attention(nn.Module):
@@ -46,6 +46,43 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Decoder(nn.Module):
+    """Causal pre-LN language model with a tied head: ids (batch, tokens) -> logits (batch, tokens, vocabulary)."""
+
+    def __init__(self, layers: int, d: int, heads: int, context: int, vocabulary: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, d), nn.Embedding(context, d)
+        self.encoder, self.norm = Encoder(layers, d, heads, causal=True), nn.LayerNorm(d)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        return nn.functional.linear(self.norm(self.encoder(x)), self.tokens.weight)
+
+
+class Skip(nn.Module):
+    """x + f(x)"""
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class MLP(nn.Module):
+    """A chain of x + f(x) on (batch, width), each f linear, tanh, linear."""
+
+    def __init__(self, depth: int, width: int, hidden: int) -> None:
+        super().__init__()
+        functions = (nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)) for _ in range(depth))
+        self.layers = nn.Sequential(*map(Skip, functions))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 def checkpointed(encoder: Encoder, x: Tensor) -> Tensor:

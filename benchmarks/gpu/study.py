@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import Encoder
+from ..models import Decoder
 from .measuring import allocate_gradients, peak
 from .models import exactness, rounds
 from .session import GIB, Session, failure
@@ -37,20 +37,6 @@ WAYS: dict[str, Way] = {
 }
 SPARE = 15.0  # seconds that must be left of the run to begin with another way
 SECONDS = 20.0  # of all rounds
-
-
-class Decoder(nn.Module):
-    """Causal pre-LN language model with a tied head: ids (batch, tokens) -> logits (batch, tokens, vocabulary)."""
-
-    def __init__(self, layers: int, d: int, heads: int, context: int, vocabulary: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, d), nn.Embedding(context, d)
-        self.encoder, self.norm = Encoder(layers, d, heads, causal=True), nn.LayerNorm(d)
-        nn.init.normal_(self.tokens.weight, std=0.02)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
-        return nn.functional.linear(self.norm(self.encoder(x)), self.tokens.weight)
 
 
 def decoder(session: Session) -> tuple[nn.Module, int, int]:

@@ -1,0 +1,187 @@
+"""Everything a user could pick to train a model with less memory, on the same work: bytes, time, and whether the gradient is right.
+
+    pip install momentumnet; pip install --no-deps revlib memcnn RevTorch
+    python benchmarks/compare.py [--only encoder ResNet ...] [--ways mnet_fx ...] [--rounds 5] [--quick | --small] [--again] [--readme]
+
+Works are those of `compare_works.py`, ways those of `compare_ways.py`; gamma 0.9, float32, `.grad` allocated, no dropout (`trust.py` has
+it, and other hard situations). Each work runs in a process of its own, and its ways take turns there. Rows go to results/compare.jsonl as
+they come; those that are there, of this state of the packages and this torch, are not measured again, unless --again. Figures of a row:
+
+- kept, peak: bytes of torch's allocator, after the forward pass and at the peak of forward and backward;
+- time: median of steps, as a ratio to plain, and the quartiles of the ratios of single rounds;
+- gradient: against plain autograd of the same network in float64, where that can be written down; else, for momentum networks, against
+  `backward="stored"` (momentumnet: `use_backprop=True`). "right": no parameter's gradient is further off than ten times what plain
+  training in float32 is, or 1e-4.
+
+--quick: three small works, nothing compiled, nothing written; under three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_measuring import Options, Row, failure, measured
+from compare_tables import by_work, long
+from compare_ways import WAYS
+from compare_works import SMALL, WORKS, Work
+from tables import ROOT, show
+from tqdm import tqdm
+
+LINES = ROOT / "results" / "compare.jsonl"
+QUICK = 3  # works
+
+
+@cache
+def state() -> dict[str, str]:
+    """Of what is measured: the last commit that changed the packages, and torch."""
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "../mnet_fx", "../passes"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {"commit": commit or "unknown", "torch": torch.__version__}
+
+
+@dataclass
+class Results:
+    """Rows in a file of lines, the newest of each work and way last.
+
+    Attributes:
+        path: the file; None keeps them in memory.
+    """
+
+    path: Path | None
+
+    def __post_init__(self) -> None:
+        text = self.path.read_text() if self.path is not None and self.path.exists() else ""
+        self.rows = {(row["work"], row["way"]): row for row in map(json.loads, text.splitlines())}
+
+    def has(self, work: str, way: str) -> bool:
+        """Whether there is a row of the present state."""
+        row = self.rows.get((work, way), {})
+        return all(row.get(key) == value for key, value in state().items())
+
+    def add(self, row: Row) -> None:
+        self.rows[row["work"], row["way"]] = row
+        if self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+
+def _child(works: dict[str, Work], pipe: Connection, name: str, ways: list[str], options: Options) -> None:
+    work = works[name]
+    warnings.simplefilter("ignore")  # of the other libraries
+    try:
+        for row in measured(work, [WAYS[way] for way in ways], options, lambda *said: pipe.send(said)):
+            pipe.send(("row", row))
+    except Exception as error:
+        traceback.print_exc()
+        for way in ways:
+            pipe.send(("row", {"way": way, "error": failure(error)}))
+    pipe.send(("end", None))
+
+
+def small(*arguments: Any) -> None:
+    _child(SMALL, *arguments)
+
+
+def full(*arguments: Any) -> None:
+    _child(WORKS, *arguments)
+
+
+def rows_of(target: Callable[..., None], name: str, ways: list[str], options: Options, tick: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of one work, from a process of its own; a way that ends the process has a row that says so, and the others go on."""
+    processes = multiprocessing.get_context("spawn")
+    while True:
+        ours, theirs = processes.Pipe(duplex=False)
+        process = processes.Process(target=target, args=(theirs, name, ways, options), daemon=True)
+        process.start()
+        theirs.close()
+        doing = None
+        try:
+            while (said := ours.recv())[0] != "end":
+                if said[0] == "row":
+                    yield said[1]
+                else:
+                    doing = said[1] if said[0] == "doing" else doing
+                    tick(said[0])
+            return
+        except EOFError:
+            process.join()
+            text = f"the process ended with code {process.exitcode}"
+            if doing in (None, "plain"):
+                yield from ({"way": way, "error": text} for way in ways)
+                return
+            yield {"way": doing, "error": text}
+            ways = [way for way in ways if way != doing]
+        finally:
+            process.kill()
+            process.join()
+
+
+def sweep(target: Callable[..., None], asked: dict[str, list[str]], options: Options, results: Results) -> None:
+    """Measures ways of works, with plain training beside them."""
+    with tqdm(total=sum(len({"plain", *ways}) * (1 + options.rounds) for ways in asked.values())) as bar:
+        for name, ways in asked.items():
+            bar.set_description(name)
+            for row in rows_of(target, name, list(dict.fromkeys(["plain", *ways])), options, lambda said: bar.update(said == "done")):
+                if row["way"] in ways:
+                    results.add({"work": name, **row, **state(), "date": date.today().isoformat()})
+
+
+def left(works: dict[str, Work], options: argparse.Namespace, results: Results) -> dict[str, list[str]]:
+    """Works and their ways that are to be measured, of those that were asked for."""
+    asked = {}
+    for name in works:
+        if options.only and not any(word in name for word in options.only):
+            continue
+        ways = [way for way in WAYS if not options.ways or way in options.ways]
+        ways = [way for way in ways if WAYS[way].installed and not (options.quick and WAYS[way].compiles)]
+        if ways := [way for way in ways if options.again or not results.has(name, way)]:
+            asked[name] = ways
+    return asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only works with such a word in their names")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY", help=f"of {', '.join(map(repr, WAYS))}")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled; writes nothing")
+    parser.add_argument("--small", action="store_true", help="small works of each kind; writes results/compare_small.jsonl")
+    parser.add_argument("--again", action="store_true", help="also what has a row")
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    works = SMALL if options.small else dict(list(SMALL.items())[:QUICK]) if options.quick else WORKS
+    results = Results(None if options.quick else LINES.with_name("compare_small.jsonl") if options.small else LINES)
+    asked = left(works, options, results)
+    sweep(
+        full if works is WORKS else small,
+        asked,
+        Options(min(options.rounds, 3) if options.quick else options.rounds, options.threads),
+        results,
+    )
+    rows = [row for (work, _), row in results.rows.items() if work in works]
+    print(long(rows, works))
+    for way in WAYS.values():
+        if not way.installed:
+            print(f"{way.name}: the module {way.package} is not installed")
+    if options.readme:
+        show("compare", *by_work(rows, works))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Measures the ways of one work for `compare.py`, in a process that has nothing else to do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from compare_ways import WAYS, Task, Unfit, Way, plainly
+from compare_works import Work
+from torch import Tensor
+
+import mnet_fx
+
+__all__ = ["Options", "failure", "measured"]
+
+MIB = 2.0**20
+BLOCKS = "checkpoint per block"
+SLACK = 10.0  # times as far from float64 as plain training in float32
+LEAST = 1e-4  # an error that is right anyhow
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        rounds: timed steps of each way.
+        threads: of torch.
+    """
+
+    rounds: int = 5
+    threads: int = 2
+
+
+class Training:
+    """A model and a batch of a work, and what a step with it gives."""
+
+    def __init__(self, work: Work, batch: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.work, self.model = work, work.make()
+        self.inputs = work.inputs(batch or work.batch)
+        self.clear()
+
+    def clear(self) -> None:
+        """Gradients are there, and zero."""
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    def step(self, net: Callable[..., Any]) -> None:
+        """Forward and backward, which add to `.grad`."""
+        self.work.loss(net(*self.inputs)).backward()
+
+    def gradients(self, net: Callable[..., Any]) -> list[Tensor]:
+        self.clear()
+        self.step(net)
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def memory(self, net: Callable[..., Any]) -> mnet_fx.Memory:
+        gc.collect()
+        return mnet_fx.measure(lambda: self.step(net))
+
+    @property
+    def static(self) -> int:
+        """Bytes of parameters, gradients, buffers and inputs."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
+        return sum(t.nbytes + (0 if t.grad is None else t.grad.nbytes) for t in tensors)
+
+    def doubled(self) -> Training:
+        """The same in float64."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).double()
+        twin.inputs = tuple(t.double() if t.is_floating_point() else t for t in self.inputs)
+        return twin
+
+
+def apart(found: list[Tensor], truth: list[Tensor]) -> float:
+    """Largest error of a parameter's gradient, relative to its norm, or to a thousandth of the largest; inf where it is not finite."""
+    norms = [t.double().norm().item() for t in truth]
+    floor = 1e-3 * max(norms)
+    errors = [(a.double() - b.double()).norm().item() / max(n, floor) for a, b, n in zip(found, truth, norms, strict=True)]
+    return max(errors) if all(e == e for e in errors) else float("inf")
+
+
+class Judge:
+    """Says whether gradients are right, against float64 where the network can be had in plain autograd."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.double = training, training.doubled()
+        self.truths: dict[str, tuple[list[Tensor], str]] = {}
+        truth, _ = self.truth(WAYS["plain"], None)
+        self.tolerance = max(LEAST, SLACK * apart(training.gradients(training.model), truth))
+
+    def truth(self, way: Way, task: Task | None) -> tuple[list[Tensor], str]:
+        """The gradients a way should have, and how they were got."""
+        double = Task(self.training.work, self.double.model, self.double.inputs)
+        try:
+            net, key = plainly(way.network, double), way.network
+        except Unfit:
+            assert way.stored is not None
+            assert task is not None
+            key = f"{way.package}, {way.network}, {way.compiles}"
+            if key not in self.truths:
+                self.truths[key] = self.training.gradients(way.stored(task)), "stored"
+        else:
+            if key not in self.truths:
+                self.truths[key] = self.double.gradients(net), "float64"
+        return self.truths[key]
+
+    def verdict(self, way: Way, task: Task, net: Callable[..., Any]) -> Row:
+        truth, against = self.truth(way, task)
+        error = apart(self.training.gradients(net), truth)
+        result = "right" if error <= self.tolerance else "wrong"
+        return {"result": result, "error": error, "tolerance": self.tolerance, "against": against}
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+@dataclass
+class Bench:
+    """The ways of one work, side by side."""
+
+    work: Work
+    options: Options
+    say: Callable[[str, Any], None]  # "doing", way; "done", None: one more run of it
+    training: Training = field(init=False)
+    room: int | None = None
+
+    def __post_init__(self) -> None:
+        self.training = Training(self.work)
+        self.judge = Judge(self.training)
+
+    def task(self, room: int | None) -> Task:
+        return Task(self.work, self.training.model, self.training.inputs, room)
+
+    def prepared(self, way: Way) -> tuple[Callable[..., Any], Row]:
+        """Something to call, warm, and what is known of it before it is timed."""
+        task = self.task(self.room)
+        began = time.perf_counter()
+        net = way.build(task)
+        self.training.step(net)
+        first = time.perf_counter() - began
+        self.training.step(net)
+        memory = self.training.memory(net)
+        if way.name == BLOCKS:
+            self.room = memory.peak + self.training.static
+        row = {"kept": memory.kept / MIB, "peak": memory.peak / MIB, "static": self.training.static / MIB, "first_s": first}
+        return net, row | {"gradient": self.judge.verdict(way, task, net)}
+
+    def rounds(self, nets: dict[str, Callable[..., Any]]) -> dict[str, list[float]]:
+        """Seconds of each way's steps, in turns."""
+        times: dict[str, list[float]] = {name: [] for name in nets}
+        for _ in range(self.options.rounds):
+            for name, net in nets.items():
+                began = time.perf_counter()
+                self.training.step(net)
+                times[name].append(time.perf_counter() - began)
+                self.say("done", None)
+        return times
+
+
+def measured(work: Work, ways: list[Way], options: Options, say: Callable[[str, Any], None]) -> Iterator[Row]:
+    """One row for each way, and one for plain training, which the others are compared with."""
+    torch.set_num_threads(options.threads)
+    bench = Bench(work, options, say)
+    nets: dict[str, Callable[..., Any]] = {}
+    rows: dict[str, Row] = {}
+    for way in ways:
+        say("doing", way.name)
+        try:
+            nets[way.name], rows[way.name] = bench.prepared(way)
+        except Unfit as reason:
+            yield {"way": way.name, "unfit": str(reason)}
+        except Exception as error:
+            yield {"way": way.name, "error": failure(error)}
+        say("done", None)
+    say("doing", None)
+    times = bench.rounds(nets)
+    for name, row in rows.items():
+        yield {"way": name, **row, **compared(times[name], times["plain"]), "threads": options.threads, "batch": work.batch}
+
+
+def compared(taken: list[float], plain: list[float]) -> Row:
+    """The ratio of medians, and the quartiles of the ratios of the single rounds."""
+    ratios = [a / b for a, b in zip(taken, plain, strict=True)]
+    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios * 3)
+    return {"seconds": taken, "ratio": median(taken) / median(plain), "low": low, "high": high}
