@@ -17,7 +17,7 @@ __all__ = ["GPT2", "MODELS", "Translator", "UNet", "WaveNet", "vit"]
 class GPT2(nn.Module):
     """GPT-2 of Hugging Face with head and loss."""
 
-    def __init__(self, layers: int = 12, d: int = 256, tokens: int = 256, vocabulary: int = 8192) -> None:
+    def __init__(self, layers: int = 12, d: int = 256, tokens: int = 256, vocabulary: int = 8192, dropout: float = 0.1) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +28,9 @@ class GPT2(nn.Module):
                 n_head=d // 32,
                 n_positions=tokens,
                 vocab_size=vocabulary,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
                 use_cache=False,
                 bos_token_id=0,
                 eos_token_id=0,

@@ -1,7 +1,7 @@
 """Everything a user could pick to train a model with less memory, on the same work: bytes, time, and whether the gradient is right.
 
     pip install momentumnet; pip install --no-deps revlib memcnn RevTorch
-    python benchmarks/compare.py [--only encoder ResNet ...] [--ways mnet_fx ...] [--rounds 5] [--quick | --small] [--again] [--readme]
+    python benchmarks/compare.py [--only encoder ResNet ...] [--ways mnet_fx ...] [--quick | --small] [--again] [--rss] [--readme]
 
 Works are those of `compare_works.py`, ways those of `compare_ways.py`; gamma 0.9, float32, `.grad` allocated, no dropout (`trust.py` has
 it, and other hard situations). Each work runs in a process of its own, and its ways take turns there. Rows go to results/compare.jsonl as
@@ -11,9 +11,15 @@ they come; those that are there, of this state of the packages and this torch, a
 - time: median of steps, as a ratio to plain, and the quartiles of the ratios of single rounds;
 - gradient: against plain autograd of the same network in float64, where that can be written down; else, for momentum networks, against
   `backward="stored"` (momentumnet: `use_backprop=True`). "right": no parameter's gradient is further off than ten times what plain
-  training in float32 is, or 1e-4.
+  training in float32 is, or 1e-4, and at most 1e-2.
 
---quick: three small works, nothing compiled, nothing written; under three minutes.
+- RSS, with --rss: how far the resident size of a fresh process rises in a step above what it was before the first, with
+  MALLOC_MMAP_THRESHOLD_=65536, as glibc else keeps what is freed;
+- largest batch: that fits in --memory, parameters and gradients included, on the line through the bytes of the batch and of half of it. Not
+  of what is compiled, which would be compiled twice, nor of plans, which are made for one batch.
+
+--targets shows what the project set out to reach beside what was measured. --quick: three small works, nothing compiled, nothing written;
+under three minutes.
 """
 
 from __future__ import annotations
@@ -21,27 +27,30 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
-from compare_measuring import Options, Row, failure, measured
+from compare_measuring import BLOCKS, MIB, Options, Row, failure, measured, resident
+from compare_picture import draw
 from compare_tables import by_work, long
+from compare_targets import reached
 from compare_ways import WAYS
 from compare_works import SMALL, WORKS, Work
-from tables import ROOT, show
+from tables import ROOT, show, table
 from tqdm import tqdm
 
 LINES = ROOT / "results" / "compare.jsonl"
 QUICK = 3  # works
+Target = Callable[[Connection, str, list[str], Options], None]
 
 
 @cache
@@ -79,10 +88,11 @@ class Results:
                 lines.write(json.dumps(row) + "\n")
 
 
-def _child(works: dict[str, Work], pipe: Connection, name: str, ways: list[str], options: Options) -> None:
-    work = works[name]
+def child(is_small: bool, pipe: Connection, name: str, ways: list[str], options: Options) -> None:
+    """Measures in a process of its own, and sends what it has to say, and rows."""
     warnings.simplefilter("ignore")  # of the other libraries
     try:
+        work = (SMALL if is_small else WORKS)[name]
         for row in measured(work, [WAYS[way] for way in ways], options, lambda *said: pipe.send(said)):
             pipe.send(("row", row))
     except Exception as error:
@@ -92,15 +102,7 @@ def _child(works: dict[str, Work], pipe: Connection, name: str, ways: list[str],
     pipe.send(("end", None))
 
 
-def small(*arguments: Any) -> None:
-    _child(SMALL, *arguments)
-
-
-def full(*arguments: Any) -> None:
-    _child(WORKS, *arguments)
-
-
-def rows_of(target: Callable[..., None], name: str, ways: list[str], options: Options, tick: Callable[[str], None]) -> Iterator[Row]:
+def rows_of(target: Target, name: str, ways: list[str], options: Options, tick: Callable[[str], None]) -> Iterator[Row]:
     """The rows of one work, from a process of its own; a way that ends the process has a row that says so, and the others go on."""
     processes = multiprocessing.get_context("spawn")
     while True:
@@ -130,7 +132,7 @@ def rows_of(target: Callable[..., None], name: str, ways: list[str], options: Op
             process.join()
 
 
-def sweep(target: Callable[..., None], asked: dict[str, list[str]], options: Options, results: Results) -> None:
+def sweep(target: Target, asked: dict[str, list[str]], options: Options, results: Results) -> None:
     """Measures ways of works, with plain training beside them."""
     with tqdm(total=sum(len({"plain", *ways}) * (1 + options.rounds) for ways in asked.values())) as bar:
         for name, ways in asked.items():
@@ -140,47 +142,75 @@ def sweep(target: Callable[..., None], asked: dict[str, list[str]], options: Opt
                     results.add({"work": name, **row, **state(), "date": date.today().isoformat()})
 
 
-def left(works: dict[str, Work], options: argparse.Namespace, results: Results) -> dict[str, list[str]]:
-    """Works and their ways that are to be measured, of those that were asked for."""
-    asked = {}
-    for name in works:
-        if options.only and not any(word in name for word in options.only):
-            continue
-        ways = [way for way in WAYS if not options.ways or way in options.ways]
-        ways = [way for way in ways if WAYS[way].installed and not (options.quick and WAYS[way].compiles)]
-        if ways := [way for way in ways if options.again or not results.has(name, way)]:
-            asked[name] = ways
-    return asked
+def _resident(is_small: bool, pipe: Connection, name: str, way: str, room: int | None, threads: int) -> None:
+    warnings.simplefilter("ignore")
+    pipe.send(resident((SMALL if is_small else WORKS)[name], WAYS[way], room, threads))
 
 
-def main() -> None:
+def add_resident(is_small: bool, asked: dict[str, list[str]], threads: int, results: Results) -> None:
+    """Adds the peak resident size, of a fresh process each, to rows that lack it."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else glibc keeps what is freed
+    rows = [row for row in results.rows.values() if row["way"] in asked.get(row["work"], ()) and "peak" in row and "rss" not in row]
+    for row in tqdm(rows, "resident size"):
+        blocks = results.rows.get((row["work"], BLOCKS), {})
+        room = round((blocks["peak"] + blocks["static"]) * MIB) if "peak" in blocks else None
+        processes = multiprocessing.get_context("spawn")
+        ours, theirs = processes.Pipe(duplex=False)
+        process = processes.Process(target=_resident, args=(is_small, theirs, row["work"], row["way"], room, threads), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            results.add(row | {"rss": ours.recv()})
+        except EOFError:
+            print(f"{row['work']}, {row['way']}: no resident size, as its process ended")
+        process.join()
+
+
+def chosen(works: dict[str, Work], options: argparse.Namespace) -> dict[str, list[str]]:
+    """Works and their ways, of those that were asked for."""
+    ways = [way for way in WAYS if not options.ways or way in options.ways]
+    ways = [way for way in ways if WAYS[way].installed and not (options.quick and WAYS[way].compiles)]
+    return {name: ways for name in works if not options.only or any(word in name for word in options.only)}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only works with such a word in their names")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY", help=f"of {', '.join(map(repr, WAYS))}")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled, two rounds; writes nothing")
     parser.add_argument("--small", action="store_true", help="small works of each kind; writes results/compare_small.jsonl")
     parser.add_argument("--again", action="store_true", help="also what has a row")
-    parser.add_argument("--readme", action="store_true", help="put the table into docs/")
-    options = parser.parse_args()
+    parser.add_argument("--rss", action="store_true", help="then the peak resident size, in a fresh process for each row that lacks it")
+    parser.add_argument("--memory", type=float, default=4.0, help="GiB for which the largest batch is told")
+    parser.add_argument("--readme", action="store_true", help="put the tables, and the picture if there is matplotlib, into docs/")
+    parser.add_argument("--targets", action="store_true", help="only show the targets, and what was measured")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(options.threads)
     works = SMALL if options.small else dict(list(SMALL.items())[:QUICK]) if options.quick else WORKS
     results = Results(None if options.quick else LINES.with_name("compare_small.jsonl") if options.small else LINES)
-    asked = left(works, options, results)
-    sweep(
-        full if works is WORKS else small,
-        asked,
-        Options(min(options.rounds, 3) if options.quick else options.rounds, options.threads),
-        results,
-    )
-    rows = [row for (work, _), row in results.rows.items() if work in works]
-    print(long(rows, works))
-    for way in WAYS.values():
-        if not way.installed:
-            print(f"{way.name}: the module {way.package} is not installed")
+    if not options.targets:
+        asked = chosen(works, options)
+        lacking = {name: [way for way in ways if options.again or not results.has(name, way)] for name, ways in asked.items()}
+        measuring = Options(2 if options.quick else options.rounds, options.threads, batches=not options.quick)
+        sweep(partial(child, works is not WORKS), {name: ways for name, ways in lacking.items() if ways}, measuring, results)
+        if options.rss:
+            add_resident(works is not WORKS, asked, options.threads, results)
+        print(long(list(results.rows.values()), works, options.memory))
+        for way in WAYS.values():
+            if not way.installed:
+                print(f"- {way.name}: the module {way.package} is not installed")
+    if options.targets or options.readme:
+        print(table(*reached(results.rows)))
     if options.readme:
-        show("compare", *by_work(rows, works))
+        show("compare", *by_work(list(results.rows.values()), works))
+        show("targets", *reached(results.rows))
+        draw(results.rows, ROOT.parent / "docs" / "compare.svg")
 
 
 if __name__ == "__main__":

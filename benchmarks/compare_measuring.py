@@ -7,22 +7,24 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from compare_ways import WAYS, Task, Unfit, Way, plainly
 from compare_works import Work
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mnet_fx
 
-__all__ = ["Options", "failure", "measured"]
+__all__ = ["Options", "failure", "measured", "resident"]
 
 MIB = 2.0**20
 BLOCKS = "checkpoint per block"
 SLACK = 10.0  # times as far from float64 as plain training in float32
-LEAST = 1e-4  # an error that is right anyhow
+LEAST, MOST = 1e-4, 1e-2  # an error that is right, and one that is not, however far off that is
 Row = dict[str, Any]
 
 
@@ -33,19 +35,21 @@ class Options:
     Attributes:
         rounds: timed steps of each way.
         threads: of torch.
+        batches: also the bytes of half the batch, but of what is compiled.
     """
 
     rounds: int = 5
     threads: int = 2
+    batches: bool = True
 
 
 class Training:
     """A model and a batch of a work, and what a step with it gives."""
 
-    def __init__(self, work: Work, batch: int | None = None) -> None:
+    def __init__(self, work: Work) -> None:
         torch.manual_seed(0)
         self.work, self.model = work, work.make()
-        self.inputs = work.inputs(batch or work.batch)
+        self.inputs = work.inputs(work.batch)
         self.clear()
 
     def clear(self) -> None:
@@ -72,6 +76,12 @@ class Training:
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
         return sum(t.nbytes + (0 if t.grad is None else t.grad.nbytes) for t in tensors)
 
+    def of(self, batch: int) -> Training:
+        """The same model with another batch."""
+        twin = copy.copy(self)
+        twin.inputs = self.work.inputs(batch)
+        return twin
+
     def doubled(self) -> Training:
         """The same in float64."""
         twin = copy.copy(self)
@@ -95,7 +105,7 @@ class Judge:
         self.training, self.double = training, training.doubled()
         self.truths: dict[str, tuple[list[Tensor], str]] = {}
         truth, _ = self.truth(WAYS["plain"], None)
-        self.tolerance = max(LEAST, SLACK * apart(training.gradients(training.model), truth))
+        self.tolerance = min(max(LEAST, SLACK * apart(training.gradients(training.model), truth)), MOST)
 
     def truth(self, way: Way, task: Task | None) -> tuple[list[Tensor], str]:
         """The gradients a way should have, and how they were got."""
@@ -139,7 +149,7 @@ class Bench:
         self.judge = Judge(self.training)
 
     def task(self, room: int | None) -> Task:
-        return Task(self.work, self.training.model, self.training.inputs, room)
+        return Task(self.work, self.training.model, self.training.inputs, room, self.training.static)
 
     def prepared(self, way: Way) -> tuple[Callable[..., Any], Row]:
         """Something to call, warm, and what is known of it before it is timed."""
@@ -154,6 +164,12 @@ class Bench:
             self.room = memory.peak + self.training.static
         row = {"kept": memory.kept / MIB, "peak": memory.peak / MIB, "static": self.training.static / MIB, "first_s": first}
         return net, row | {"gradient": self.judge.verdict(way, task, net)}
+
+    def half(self, net: Callable[..., Any]) -> Row:
+        """Bytes of a step with half the batch, parameters and gradients included."""
+        fewer = self.training.of(self.work.batch // 2)
+        fewer.step(net)
+        return {"half": {"batch": self.work.batch // 2, "total": (fewer.memory(net).peak + fewer.static) / MIB}}
 
     def rounds(self, nets: dict[str, Callable[..., Any]]) -> dict[str, list[float]]:
         """Seconds of each way's steps, in turns."""
@@ -184,6 +200,10 @@ def measured(work: Work, ways: list[Way], options: Options, say: Callable[[str, 
         say("done", None)
     say("doing", None)
     times = bench.rounds(nets)
+    if options.batches and work.batch > 1:
+        for way in ways:
+            if way.name in nets and not (way.compiles or way.planned):
+                rows[way.name] |= bench.half(nets[way.name])
     for name, row in rows.items():
         yield {"way": name, **row, **compared(times[name], times["plain"]), "threads": options.threads, "batch": work.batch}
 
@@ -193,3 +213,27 @@ def compared(taken: list[float], plain: list[float]) -> Row:
     ratios = [a / b for a, b in zip(taken, plain, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios * 3)
     return {"seconds": taken, "ratio": median(taken) / median(plain), "low": low, "high": high}
+
+
+def resident(work: Work, way: Way, room: int | None, threads: int) -> float:
+    """MiB by which the resident size of this process grows at most in a step, beyond what it had before the first.
+
+    What lies idle in malloc's heap would count too, so run this with MALLOC_MMAP_THRESHOLD_=65536.
+    """
+    torch.set_num_threads(threads)
+    training = Training(work)
+    net = way.build(Task(work, training.model, training.inputs, room, training.static))
+    checkpoint(nn.Linear(1, 1), torch.ones(1, 1), use_reentrant=False).sum().backward()  # whose first call imports much
+    before = _status("VmRSS")
+    for _ in range(2):
+        training.step(net)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest size so far is forgotten
+    training.step(net)
+    return (_status("VmHWM") - before) / MIB
+
+
+def _status(key: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024

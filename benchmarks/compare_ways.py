@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import trust_peers
-from compare_works import Work
+from compare_works import LanguageModel, Work
 from compiled import thrifty
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
@@ -29,6 +29,10 @@ __all__ = ["WAYS", "Task", "Unfit", "Way", "plainly"]
 GAMMA = trust_peers.GAMMA
 MATMULS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
 MATMULS |= {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+CHANGES = "a block of a container changes the shape"
+UNKNOWN = "what a checkpoint per block takes is not known"
 
 
 class Unfit(Exception):
@@ -44,12 +48,14 @@ class Task:
         model: its model.
         inputs: those of a training step.
         room: bytes of a whole step with a checkpoint around each block, parameters and gradients included; None where that is not known.
+        static: how many of these are there before a step.
     """
 
     work: Work
     model: nn.Module
     inputs: tuple[Tensor, ...]
     room: int | None = None
+    static: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Way:
         stored: the same with activations stored by autograd; None where that is the original.
         package: the module to import; the way is left out where it is not installed.
         compiles: it goes through inductor.
+        planned: it is made for one batch, of which its bytes are no line.
     """
 
     name: str
@@ -71,6 +78,7 @@ class Way:
     stored: Callable[[Task], Callable[..., Any]] | None = None
     package: str = "torch"
     compiles: bool = False
+    planned: bool = False
 
     @property
     def installed(self) -> bool:
@@ -166,6 +174,24 @@ def selective(task: Task) -> nn.Module:
     return by_block(task, context_fn=partial(create_selective_checkpoint_contexts, _saves_matmuls))
 
 
+def chunked_head(task: Task) -> nn.Module:
+    """With torch's own chunks of a linear layer and its cross entropy, of torch 2.14."""
+    net = by_block(task)
+    if not isinstance(net, LanguageModel):
+        raise Unfit("the model does not end in a loss of its own that could be put in its place")
+    net.head = partial(nn.functional.linear_cross_entropy, options=nn.LinearCrossEntropyOptions())
+    return net
+
+
+def rockmate(task: Task) -> nn.Module:
+    """Within what a checkpoint per block takes at its peak."""
+    from rockmate import Rockmate
+
+    if task.room is None:
+        raise Unfit(UNKNOWN)
+    return Rockmate(copied(task.model), task.inputs, task.room - task.static)
+
+
 def inductor(task: Task, budget: float | None = None) -> Callable[..., Any]:
     return torch.compile(task.model, backend="inductor" if budget is None else thrifty(budget), dynamic=False)
 
@@ -178,13 +204,15 @@ def ours(task: Task, **options: Any) -> nn.Module:
 
 
 def named(task: Task, **options: Any) -> nn.Module:
+    if not task.work.stays:
+        raise Unfit(CHANGES)
     return ours(task, regions=list(task.work.lists), **options)
 
 
 def within(task: Task, **options: Any) -> nn.Module:
     """In as much as a checkpoint around each block takes."""
     if task.room is None:
-        raise Unfit("what a checkpoint per block takes is not known")
+        raise Unfit(UNKNOWN)
     plan = mnet_fx.plan(task.model, task.inputs, memory=task.room, loss=task.work.loss, gamma=GAMMA)
     return mnet_fx.momentumize(task.model, **plan.options)
 
@@ -242,7 +270,7 @@ def plainly(network: str, task: Task) -> nn.Module:
     if network == "momentum" and task.work.nested:
         raise Unfit("there are residual adds around the chains")
     if network == "momentum of blocks" and not task.work.stays:
-        raise Unfit("the first block of a container changes the shape")
+        raise Unfit(CHANGES)
 
     def joined(layers: Sequence[nn.Module]) -> nn.Module:
         steps = functions(task.work, layers) if network == "momentum" else [_difference(block) for block in layers]
@@ -265,6 +293,8 @@ WAYS = {
         Way("checkpoint per function", "original", by_branch),
         Way("checkpoint_sequential", "original", in_segments),
         Way("selective checkpoint", "original", selective),
+        Way("checkpoint per block, chunked head", "original", chunked_head),
+        Way("rockmate", "original", rockmate, package="rockmate", planned=True),
         Way("inductor", "original", inductor, compiles=True),
         Way("inductor, budget 0.5", "original", partial(inductor, budget=0.5), compiles=True),
         Way("inductor, budget 0.1", "original", partial(inductor, budget=0.1), compiles=True),
@@ -275,7 +305,7 @@ WAYS = {
         Way("mnet_fx", "momentum", ours, partial(ours, **STORED)),
         Way("mnet_fx, named", "momentum of blocks", named, partial(named, **STORED)),
         Way("mnet_fx, rest='checkpoint'", "momentum", partial(ours, rest="checkpoint"), partial(ours, **STORED)),
-        Way("mnet_fx, memory=", "momentum", within, partial(ours, **STORED)),
+        Way("mnet_fx, memory=", "momentum", within, partial(ours, **STORED), planned=True),
         Way("mnet_fx over inductor", "momentum", partial(ours, inner="inductor"), partial(ours, inner="inductor", **STORED), compiles=True),
     )
 }

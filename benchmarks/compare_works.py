@@ -13,7 +13,7 @@ from diffusion import DiffusionUNet
 from models import MLP, Decoder, Encoder
 from torch import Tensor, nn
 
-__all__ = ["SMALL", "WORKS", "Work"]
+__all__ = ["SMALL", "WORKS", "LanguageModel", "Work"]
 
 
 def total(output: Any) -> Tensor:
@@ -61,15 +61,19 @@ class Work:
     stays: bool = True
 
 
+def head_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(nn.functional.linear(hidden, weight), target)
+
+
 class LanguageModel(nn.Module):
     """ids (batch, context + 1) -> the mean cross entropy of each next one."""
 
     def __init__(self, layers: int, d: int, context: int, vocabulary: int) -> None:
         super().__init__()
-        self.decoder = Decoder(layers, d, 6, context, vocabulary)
+        self.decoder, self.head = Decoder(layers, d, 6, context, vocabulary), head_loss
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.decoder(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        return self.head(self.decoder.hidden(ids[:, :-1]).flatten(0, 1), self.decoder.tokens.weight, ids[:, 1:].flatten())
 
 
 def mlp(depth: int, batch: int, width: int, hidden: int) -> Work:
@@ -83,7 +87,7 @@ def encoder(layers: int, d: int = 256, tokens: int = 256, batch: int = 8) -> Wor
 
 
 def gpt2(layers: int, d: int, tokens: int, vocabulary: int, batch: int) -> Work:
-    made = (lambda: GPT2(layers, d, tokens, vocabulary)), (lambda n: (torch.randint(vocabulary, (n, tokens)),))
+    made = (lambda: GPT2(layers, d, tokens, vocabulary, 0.0)), (lambda n: (torch.randint(vocabulary, (n, tokens)),))
     return Work(f"GPT-2, {layers} layers, d {d}", *made, batch, as_it_is, ("lm.transformer.h",), ("attn", "mlp"), chain=False)
 
 
@@ -151,7 +155,7 @@ SMALL = _named(
     gpt2(2, 96, 32, 200, batch=2),
     language_model(2, 96, 32, 200, batch=2),
     vision(32, 2, batch=2),
-    resnet(50, 32, batch=2),
+    resnet(50, 64, batch=2),
     translator(2, 32, 8, batch=2),
     diffusion(2, 16, batch=2),
     wavenet(16, 1, 200, batch=2),

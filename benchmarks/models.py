@@ -57,9 +57,12 @@ class Decoder(nn.Module):
         self.encoder, self.norm = Encoder(layers, d, heads, causal=True), nn.LayerNorm(d)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head is given: (batch, tokens, d)."""
+        return self.norm(self.encoder(self.tokens(ids) + self.places.weight[: ids.shape[1]]))
+
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
-        return nn.functional.linear(self.norm(self.encoder(x)), self.tokens.weight)
+        return nn.functional.linear(self.hidden(ids), self.tokens.weight)
 
 
 class Skip(nn.Module):

@@ -5,10 +5,13 @@ import os
 from dataclasses import replace
 
 import compare
+import compare_targets
 import pytest
 import torch
 from compare_measuring import Options, measured
-from compare_tables import by_work, long
+from compare_picture import draw
+from compare_tables import by_work, largest, long
+from compare_targets import BLOCKS, COLUMNS, Target, reached
 from compare_ways import WAYS, Way
 from compare_works import SMALL, mlp
 from tables import ROOT
@@ -25,11 +28,13 @@ def nothing(*said):
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row["way"]: {"work": "tiny", **row} for row in measured(WORK, EAGER, OPTIONS, nothing)}
+    found = {row["way"]: {"work": "tiny", **row} for row in measured(WORK, EAGER, OPTIONS, nothing)}
+    assert set(found) == {way.name for way in EAGER}
+    assert {name for name, row in found.items() if "unfit" in row} == {"checkpoint per block, chunked head"}
+    return {name: row for name, row in found.items() if "unfit" not in row}
 
 
 def test_every_way_of_a_tiny_work_is_measured_and_right(rows):
-    assert list(rows) == [way.name for way in EAGER]
     assert {name: row["gradient"]["result"] for name, row in rows.items()} == dict.fromkeys(rows, "right")
     assert rows["mnet_fx"]["kept"] < rows["checkpoint per block"]["kept"] < rows["plain"]["kept"]
     assert rows["plain"]["ratio"] == rows["plain"]["low"] == rows["plain"]["high"] == 1.0
@@ -38,13 +43,56 @@ def test_every_way_of_a_tiny_work_is_measured_and_right(rows):
 
 def test_tables_show_what_was_measured(rows):
     lost = {"work": "tiny", "way": "inductor", "error": "the process ended with code 9"}
-    text = long([*rows.values(), lost], ["tiny"])
+    text = long([*rows.values(), lost], ["tiny"], 4.0)
     assert all(f"| {name} " in text for name in rows)
     assert "- inductor: the process ended with code 9 (tiny)" in text
     (line,), columns = by_work([*rows.values(), lost], ["tiny"])
     assert line["plain"].endswith(" / 1.00")
     assert line["inductor"] == "error"
     assert list(columns) == ["work", *(way for way in WAYS if way in {*rows, "inductor"})]
+
+
+def test_the_largest_batch_lies_on_the_line_through_two(rows):
+    row = {"peak": 30.0, "static": 10.0, "batch": 8, "half": {"batch": 4, "total": 24.0}}  # 8 MiB and 4 for each
+    assert [largest(row, mib / 1024) for mib in (40, 43, 44, 4)] == [8, 8, 9, 0]
+    assert largest(rows["plain"], 1.0) < largest(rows["mnet_fx"], 1.0)
+    assert largest(rows["mnet_fx, memory="], 1.0) is None
+
+
+def test_targets_are_met_or_not():
+    target = Target("tiny", "mnet_fx", "peak", 0.75, (BLOCKS,))
+    rows = {("tiny", BLOCKS): {"peak": 40.0, "ratio": 1.2}}
+    assert target.line(rows)["met"] == "not measured"
+    assert [target.line(rows | {("tiny", "mnet_fx"): {"peak": peak}})["met"] for peak in (30.0, 30.1)] == ["yes", "no"]
+    below = replace(target, most=1.0, below=True)
+    assert [below.line(rows | {("tiny", "mnet_fx"): {"peak": peak}})["met"] for peak in (39.9, 40.0)] == ["yes", "no"]
+    alone = replace(target, most=41, others=())
+    assert [alone.line({("tiny", "mnet_fx"): {"peak": peak}})["met"] for peak in (41.02, 41.6)] == ["yes", "no"]
+
+
+def test_targets_are_of_works_and_ways_that_there_are():
+    lines, columns = reached({})
+    assert columns == COLUMNS
+    assert {line["met"] for line in lines[:17]} == {"not measured"}
+    for target in compare_targets.TARGETS:
+        assert target.work in compare.WORKS
+        assert {target.way, *target.others} <= set(WAYS)
+
+
+def test_the_picture_has_a_field_for_each_work(rows, tmp_path):
+    assert draw({(row["work"], row["way"]): row for row in rows.values()}, tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert all(f">{word}<" in text for word in ("tiny", "mnet_fx", "checkpoint", "momentumnet"))
+    assert not draw({}, tmp_path / "none.svg")
+
+
+def test_a_fresh_process_tells_its_resident_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    work = "encoder, 3 layers, d 64"
+    results = compare.Results(tmp_path / "rows.jsonl")
+    results.add({"work": work, "way": "plain", "peak": 1.0})
+    compare.add_resident(True, {work: ["plain"]}, 1, results)
+    assert 0 < compare.Results(tmp_path / "rows.jsonl").rows[work, "plain"]["rss"] < 300
 
 
 class Biased(torch.autograd.Function):
