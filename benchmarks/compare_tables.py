@@ -46,8 +46,8 @@ def _brief(row: Row | None) -> str:
         return ""
     if "error" in row:
         return "error"
-    wrong = "" if row["gradient"]["result"] == "right" else ", **wrong**"
-    return f"{size(row['peak'])} / {row['ratio']:.2f}{wrong}"
+    result = row["gradient"]["result"]
+    return f"{size(row['peak'])} / {row['ratio']:.2f}" + ("" if result == "right" else f", **{result}**")
 
 
 def size(mib: float) -> str:
