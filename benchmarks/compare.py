@@ -37,6 +37,7 @@ from datetime import date
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from compare_measuring import BLOCKS, MIB, Options, Row, failure, measured, resident
@@ -50,6 +51,7 @@ from tqdm import tqdm
 
 LINES = ROOT / "results" / "compare.jsonl"
 QUICK = 3  # works
+STARTING = 600.0  # seconds that a process may take to import what it needs, and for the gradients in float64
 Target = Callable[[Connection, str, list[str], Options], None]
 
 
@@ -103,33 +105,41 @@ def child(is_small: bool, pipe: Connection, name: str, ways: list[str], options:
 
 
 def rows_of(target: Target, name: str, ways: list[str], options: Options, tick: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of one work, from a process of its own; a way that ends the process has a row that says so, and the others go on."""
+    """The rows of one work, from a process of its own; a way that ends it or takes too long has a row that says so; the others go on."""
     processes = multiprocessing.get_context("spawn")
     while True:
         ours, theirs = processes.Pipe(duplex=False)
         process = processes.Process(target=target, args=(theirs, name, ways, options), daemon=True)
         process.start()
         theirs.close()
-        doing = None
+        doing, limit = None, STARTING
         try:
-            while (said := ours.recv())[0] != "end":
+            while (said := _heard(ours, limit))[0] != "end":
+                limit = options.limit
                 if said[0] == "row":
                     yield said[1]
                 else:
                     doing = said[1] if said[0] == "doing" else doing
                     tick(said[0])
             return
-        except EOFError:
-            process.join()
-            text = f"the process ended with code {process.exitcode}"
-            if doing in (None, "plain"):
-                yield from ({"way": way, "error": text} for way in ways)
-                return
-            yield {"way": doing, "error": text}
-            ways = [way for way in ways if way != doing]
+        except (EOFError, TimeoutError) as error:
+            process.join(1.0)  # after which it has an exit code, if it ended
+            text = str(error) or f"the process ended with code {process.exitcode}"
         finally:
             process.kill()
             process.join()
+        if doing in (None, "plain"):
+            yield from ({"way": way, "error": text} for way in ways)
+            return
+        yield {"way": doing, "error": text}
+        ways = [way for way in ways if way != doing]
+
+
+def _heard(pipe: Connection, limit: float) -> Any:
+    """What comes next. Raises EOFError or TimeoutError."""
+    if not pipe.poll(limit):
+        raise TimeoutError(f"not done in {limit:g} s")
+    return pipe.recv()
 
 
 def sweep(target: Target, asked: dict[str, list[str]], options: Options, results: Results) -> None:
@@ -179,6 +189,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="WAY", help=f"of {', '.join(map(repr, WAYS))}")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds for a way to be ready, compiled and measured once")
     parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled, two rounds; writes nothing")
     parser.add_argument("--small", action="store_true", help="small works of each kind; writes results/compare_small.jsonl")
     parser.add_argument("--again", action="store_true", help="also what has a row")
@@ -197,7 +208,7 @@ def main() -> None:
     if not options.targets:
         asked = chosen(works, options)
         lacking = {name: [way for way in ways if options.again or not results.has(name, way)] for name, ways in asked.items()}
-        measuring = Options(2 if options.quick else options.rounds, options.threads, batches=not options.quick)
+        measuring = Options(2 if options.quick else options.rounds, options.threads, not options.quick, options.limit)
         sweep(partial(child, works is not WORKS), {name: ways for name, ways in lacking.items() if ways}, measuring, results)
         if options.rss:
             add_resident(works is not WORKS, asked, options.threads, results)

@@ -37,11 +37,13 @@ class Options:
         rounds: timed steps of each way.
         threads: of torch.
         batches: also the bytes of half the batch, but of what is compiled.
+        limit: seconds between two signs of life, after which the process is given up.
     """
 
     rounds: int = 5
     threads: int = 2
     batches: bool = True
+    limit: float = 1200.0
 
 
 class Training:

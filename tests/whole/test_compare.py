@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import compare
@@ -138,29 +139,32 @@ def test_a_way_that_cannot_be_built_has_a_row_that_says_why():
 
 
 def ends(pipe, name, ways, options):
-    """Stands in for a process of its own, in which the way "memcnn" crashes."""
+    """Stands in for a process of its own, in which the way "memcnn" crashes, and "revlib" takes long."""
     for way in ways:
         pipe.send(("doing", way))
         if way == "memcnn":
             os._exit(11)
+        if way == "revlib":
+            time.sleep(100)
         pipe.send(("done", None))
     for way in ways:
         pipe.send(("row", {"way": way, "peak": 1.0}))
     pipe.send(("end", None))
 
 
-def test_a_process_that_ends_costs_one_way(tmp_path):
+def test_a_process_that_ends_or_takes_long_costs_one_way(tmp_path):
     results = compare.Results(tmp_path / "rows.jsonl")
-    compare.sweep(ends, {"tiny": ["memcnn", "mnet_fx"]}, OPTIONS, results)
+    compare.sweep(ends, {"tiny": ["memcnn", "mnet_fx", "revlib"]}, replace(OPTIONS, limit=2.0), results)
     kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["way"], row.get("peak"), row.get("error")) for row in kept] == [
         ("memcnn", None, "the process ended with code 11"),
+        ("revlib", None, "not done in 2 s"),
         ("mnet_fx", 1.0, None),
     ]
     again = compare.Results(tmp_path / "rows.jsonl")
     assert again.has("tiny", "mnet_fx")
     assert not again.has("tiny", "plain")
-    again.add(kept[1] | {"torch": "1.0"})
+    again.add(kept[2] | {"torch": "1.0"})
     assert not compare.Results(tmp_path / "rows.jsonl").has("tiny", "mnet_fx")
 
 
