@@ -190,7 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for a way to be ready, compiled and measured once")
-    parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled, two rounds; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="three small works, nothing compiled, one thread, two rounds; writes nothing")
     parser.add_argument("--small", action="store_true", help="small works of each kind; writes results/compare_small.jsonl")
     parser.add_argument("--again", action="store_true", help="also what has a row")
     parser.add_argument("--rss", action="store_true", help="then the peak resident size, in a fresh process for each row that lacks it")
@@ -202,13 +202,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    if options.quick:
+        options.threads, options.rounds = 1, 2  # small operations gain nothing from a second
     torch.set_num_threads(options.threads)
     works = SMALL if options.small else dict(list(SMALL.items())[:QUICK]) if options.quick else WORKS
     results = Results(None if options.quick else LINES.with_name("compare_small.jsonl") if options.small else LINES)
     if not options.targets:
         asked = chosen(works, options)
         lacking = {name: [way for way in ways if options.again or not results.has(name, way)] for name, ways in asked.items()}
-        measuring = Options(2 if options.quick else options.rounds, options.threads, not options.quick, options.limit)
+        measuring = Options(options.rounds, options.threads, not options.quick, options.limit)
         sweep(partial(child, works is not WORKS), {name: ways for name, ways in lacking.items() if ways}, measuring, results)
         if options.rss:
             add_resident(works is not WORKS, asked, options.threads, results)

@@ -46,7 +46,7 @@ def draw(rows: dict[tuple[str, str], Row], path: Path) -> bool:
     for field in fields.flat[len(found) :]:
         field.set_visible(False)
     handles = {label: handle for field in fields.flat for handle, label in zip(*field.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=6, frameon=False)
     figure.supxlabel("time of a step / plain")
     figure.supylabel("peak MiB of a step")
     figure.savefig(path, metadata={"Date": None})
@@ -61,5 +61,8 @@ def _field(field: Any, work: str, rows: list[Row]) -> None:
         is_right = row["gradient"]["result"] == "right"
         field.plot(row["ratio"], row["peak"], mark, color=colour, fillstyle="full" if is_right else "none", label=family)
     field.set_yscale("log")
+    field.yaxis.set_major_formatter("{x:g}")
+    field.yaxis.set_minor_formatter("{x:g}")
+    field.tick_params(which="both", labelsize=7)
     field.set_title(work, fontsize=9)
     field.spines[["top", "right"]].set_visible(False)
