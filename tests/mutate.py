@@ -52,6 +52,9 @@ TESTS = {
     "mnet_fx/captured/forward.py": CAPTURED,
     "mnet_fx/captured/configured.py": [*CAPTURED, "tests/captured/test_logging.py"],
     "mnet_fx/compiled/head.py": ["tests/captured/test_heads.py"],
+    "mnet_fx/compiled/within.py": ["tests/compiled/test_within.py"],
+    "mnet_fx/compiled/region.py": ["tests/compiled/test_within.py"],
+    "passes/rewriting/costs.py": ["tests/compiled/test_within.py"],
     "passes/rewriting/heads.py": ["tests/captured/test_heads.py", "tests/passes/test_segments.py"],
     "mnet_fx/captured/capturing.py": CAPTURED,
     "mnet_fx/captured/network.py": CAPTURED,
@@ -77,6 +80,17 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/rewriting/heads.py", "if len(dtypes) <= 2 else None", "if True else None"),
     ("passes/rewriting/heads.py", "        if head.shared:\n", "        if False:\n"),
     ("mnet_fx/compiled/head.py", "        if self.stored:\n", "        if False:\n"),
+    # Chains within steps.
+    ("mnet_fx/compiled/within.py", "    if not peaks[best] < _WORTH * peaks[0]:\n", "    if True:\n"),
+    ("mnet_fx/compiled/within.py", "sum(states[name] for name in reversible) + ", ""),
+    ("mnet_fx/compiled/within.py", "return count * storage", "return 0 * storage"),
+    ("mnet_fx/compiled/region.py", '        if code.region.backward == "stored":\n', "        if code.region.within:\n"),
+    ("passes/rewriting/costs.py", "[named[name] for name in step.nodes if name not in hidden]", "[named[name] for name in step.nodes]"),
+    (
+        "passes/rewriting/costs.py",
+        "hint(count) if isinstance(count, torch.SymInt) else count",
+        "None if isinstance(count, torch.SymInt) else count",
+    ),
     # Models that log.
     ("mnet_fx/captured/configured.py", "        root.debug_locals += tx.debug_locals[logged:]\n", ""),
     ("mnet_fx/captured/configured.py", "        del tx.debug_locals[logged:]\n", "        pass\n"),
