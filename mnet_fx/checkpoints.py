@@ -45,7 +45,7 @@ def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **
         regions: paths of containers, or None.
         more: further options.
     """
-    without = () if regions is None else ("granularity", "min_steps", "rest", "keep")  # these have no meaning then
+    without = () if regions is None else ("granularity", "min_steps", "keep")  # these have no meaning then
     options = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
     net.__dict__[OPTIONS] = options | {"regions": None if regions is None else list(regions)} | more
     _hook(net)

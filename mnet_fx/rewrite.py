@@ -28,6 +28,7 @@ from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
 from .named.layers import name_region, paths_of
 from .named.marks import marked_containers
+from .named.rest import run_rest_again
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
 from .settings import Settings
@@ -71,7 +72,8 @@ def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions:
         _check_velocity(net)
     if paths is not None:
         named = [name_region(net, path, settings, found=found) for path in paths]
-        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net)))
+        again = run_rest_again(net, named, settings) if settings.rest == "checkpoint" else ()
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net), again=again))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))
@@ -101,10 +103,9 @@ def _check_capture(model: nn.Module, settings: Settings, regions: Sequence[str] 
     """
     if regions is None and not isinstance(model, fx.GraphModule):
         return
-    if settings.rest == "checkpoint":
+    if settings.rest == "checkpoint" and regions is None:
         raise SettingsError(
-            "rest='checkpoint' needs a capture, which regions=[...] and GraphModules go without: leave regions out, or put "
-            "torch.utils.checkpoint around what lies outside of the chains"
+            "rest='checkpoint' needs a capture, or regions=[...], which a GraphModule goes without: give the model it was made from"
         )
     if settings.keep:
         raise SettingsError("keep needs a capture, which regions=[...] and GraphModules go without: leave regions or keep out")

@@ -18,6 +18,7 @@ from ..arguments import Call
 from ..arithmetic.cost import state_bytes, step_bits
 from ..arithmetic.formats import Format
 from ..errors import MnetError, SettingsError
+from ..runtime.sides import tensors_of
 from ..runtime.steps import watched
 from ..runtime.tape import ReversingTape, StoringTape, Tape
 from .counting import Count, Tag
@@ -193,23 +194,13 @@ def default_loss(output: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    parts = [t.sum() for t in _leaves(output) if t.is_floating_point() and t.requires_grad]
+    parts = [t.sum() for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
     if not parts:
         raise SettingsError(
             "no floating tensor of the model's output has a gradient: give loss, a function (output) -> scalar tensor; where no "
             "parameter and no input requires gradients, there is no training step to estimate"
         )
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-
-def _leaves(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, dict):  # also those of Hugging Face, which torch knows under no fixed name
-        output = list(output.values())
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, dict):
-            yield from _leaves(leaf)
 
 
 def _checked(value: Any, loss: Callable[[Any], Tensor]) -> Tensor:

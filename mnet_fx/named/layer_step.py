@@ -14,7 +14,27 @@ from torch.utils import _pytree as pytree
 
 from ..errors import StreamError
 
-__all__ = ["LayerCall", "LayerStep"]
+__all__ = ["LayerCall", "LayerStep", "OwnForward"]
+
+
+class OwnForward:
+    """What stands in the place of a module's `forward`.
+
+    Args:
+        owner: the module.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    @property
+    def original(self) -> Any:
+        return type(self.owner).forward.__get__(self.owner)
+
+    def release(self) -> nn.Module | None:
+        """Makes the module what it was before; returns the module for v[0], if the model had none before."""
+        del self.owner.forward
+        return None
 
 
 class LayerCall:

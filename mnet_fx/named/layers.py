@@ -27,7 +27,7 @@ from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import Chain
 from ..settings import Settings
-from .layer_step import LayerCall, LayerStep
+from .layer_step import LayerCall, LayerStep, OwnForward
 
 __all__ = ["NamedLayer", "NamedRegion", "layers_of", "name_region", "paths_of"]
 
@@ -183,7 +183,7 @@ class NamedRegion:
         return chain
 
 
-class NamedLayer:
+class NamedLayer(OwnForward):
     """The `forward` of a layer in a named region.
 
     Args:
@@ -192,19 +192,15 @@ class NamedLayer:
     """
 
     def __init__(self, owner: nn.Module, region: NamedRegion) -> None:
-        self.owner, self.region = owner, region
+        super().__init__(owner)
+        self.region = region
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.region.step(self.owner, self.original, args, kwargs)
 
-    @property
-    def original(self) -> Any:
-        return type(self.owner).forward.__get__(self.owner)
-
     def release(self) -> nn.Module | None:
-        """Makes the layer what it was before; returns the module for v[0], which the model had not."""
-        del self.owner.forward
+        super().release()
         return self.region.velocity[0]
 
 

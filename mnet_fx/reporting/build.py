@@ -112,7 +112,9 @@ def _with_state(stretch: Stretch, shares: dict[str, list[int | None]], rest: str
     return replace(stretch, kept=share if share is not None and stretch.saved is not None else None)
 
 
-def named_report(containers: Sequence[Named], settings: Settings, dtype: torch.dtype, before: Report | None = None) -> Report:
+def named_report(
+    containers: Sequence[Named], settings: Settings, dtype: torch.dtype, before: Report | None = None, again: tuple[str, ...] = ()
+) -> Report:
     """The report on named containers.
 
     Args:
@@ -120,6 +122,7 @@ def named_report(containers: Sequence[Named], settings: Settings, dtype: torch.d
         settings: the recurrence.
         dtype: of the stream.
         before: the report on others, which are counted too.
+        again: paths of the modules that run again in the backward pass.
     """
     start = 0 if before is None else len(before.regions)
     rows = [
@@ -133,7 +136,7 @@ def named_report(containers: Sequence[Named], settings: Settings, dtype: torch.d
     adds = [AddReport("", region.path, region.name, t, stretch=i) for i, (region, t) in enumerate(steps)]
     stretches = tuple(Stretch(region.path, region.name, t, 1, ("",), None, None, (i - 1,)) for i, (region, t) in enumerate(steps))
     layers = sum(found.steps for found in rows)
-    return Report(layers, layers, tuple(rows), (), tuple(captured), None, tuple(adds), stretches)
+    return Report(layers, layers, tuple(rows), (), tuple(captured), None, tuple(adds), stretches, settings.rest, again=again)
 
 
 def note_transform(net: nn.Module, containers: Sequence[Named], settings: Settings) -> None:

@@ -32,6 +32,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         "kept_outside_bytes": findings.kept_outside,
         "rest": findings.rest,
         "heads": list(findings.heads),
+        "again": list(findings.again),
         "regions": [_region(region) for region in findings.regions],
         "adds": [_add(i, add) for i, add in enumerate(findings.adds)],
         "refusals": [asdict(refusal) for refusal in findings.refusals],

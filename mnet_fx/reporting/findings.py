@@ -132,6 +132,7 @@ class Findings:
             original model (`saved`), and what is kept after the rewrite (`kept`: of a step, its share of the state of its region).
         rest: what becomes of what lies outside of chains, the option of that name.
         heads: paths of the linear layers whose cross entropy is computed in chunks of tokens, under rest="checkpoint".
+        again: of named regions, paths of the modules outside of the chains that run again in the backward pass, under rest="checkpoint".
     """
 
     residual_adds: int
@@ -144,6 +145,7 @@ class Findings:
     stretches: tuple[Stretch, ...] = field(default_factory=tuple)
     rest: str = "store"
     heads: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
     @property
     def saved(self) -> int | None:

@@ -141,13 +141,24 @@ def text(findings: Findings) -> str:
 def _outside(findings: Findings) -> list[str]:
     """About what lies outside of chains; with what to do where that is most of what is kept."""
     if findings.rest == "checkpoint" and findings.regions:
-        said = ["Outside of chains, segments run again in the backward pass (rest='checkpoint'); mnet_fx.estimate says what is kept."]
+        said = [f"Outside of chains, {_again(findings)} (rest='checkpoint'); mnet_fx.estimate says what is kept."]
         return said + [f"The logits of {head} and their cross entropy are computed in chunks of tokens." for head in findings.heads]
     if not findings.kept_outside:
         return []
     pays = findings.kept is not None and findings.kept_outside > findings.kept / 2 and bool(findings.regions)
     more = " That is most of what is kept: rest='checkpoint' runs it again instead." if pays else ""
     return [f"Outside of chains, autograd keeps {findings.kept_outside:,} bytes for the backward pass (inputs as at the capture).{more}"]
+
+
+def _again(findings: Findings) -> str:
+    """What runs again in the backward pass: modules of a model with named regions, where there are any; else segments of its graph."""
+    if all(part.front_end != "named" for part in findings.captured):
+        return "segments run again in the backward pass"
+    paths, more = findings.again[:6], len(findings.again) - 6
+    if not paths:
+        return "no module saves much more than its input, so none runs again in the backward pass"
+    listed = ", ".join(paths) + (f" and {more} more" if more > 0 else "")
+    return f"{len(findings.again)} module(s) run again in the backward pass, each by itself: {listed}"
 
 
 def _left(findings: Findings) -> list[Refusal]:

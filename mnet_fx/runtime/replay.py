@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.kernels.eager import is_freed
@@ -39,6 +38,7 @@ from .generators import generators, moved
 from .guise import is_ordinary, plain
 from .own_copies import OwnCopies, is_copyable
 from .proofs import Proofs
+from .sides import leaves, rebuilt
 from .surroundings import surrounded, surroundings, untuned
 from .turns import Turns
 
@@ -73,7 +73,7 @@ class Conditions:
     ) -> None:
         self.module, self.device = module, device
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
-        self.sides = _rebuilt(sides)
+        self.sides = rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
         self.tree = [("", module)] if stateless else list(_modules(module, "", set()))
@@ -93,7 +93,8 @@ class Conditions:
         self.layer = "" if self.own is None else self.path_of("")
         self.copies = self._own_copies()
         self.buffer_of: dict[str, str] = {}  # of those names in `copies` that are buffers
-        self.overwritten: set[str] = set()  # the names in `copies` whose originals had changed at the last look
+        self.written: set[str] = set()  # the names in `copies` whose originals the first run wrote to
+        self.overwritten: set[str] = set()  # those, and the others whose originals had changed at the last look
 
     def _own_copies(self) -> dict[str, Tensor]:
         """Copies of side inputs, which other steps of the chain share."""
@@ -158,7 +159,8 @@ class Conditions:
             return
         names, now = list(proven), _fingerprints(proven)
         if self.copies:
-            self.overwritten = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
+            changed = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
+            self.overwritten = changed | self.written
 
         learn, copied = None if self.own is None else self.own.lesson(self.layer, self.copies), set(self.copies)
 
@@ -179,7 +181,7 @@ class Conditions:
             own = {name: self.copies[name] for name in self.overwritten}
             swapped |= _copied(self.buffers | {self.buffer_of[name]: copy for name, copy in own.items() if name in self.buffer_of})
             named = self._sides() if own else {}
-            sides = _rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
+            sides = rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
             if not swapped:
                 return self.module.forward(x, *sides)
             with _reparametrize_module(self.module, swapped):  # without tie_weights: each of several names is in `swapped`
@@ -209,8 +211,12 @@ class Conditions:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
         return named | self._sides()
 
+    def versions(self) -> dict[str, Any]:
+        """How often each side input was written to, by name; None of what is not counted."""
+        return {name: _version(t) for name, t in self._sides().items()}
+
     def _sides(self) -> dict[str, Tensor]:
-        return {f"side input {i}": s for i, s in enumerate(_leaves(self.sides)) if isinstance(s, Tensor)}
+        return {f"side input {i}": s for i, s in enumerate(leaves(self.sides)) if isinstance(s, Tensor)}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -268,31 +274,6 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _without_history(t: Tensor) -> Tensor:
     """The tensor, or one that shares its memory and does not keep its graph alive."""
     return t if t.grad_fn is None else t.detach()
-
-
-def _rebuilt(side: Any, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
-    """A copy of a side input's lists and dictionaries, not of its tensors, so that a step's `append` does not reach the next run.
-
-    Args:
-        side: the side input.
-        given: by the id of a tensor, the one that takes its place.
-    """
-    kind = type(side)
-    if kind is tuple or kind is list:
-        return kind(_rebuilt(part, given) for part in side)
-    if kind is dict:
-        return {key: _rebuilt(value, given) for key, value in side.items()}
-    if kind in SUPPORTED_NODES or isinstance(side, tuple):
-        return tree_map(lambda leaf: given.get(id(leaf), leaf), side)
-    return given.get(id(side), side) if given else side
-
-
-def _leaves(side: Any) -> list[Any]:
-    """As `tree_leaves`, but quick."""
-    kind = type(side)
-    if kind is tuple or kind is list or kind is dict:
-        return [leaf for part in (side.values() if kind is dict else side) for leaf in _leaves(part)]
-    return tree_leaves(side) if kind in SUPPORTED_NODES or isinstance(side, tuple) else [side]
 
 
 def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

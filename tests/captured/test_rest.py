@@ -230,11 +230,9 @@ def test_frozen_parts_and_accumulation(model, x):
     assert same(found("store"), found("checkpoint"))
 
 
-@pytest.mark.parametrize("options", [{"regions": ["first"]}, {"graph": True}])
-def test_where_there_is_no_capture(model, options):
-    given = torch.fx.symbolic_trace(model) if options.pop("graph", False) else model
+def test_where_there_is_no_capture(model):
     with pytest.raises(SettingsError, match="needs a capture"):
-        momentumize(given, rest="checkpoint", **options)
+        momentumize(torch.fx.symbolic_trace(model), rest="checkpoint")
     with pytest.raises(SettingsError, match="rest must be one of"):
         momentumize(model, rest="keep")
 

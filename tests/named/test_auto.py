@@ -178,8 +178,6 @@ def test_a_first_layer_that_is_skipped_at_times_is_none():
 
 def test_options_that_it_forbids_or_passes_on():
     model = Model(layers=nn.ModuleList(blocks(3)))
-    with pytest.raises(mnet_fx.SettingsError, match="rest='checkpoint' needs a capture"):
-        mnet_fx.momentumize(model, regions="auto", rest="checkpoint")
     assert mnet_fx.report(model, regions="auto").regions[0].path == "layers"
     assert mnet_fx.estimate(model, torch.ones(2, 4), regions="auto").ways
     graph = mnet_fx.momentumize(torch.fx.symbolic_trace(model), regions="auto")

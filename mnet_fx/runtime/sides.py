@@ -1,0 +1,51 @@
+"""What a call is given and gives: any structure of tensors and other things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
+
+__all__ = ["leaves", "rebuilt", "tensors_of"]
+
+
+def rebuilt(side: Any, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """A copy of a side input's lists and dictionaries, not of its tensors, so that a step's `append` does not reach the next run.
+
+    Args:
+        side: the side input.
+        given: by the id of a tensor, the one that takes its place.
+    """
+    kind = type(side)
+    if kind is tuple or kind is list:
+        return kind(rebuilt(part, given) for part in side)
+    if kind is dict:
+        return {key: rebuilt(value, given) for key, value in side.items()}
+    if kind in SUPPORTED_NODES or isinstance(side, tuple):
+        return tree_map(lambda leaf: given.get(id(leaf), leaf), side)
+    return given.get(id(side), side) if given else side
+
+
+def leaves(side: Any) -> list[Any]:
+    """As `tree_leaves`, but quick."""
+    kind = type(side)
+    if kind is tuple or kind is list or kind is dict:
+        return [leaf for part in (side.values() if kind is dict else side) for leaf in leaves(part)]
+    return tree_leaves(side) if kind in SUPPORTED_NODES or isinstance(side, tuple) else [side]
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results: also in those of Hugging Face, which torch knows under no fixed name, and in dataclasses."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    elif is_dataclass(values) and not isinstance(values, type):
+        values = list(vars(values).values())
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, dict) or (is_dataclass(leaf) and not isinstance(leaf, type)):
+            yield from tensors_of(leaf)
