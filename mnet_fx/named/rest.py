@@ -116,13 +116,18 @@ def _outermost(path: str, module: nn.Module, taken: set[nn.Module]) -> Iterator[
 
 
 def _can_run_again(module: nn.Module, inside: set[nn.Module]) -> bool:
-    """Whether one call runs the module as one, and it is not a list of blocks, of which each is better run by itself."""
+    """Whether one call runs the module as one, and nothing in it is better run by itself, as each of a list of blocks, or not at all."""
     calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
-    return calls and not any(isinstance(m, _ALONE) or _is_list_of_blocks(m) for m in inside)
+    return calls and not any(isinstance(m, _ALONE) or _is_list_of_blocks(m) or _gives_logits(m) for m in inside)
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
     return isinstance(module, _LISTS) and sum(map(_is_block, module.children())) > 1
+
+
+def _gives_logits(module: nn.Module) -> bool:
+    """Whether it gives a number for each of many classes, to work out again which would take longer than all before it."""
+    return isinstance(module, nn.Linear) and module.out_features > 8 * module.in_features
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -137,4 +142,9 @@ def _saves(module: nn.Module) -> bool:
     if any(isinstance(m, nn.RNNBase) for m in module.modules()):
         return True
     working = [m for m in module.modules() if not isinstance(m, _PASSIVE) and (not m._modules or m._parameters)]
-    return len(working) > 1 or (working == [module] and not type(module).__module__.startswith("torch.nn."))
+    return len(working) > 1 or (working == [module] and not any(base.__module__.startswith("torch.nn.modules.") for base in _own(module)))
+
+
+def _own(module: nn.Module) -> list[type]:
+    """The classes of a module but for those of all modules."""
+    return [base for base in type(module).__mro__ if base not in nn.Module.__mro__]
