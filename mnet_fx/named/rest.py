@@ -30,7 +30,7 @@ __all__ = ["RestModule", "run_rest_again"]
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-_ALONE = (torch.jit.ScriptModule, OptimizedModule)  # whose forward is not ours to replace
+_ALONE = (torch.jit.ScriptModule, OptimizedModule, nn.parallel.DistributedDataParallel, nn.DataParallel)  # not ours to run again
 
 
 def run_rest_again(net: nn.Module, regions: list[NamedRegion], settings: Settings) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class RestModule(OwnForward):
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if not needs_grad or transformed() or exported() or len({t.device for t in parameters}) > 1:
             return self.original(*args, **kwargs)
-        x = next((t for t in tensors if t.device.type != "cpu"), tensors[0])
+        x = next((t for t in tensors if t.device.type != "cpu"), tensors[0]).detach()
         return run_whole(self.path, self.on_drift, _Call(self.owner, self.original, self.path), x, (args, kwargs), self.learnt)
 
 
@@ -103,7 +103,7 @@ class _Call(nn.Module):
 
 def _outermost(path: str, module: nn.Module, taken: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The modules to be run again, none of which holds one of `taken` or of another."""
-    if module in taken or isinstance(module, _ALONE):
+    if module in taken or _is_alone(module):
         return
     inside = set(module.modules())
     if path and inside.isdisjoint(taken) and _can_run_again(module, inside):
@@ -118,7 +118,13 @@ def _outermost(path: str, module: nn.Module, taken: set[nn.Module]) -> Iterator[
 def _can_run_again(module: nn.Module, inside: set[nn.Module]) -> bool:
     """Whether one call runs the module as one, and nothing in it is better run by itself, as each of a list of blocks, or not at all."""
     calls = type(module).forward is not nn.Module.forward and "forward" not in module.__dict__
-    return calls and not any(isinstance(m, _ALONE) or _is_list_of_blocks(m) or _gives_logits(m) for m in inside)
+    return calls and not any(_is_alone(m) or _is_list_of_blocks(m) or _gives_logits(m) for m in inside)
+
+
+def _is_alone(module: nn.Module) -> bool:
+    """Whether a rerun would not see what the first run saw: code that is not Python or not of the module, and embeddings that write to
+    their weight."""
+    return isinstance(module, _ALONE) or getattr(module, "max_norm", None) is not None
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:

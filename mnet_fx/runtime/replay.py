@@ -141,6 +141,18 @@ class Conditions:
                 if self.own is not None and self.own.wanted(self.layer, key):
                     self.copies[key], self.buffer_of[key] = copy, name
 
+    def forget_histories(self) -> None:
+        """After the first run: keeps side inputs apart from their graphs, which lead back here where they are overwritten."""
+        found = {name: t for name, t in self._sides().items() if t.grad_fn is not None}
+        twins = {name: t.detach().requires_grad_(self.requires_grad[name][1]) for name, t in found.items()}
+        apart = {id(t): twins[name] for name, t in found.items()}
+        self.sides = rebuilt(self.sides, apart)
+        self.requires_grad |= {name: (twin, twin.requires_grad) for name, twin in twins.items()}
+        if self.proven is not None:
+            self.proven |= twins
+        if self.own is not None:
+            self.own.copies.clear()  # by originals
+
     def look(self, proofs: Proofs, report: Callable[[str], None]) -> None:
         """Reports which parameter, buffer or side input no longer is what the first run saw, and cannot be made so.
 

@@ -125,6 +125,7 @@ class _Whole(_Segment):
         conditions, before = self.conditions, self.conditions.versions()
         outputs = super()._first()
         conditions.written = {name for name, version in conditions.versions().items() if version != before[name]}
+        conditions.forget_histories()
         if self.own is not None:
             self.own.learnt.overwritten |= {(conditions.layer, name): True for name in conditions.written}
             if missing := sorted(conditions.written - conditions.copies.keys()):

@@ -1,9 +1,11 @@
 """`rest="checkpoint"` of named regions: modules outside of the chains run again in the backward pass, and nothing else changes."""
 
 import copy
+import gc
 import inspect
 import pickle
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,6 +301,21 @@ def overwritten_later(net, x):
 )
 def test_inputs_that_are_overwritten(way, body):
     assert_same(way, body)
+
+
+@pytest.mark.parametrize("body", [what_the_chain_gives_is_not_written_to, overwritten_later])
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind(body):
+    given = []
+
+    def way(part, x):
+        given.append(weakref.ref(x))
+        return part.work(torch.relu_(x)) if body is what_the_chain_gives_is_not_written_to else from_its_double(part, x)
+
+    net = both(Net(way, body), ["layers"])[1]
+    for _ in range(3):
+        net(points())
+    gc.collect()
+    assert [ref() for ref in given] == [None] * 3
 
 
 def test_only_what_is_overwritten_is_copied_from_the_second_step_on():
@@ -601,6 +618,7 @@ class Ways(nn.Module):
         self.own.forward = self.own.work
         self.scaled, self.positions = Scaled(), Positions(5, 6)
         self.words_of = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.Linear(6, 60))
+        self.bounded = nn.Sequential(nn.Embedding(5, 6, max_norm=0.1), nn.LayerNorm(6))
         self.holds = nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.ReLU()), nn.Linear(6, 6))
         self.compiled, self.script = torch.compile(Part(Part.work)), torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
 
