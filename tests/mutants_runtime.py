@@ -111,8 +111,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/segment.py", "conditions.written - conditions.copies.keys()", "set()"),
     ("mnet_fx/runtime/segment.py", "        self._prove(rerun, graded(list(tensors_of(outputs))))\n", ""),
     ("mnet_fx/runtime/segment.py", ", early_stop=False)", ")"),
-    ("mnet_fx/runtime/sides.py", "    elif is_dataclass(values) and not", "    elif False and not"),
-    ("mnet_fx/runtime/sides.py", "elif isinstance(leaf, dict) or (", "elif ("),
+    ("mnet_fx/runtime/sides.py", "    if is_dataclass(value) and not isinstance(value, type):", "    if False:"),
+    ("mnet_fx/runtime/sides.py", "    if isinstance(value, dict):", "    if False:"),
+    ("mnet_fx/runtime/sides.py", " and not any(leaf is other for other in around)", ""),
     (
         "mnet_fx/named/rest.py",
         "for region in regions for layer in region.layers for",

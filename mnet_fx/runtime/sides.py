@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -40,12 +40,23 @@ def leaves(side: Any) -> list[Any]:
 
 def tensors_of(values: Any) -> Iterator[Tensor]:
     """The tensors in arguments or results: also in those of Hugging Face, which torch knows under no fixed name, and in dataclasses."""
-    if isinstance(values, dict):
-        values = list(values.values())
-    elif is_dataclass(values) and not isinstance(values, type):
-        values = list(vars(values).values())
-    for leaf in tree_leaves(values):
+    return _tensors_of(values, [])
+
+
+def _tensors_of(values: Any, around: list[Any]) -> Iterator[Tensor]:
+    """The same within other values, which may come again in these."""
+    around = [*around, values]
+    for leaf in tree_leaves(_inside(values)):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif isinstance(leaf, dict) or (is_dataclass(leaf) and not isinstance(leaf, type)):
-            yield from tensors_of(leaf)
+        elif _inside(leaf) is not leaf and not any(leaf is other for other in around):
+            yield from _tensors_of(leaf, around)
+
+
+def _inside(value: Any) -> Any:
+    """What a dictionary or dataclass holds; any other value itself."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    return value

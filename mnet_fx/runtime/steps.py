@@ -121,7 +121,7 @@ def unwritten_saves(where: str) -> Iterator[None]:
         if any(t._version != version for t, version in saved):
             raise MnetError(
                 f"{where}: the step overwrites in place a value that its gradient needs (as y.mul_(2) does after y = x.exp()); torch's "
-                "own autograd refuses that too: use an out-of-place operation, or overwrite a clone"
+                "own autograd refuses that too, where it asks for that gradient: use an out-of-place operation, or overwrite a clone"
             )
 
 

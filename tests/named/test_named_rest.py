@@ -239,12 +239,15 @@ class Found:
 
     y: torch.Tensor
     more: dict[str, Any]
+    own: Any = None
 
 
 def given_much(part, x, scale, *, sides, names, none=None):
     y = part.work(x * scale + sides["more"][0])
     sides["seen"].append("part")
-    return Found(y, {"mean": y.mean(), "names": names, "none": none, "first": y[:, 0]})
+    found = Found(y, {"mean": y.mean(), "names": names, "none": none, "first": y[:, 0]})
+    found.own = [found]
+    return found
 
 
 def test_any_arguments_and_results():
