@@ -330,6 +330,7 @@ def test_only_what_is_overwritten_is_copied_from_the_second_step_on():
     assert wanted.pop("side input 0") is True
     assert not any(wanted.values())
     assert not any(net.stem.forward.learnt.overwritten.values())
+    assert mnet_fx.estimate(Net(into_its_input, body), points(), regions=["layers"], rest="checkpoint").momentum.kept_bytes > 0
 
 
 def test_an_input_that_is_overwritten_for_the_first_time_is_an_error():
@@ -612,7 +613,7 @@ class Ways(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(Residual() for _ in range(2))
-        self.words, self.act, self.none = nn.Embedding(5, 6), nn.Sequential(nn.ReLU(), nn.Dropout()), None
+        self.words, self.act, self.none = nn.Embedding(5, 6), nn.Sequential(nn.ReLU(), nn.Tanh()), None
         self.one, self.dropped = nn.Linear(6, 6), nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.Dropout())
         self.recurrent, self.attention = nn.LSTM(6, 6), nn.MultiheadAttention(6, 2)
         self.mlp = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
