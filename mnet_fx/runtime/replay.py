@@ -153,6 +153,12 @@ class Conditions:
         if self.own is not None:
             self.own.copies.clear()  # by originals
 
+    def suppose(self) -> None:
+        """After the first run on fake tensors, whose values nobody compares: copies what it wrote to, and proves no other side input."""
+        sides = self._sides()
+        self.copies = {name: sides[name].detach().clone().requires_grad_(self.requires_grad[name][1]) for name in self.written}
+        self.proven = {name: t for name, t in (self.proven or {}).items() if name not in sides or name in self.written}
+
     def look(self, proofs: Proofs, report: Callable[[str], None]) -> None:
         """Reports which parameter, buffer or side input no longer is what the first run saw, and cannot be made so.
 

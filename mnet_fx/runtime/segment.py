@@ -128,12 +128,13 @@ class _Whole(_Segment):
         conditions.forget_histories()
         if self.own is not None:
             self.own.learnt.overwritten |= {(conditions.layer, name): True for name in conditions.written}
-            if missing := sorted(conditions.written - conditions.copies.keys()):
-                raise StreamError(
-                    f"{self.place[0]} writes in place to {missing[0]} of its call, of which there is no copy to run it again with (none is "
-                    "made with on_drift='ignore', or of what earlier calls left as it was): give it a clone, use inplace=False, or "
-                    "rest='store'"
-                )
+        elif self.wanted:
+            conditions.suppose()
+        if missing := sorted(conditions.written - conditions.copies.keys()):
+            raise StreamError(
+                f"{self.place[0]} writes in place to {missing[0]} of its call, of which there is no copy to run it again with (none "
+                "is made with on_drift='ignore', or of what earlier calls left as it was): give it a clone, or use rest='store'"
+            )
         return outputs
 
     def _closed(self, rerun: bool, outputs: Any) -> Any:
