@@ -82,7 +82,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/compiled/head.py", "        if self.stored:\n", "        if False:\n"),
     # Chains within steps.
     ("mnet_fx/compiled/within.py", "    if not peaks[best] < _WORTH * peaks[0]:\n", "    if True:\n"),
-    ("mnet_fx/compiled/within.py", "sum(states[name] for name in reversible) + ", ""),
+    ("mnet_fx/compiled/within.py", "sum(self.states[name] for name in reversible) + ", ""),
     ("mnet_fx/compiled/within.py", "return count * storage", "return 0 * storage"),
     ("mnet_fx/compiled/region.py", '        if code.region.backward == "stored":\n', "        if code.region.within:\n"),
     ("passes/rewriting/costs.py", "[named[name] for name in step.nodes if name not in hidden]", "[named[name] for name in step.nodes]"),

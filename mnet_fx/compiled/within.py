@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import torch
 from torch import fx
@@ -32,15 +33,15 @@ def with_reversed(gm: fx.GraphModule, plan: Plan, settings: Settings) -> Plan:
         plan: its regions; those within others are stored.
         settings: the recurrence.
     """
-    outermost = [region.name for region in plan.regions if not region.within]
+    outermost = {region.name for region in plan.regions if not region.within}
     within = [region.name for region in plan.regions if region.within]
     if not within or settings.backward == "stored":
         return plan
-    alone = passes.saved_by_own(gm, plan, within)
-    weight = {name: sum(size or 0 for (owner, _), size in alone.items() if owner == name) for name in within}
-    states = {region.name: _state(gm, region, settings) for region in plan.regions}
-    within.sort(key=lambda name: weight[name], reverse=True)
-    peaks = [_peak(gm, plan, [*outermost, *within[:count]], states) for count in range(len(within) + 1)]
+    nest = _Nest(gm, plan, settings)
+    if None in nest.own.values():
+        return plan
+    within.sort(key=nest.whole, reverse=True)
+    peaks = [nest.peak(outermost | set(within[:count])) for count in range(len(within) + 1)]
     best = min(range(len(peaks)), key=lambda count: peaks[count])
     if not peaks[best] < _WORTH * peaks[0]:
         return plan
@@ -49,12 +50,45 @@ def with_reversed(gm: fx.GraphModule, plan: Plan, settings: Settings) -> Plan:
     return dataclasses.replace(plan, regions=tuple(regions))
 
 
-def _peak(gm: fx.GraphModule, plan: Plan, reversible: list[str], states: dict[str, float]) -> float:
-    """Bytes of all states, and of the largest step while its gradients are taken; inf where not known."""
-    own = passes.saved_by_own(gm, plan, reversible)
-    if None in own.values():
-        return math.inf
-    return sum(states[name] for name in reversible) + max(size or 0 for size in own.values())
+class _Nest:
+    """The bytes of steps that hold regions.
+
+    Attributes:
+        own: for each step, by the name of its region and its index, what autograd saves for it but for the regions within; None: not known.
+        places: the steps of each region, as they are named there.
+        inner: likewise the names of the regions right within it.
+        states: what a region keeps as a chain of its own; inf: not known.
+    """
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan, settings: Settings) -> None:
+        self.own = passes.saved_by_own(gm, plan, [region.name for region in plan.regions])
+        self.states = {region.name: _state(gm, region, settings) for region in plan.regions}
+        self.places = {region.name: [(region.name, t) for t in range(len(region.steps))] for region in plan.regions}
+        self.inner: dict[tuple[str, int], list[str]] = {place: [] for place in self.own}
+        parents = {region.within for region in plan.regions}
+        step_of = {
+            (region.name, node): t
+            for region in plan.regions
+            if region.name in parents
+            for t, s in enumerate(region.steps)
+            for node in s.nodes
+        }
+        for region in plan.regions:
+            if region.within:
+                self.inner[region.within, step_of[region.within, region.steps[0].nodes[0]]].append(region.name)
+
+    def whole(self, name: str, reversible: Collection[str] = ()) -> int:
+        """What autograd saves for all steps of a region at once."""
+        return sum(self._held(place, reversible) for place in self.places[name])
+
+    def _held(self, place: tuple[str, int], reversible: Collection[str]) -> int:
+        stored = (name for name in self.inner[place] if name not in reversible)
+        return (self.own[place] or 0) + sum(self.whole(name, reversible) for name in stored)
+
+    def peak(self, reversible: Collection[str]) -> float:
+        """Of the states of these regions, and the largest of their steps while its gradients are taken."""
+        steps = (self._held(place, reversible) for name in reversible for place in self.places[name])
+        return sum(self.states[name] for name in reversible) + max(steps, default=0)
 
 
 def _state(gm: fx.GraphModule, region: PlannedRegion, settings: Settings) -> float:
