@@ -77,21 +77,22 @@ SLOW = (  # single cases of tests that are else run always: what they show, othe
     "test_models[opt--]",
     "test_reversible_gradients_and_buffers_are_those_of_stored[swin_t]",
     "test_every_chain_is_rewritten_and_reversible_is_stored[bert]",
+    "test_bits_are_those_of_the_state_on_the_cpu[groups1]",
+    "test_no_fake_tensor_keeps_its_history[aot_eager]",
+    "test_kept_and_peak_bytes_of_an_encoder_do_not_grow_with_depth[0.1]",
 )
 
 
 LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests show of something smaller
-    "test_bits_are_those_of_the_state_on_the_cpu[groups1]",
     "test_bits_are_those_of_the_state_on_the_cpu[float32,bfloat16,float16,float64]",
     "test_a_chain_that_the_garbage_collector_finds_while_a_mailbox_is_taken",
-    "test_no_fake_tensor_keeps_its_history[aot_eager]",
-    "test_kept_and_peak_bytes_of_an_encoder_do_not_grow_with_depth[0.1]",
     "test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow[captured]",
     "test_training_leaves_no_more_objects_than_checkpoints_do_and_does_not_grow[torch.compile]",
     "test_the_callback_in_the_trainer_of_hugging_face[bert]",
     "test_all_but_the_compilers_run_on_tiny_models",
     "test_programs[rest]",
-    "test_programs[aot_eager]",
+    "test_programs[eager]",
+    "test_programs[graph]",
     "test_convolutions_within_three_percent",
     "test_the_optimizer_counts",
     "test_momentumize_plans_by_itself",
@@ -102,12 +103,19 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_small_gammas_cost_bytes_where_chains_are_long",
     "test_an_example_runs[nested_rings]",
     "test_an_example_runs[dynamics_1d]",
-    "test_memory_grows_by_what_is_kept_and_no_more[aot_eager]",
-    "test_finds_every_residual_add[efficientnet_b0]",
-    "test_reversible_gradients_and_buffers_are_those_of_stored[efficientnet_b0]",
-    "test_gamma_zero_gives_the_logits_of_the_original[swin_t]",
-    "test_the_given_model_is_left_as_it_was[efficientnet_b0]",
+    "test_memory_grows_by_what_is_kept_and_no_more[eager]",
     "test_other_shapes_and_modes_are_compiled_again[None]",
+    "test_other_shapes_and_modes_are_compiled_again[True]",
+    "test_the_callback_in_the_trainer_of_hugging_face[gpt2]",
+    "test_the_torchrun_example_of_the_documentation",
+    "test_every_chain_is_rewritten_and_reversible_is_stored[vit_b_16]",
+    "test_gamma_zero_is_the_inner_compiler_alone[vit_b_16]",
+    "test_it_is_the_network_of_momentumize[vit_b_16]",
+    "test_it_keeps_less",
+    "test_bits_are_those_of_the_state_on_the_cpu[drawn]",
+    "test_blocks_run[docs/tutorial-fine-tune.md]",
+    "test_blocks_run[docs/fine-tuning.md]",
+    "test_blocks_run[docs/training-stacks.md]",
     "test_sizes_that_depend_on_values[inductor-RoutesOnce-2]",
     "test_encoder_and_decoder_with_the_gradients_of_the_memory[{'norm_first': True}]",
     "test_bfloat16_and_sizes_that_vary",
@@ -115,19 +123,22 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
 )
 
 
-def _is_long(item):
-    """Of the three forms of what people do every day, that which puts bits aside does what that without them does, and more."""
-    form = item.callspec.params.get("gamma") if item.path.stem == "test_everyday" and hasattr(item, "callspec") else None
-    return item.name in LONG or form in ("reverse", "inputs")
+def _marker(item):
+    """How long a test takes for what it shows beside others; None: run always."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    everyday = item.path.stem == "test_everyday"  # the form that spills does what the other two do
+    if item.name in SLOW or (everyday and "reverse" in values):
+        return "slow"
+    families = item.path.stem == "test_families" and {"swin_t", "efficientnet_b0"} & {v for v in values if isinstance(v, str)}
+    others = any(isinstance(v, str) and v == "aot_eager" for v in values) or (everyday and "inputs" in values)
+    return "long" if item.name in LONG or families or others else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The tests of one thing at a time are marked quick; see CONTRIBUTING.md."""
     for item in items:
-        if item.name in SLOW:
-            item.add_marker(pytest.mark.slow)
-        elif _is_long(item):
-            item.add_marker(pytest.mark.long)
+        if (marker := _marker(item)) is not None:
+            item.add_marker(getattr(pytest.mark, marker))
         if item.path.stem.removeprefix("test_") in QUICK and not {"slow", "long"} & set(item.keywords):
             item.add_marker(pytest.mark.quick)

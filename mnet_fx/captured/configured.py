@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class configured:
         self.before = {name: known for name, value in CONFIG.items() if (known := getattr(config, name)) != value}
         for name in self.before:
             setattr(config, name, CONFIG[name])
-        known, loggers = getattr(config, _LOGGING), _loggers(len(vars(logging.Logger)))
+        known, loggers = getattr(config, _LOGGING), _loggers(tuple(vars(logging.Logger).items()))
         if not loggers <= known:
             self.before[_LOGGING] = known
             setattr(config, _LOGGING, known | loggers)
@@ -52,14 +52,10 @@ class configured:
             setattr(torch._dynamo.config, name, value)
 
 
-@cache
-def _loggers(_: int) -> set[Any]:
-    """The methods by which loggers log, those that libraries add to all loggers included, such as `warning_once` of transformers.
-
-    Args:
-        _: how many methods loggers have: who adds some makes another.
-    """
-    return {method for name, method in vars(logging.Logger).items() if callable(method) and name.split("_")[0] in _LEVELS}
+@lru_cache(maxsize=1)
+def _loggers(members: tuple[tuple[str, Any], ...]) -> set[Any]:
+    """The methods by which loggers log, of all that loggers have; libraries add some, such as `warning_once` of transformers."""
+    return {method for name, method in members if callable(method) and name.split("_")[0] in _LEVELS}
 
 
 _CALLS = threading.local()  # depth: how many calls of models of ours this thread is in

@@ -283,7 +283,7 @@ def test_two_processes(failures, name):
 
 
 def test_the_torchrun_example_of_the_documentation(tmp_path):
-    page = (Path(__file__).parent.parent.parent / "docs" / "training-stacks.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "distributed.md").read_text()
     script = re.search(r"```python\n(# train\.py.*?)```", page, re.DOTALL)
     assert script is not None
     (tmp_path / "train.py").write_text(script[1])
