@@ -79,7 +79,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/rewriting/heads.py", "*([linear] if shared else [])]", "]"),
     ("passes/rewriting/heads.py", "if len(dtypes) <= 2 else None", "if True else None"),
     ("passes/rewriting/heads.py", "        if head.shared:\n", "        if False:\n"),
-    ("mnet_fx/compiled/head.py", "        if self.stored:\n", "        if False:\n"),
+    ("mnet_fx/compiled/head.py", "if self.stored or ", "if "),
     # Chains within steps.
     ("mnet_fx/compiled/within.py", "    if not peaks[best] < _WORTH * peaks[0]:\n", "    if True:\n"),
     ("mnet_fx/compiled/within.py", "sum(self.states[name] for name in reversible) + ", ""),

@@ -52,3 +52,15 @@ def unpack(planes: Tensor, element: int) -> int:
 def numeric_gradient(function, x: Tensor, direction: Tensor, eps: float) -> float:
     """Directional derivative of a scalar function at x by central differences."""
     return ((function(x + eps * direction) - function(x - eps * direction)) / (2 * eps)).item()
+
+
+class Biased(torch.autograd.Function):
+    """The identity, whose gradient is off by a hundredth: what a judge of gradients must see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01

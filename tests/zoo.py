@@ -157,6 +157,17 @@ class Convolutional(nn.Module):
         return x
 
 
+class ConvolutionalBlock(nn.Module):
+    """A residual block with statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.norm(self.conv(x)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """For tests of small models: a second thread would only wait, and on a busy machine for long."""

@@ -54,7 +54,7 @@ class ChunkedHead(Unseen):
             class_weight: classes, or None.
             logits: what the linear layer gave, where others read that too.
         """
-        if self.stored:
+        if self.stored or transformed() or exported():  # to be recorded or transformed whole
             values = F.linear(hidden, weight, bias) if logits is None else logits
             return self.head.loss(self._rows(values, target), target, class_weight, self.head.reduction)
         size = _chunk_size(target.shape[0], weight)
@@ -87,7 +87,7 @@ class ChunkedHead(Unseen):
     ) -> Tensor:
         inputs = [rows, target, weight, *(t for t in (bias, class_weight) if t is not None)]
         step = _Chunk(self.head, bias is not None, class_weight is not None, logits)
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or transformed() or exported():
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
             return step(rows, *inputs)[0]
         return run_segment(self.name, self.on_drift, step, rows, inputs, 0 if logits is None else None)[0]
 

@@ -142,7 +142,7 @@ def _outside(findings: Findings) -> list[str]:
     """About what lies outside of chains; with what to do where that is most of what is kept."""
     if findings.rest == "checkpoint" and findings.regions:
         said = [f"Outside of chains, {_again(findings)} (rest='checkpoint'); mnet_fx.estimate says what is kept."]
-        return said + [f"The logits of {head} and their cross entropy are computed in chunks of tokens." for head in findings.heads]
+        return said + [f"The cross entropy of the logits of {head} is computed in chunks of tokens." for head in findings.heads]
     if not findings.kept_outside:
         return []
     pays = findings.kept is not None and findings.kept_outside > findings.kept / 2 and bool(findings.regions)

@@ -169,41 +169,62 @@ def both(form, batch, dtype=torch.float64):
     return [momentumize(copy.deepcopy(model), batch, gamma=0.5, rest=rest) for rest in ("store", "checkpoint")]
 
 
+def assert_alike(batch, results, rtol=1e-10, atol=1e-12):
+    """What `results` gives of a net is the same for logits that are kept and for chunks."""
+    for a, b in zip(*map(results, both("returned", batch)), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 def test_gradients_pass_through_logits_that_are_returned(batch):
-    found = []
-    for net in both("returned", batch):
+    def results(net):
         seen = []
         loss, logits = net(*batch)
         logits.retain_grad()
-        logits.register_hook(lambda g, seen=seen: seen.append(g.clone()) or 2 * g)
+        logits.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
         (loss + logits.sin().mean()).backward()
-        again = net(*batch)
-        found.append([*seen, logits.grad, *(p.grad for p in net.parameters()), torch.autograd.grad(*again)[0]])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        return [*seen, logits.grad, *(p.grad for p in net.parameters()), torch.autograd.grad(*net(*batch))[0]]
+
+    assert_alike(batch, results)
 
 
 def test_the_gradient_of_a_gradient(batch):
-    found = []
-    for net in both("returned", batch):
+    def results(net):
         loss, _ = net(*batch)
         first = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
         sum(g.square().sum() for g in first).backward()
-        found.append([p.grad for p in net.parameters()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        return [p.grad for p in net.parameters()]
+
+    assert_alike(batch, results, rtol=1e-8, atol=1e-10)
 
 
 def test_the_caller_may_overwrite_them(batch):
-    found = []
-    for net in both("returned", batch):
+    def results(net):
         loss, logits = net(*batch)
         with torch.no_grad():
             logits.zero_()
         loss.backward()
-        found.append([p.grad for p in net.parameters()])
-    for a, b in zip(*found, strict=True):
+        return [p.grad for p in net.parameters()]
+
+    assert_alike(batch, results)
+
+
+@pytest.mark.parametrize("form", ["flat", "returned"])
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
+def test_transforms_and_what_records_a_program_see_one_piece(batch, form):
+    """Under torch.func, torch.export and torch.jit.trace."""
+
+    def loss_of(out):
+        return out if form == "flat" else out[0]
+
+    net = momentumize(LM(form).double(), batch, gamma=0.5, backward="stored", rest="checkpoint")
+    assert net.report.heads == ("head",)
+    wanted = torch.autograd.grad(loss_of(net(*batch)), list(net.parameters()))
+    got = torch.func.grad(lambda given: loss_of(torch.func.functional_call(net, given, batch)))(dict(net.named_parameters()))
+    for a, b in zip(wanted, got.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    expected = loss_of(net.eval()(*batch))
+    for program in (torch.export.export(net, batch).module(), torch.jit.trace(net, batch, check_trace=False)):
+        torch.testing.assert_close(loss_of(program(*batch)), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", RETURNED)

@@ -9,20 +9,12 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from zoo import ConvolutionalBlock as Block
 
 import mnet_fx
 from mnet_fx import InversionError, MnetError, SettingsError, momentumize
 
 N = 6
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return x + torch.tanh(self.norm(self.conv(x)))
 
 
 class Wider(nn.Module):

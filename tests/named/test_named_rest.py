@@ -16,18 +16,10 @@ from captures import tiny
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
+from zoo import ConvolutionalBlock as Block
 
 import mnet_fx
 from mnet_fx import InversionError, StreamError, momentumize
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return x + torch.tanh(self.norm(self.conv(x)))
 
 
 class Twice(nn.Sequential):

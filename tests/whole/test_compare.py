@@ -8,13 +8,13 @@ from dataclasses import replace
 import compare
 import compare_targets
 import pytest
-import torch
 from compare_measuring import Options, measured
 from compare_picture import draw
 from compare_tables import by_work, largest, long
 from compare_targets import BLOCKS, COLUMNS, Target, reached
 from compare_ways import WAYS, Way
 from compare_works import SMALL, mlp
+from oracles import Biased
 from tables import ROOT
 from torch import nn
 
@@ -94,16 +94,6 @@ def test_a_fresh_process_tells_its_resident_size(tmp_path, monkeypatch):
     results.add({"work": work, "way": "plain", "peak": 1.0})
     compare.add_resident(True, {work: ["plain"]}, 1, results)
     assert 0 < compare.Results(tmp_path / "rows.jsonl").rows[work, "plain"]["rss"] < 300
-
-
-class Biased(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.01
 
 
 class BiasedNet(nn.Module):
