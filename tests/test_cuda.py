@@ -1,6 +1,7 @@
 """What only a GPU shows. Skipped where there is none; `MNET_FX_DEVICE=cuda pytest` runs the rest of the suite on one."""
 
 import copy
+import math
 import subprocess
 import sys
 import textwrap
@@ -228,12 +229,16 @@ def test_a_chain_that_changes_streams_on_the_way():
             self.layers, self.side = nn.ModuleList(nn.Linear(256, 256) for _ in range(6)), None
 
         def forward(self, x):
+            last = torch.cuda.default_stream()
             for t, layer in enumerate(self.layers):
                 stream = self.side if t % 2 and self.side is not None else torch.cuda.default_stream()
-                stream.wait_stream(torch.cuda.current_stream())
+                stream.wait_stream(last)
                 with torch.cuda.stream(stream):
                     x = layer(x)
-            torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())
+                last = stream
+                if self.side is not None:
+                    torch.full_like(x, math.nan)  # of the memory that the other stream has given back
+            torch.cuda.default_stream().wait_stream(last)
             return x
 
     net = Switching().to(CUDA)

@@ -178,6 +178,7 @@ class ReversingTape(Tape):
         if t == self.end:
             self._seek(t)
             self.ahead = self.state.ahead()
+        self.handover(partial(self._tensors, x, self.ahead))
         _, after = self._step(t, y, x, self.ahead)
         if t + 1 == len(self.factors):
             del self.ahead
@@ -210,20 +211,19 @@ class ReversingTape(Tape):
         return self.state.read()
 
     def _forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
-        self.handover(self._tensors)
+        self.handover(partial(self._tensors, x))
         del self.records[self.time :]
         record, after = self._step(self.time, y, x)
         self.records.append(record)
         self.time += 1
         return after
 
-    def _tensors(self) -> list[Tensor]:
-        """What the state is made of."""
-        spilled = [
-            spill.bytes for record in self.records if isinstance(record, Record) for spill in (record.x_spill, record.u_spill) if spill
-        ]
+    def _tensors(self, x: Tensor | None = None, ahead: State | DeviceState | None = None) -> list[Tensor]:
+        """What the states are made of; and x[t], which nobody keeps, as autograd would."""
+        spilled = [s.bytes for r in self.records if isinstance(r, Record) for s in (r.x_spill, r.u_spill) if s]
         noted = [number for print_ in self.prints for number in print_ if isinstance(number, Tensor)]
-        return [*self.state.tensors(), *spilled, *noted]
+        more = [*([] if x is None else [x]), *([] if ahead is None else ahead.tensors())]
+        return [*self.state.tensors(), *spilled, *noted, *more]
 
     def _halve(self) -> Tensor:
         self.handover(self._tensors)

@@ -17,6 +17,8 @@ from mnet_fx.runtime import cuda_streams
 from mnet_fx.runtime.cuda_streams import Handover
 from mnet_fx.runtime.generators import generators, moved
 from mnet_fx.runtime.replay import Conditions
+from mnet_fx.runtime.start import Recurrence
+from mnet_fx.runtime.tape import ReversingTape
 
 CUDA0, CUDA1 = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -256,3 +258,18 @@ def test_a_state_that_goes_over_to_another_stream(monkeypatch):
     assert (main.asked, side.asked, state.asked) == (["side"], ["main"], ["side", "main"])
     handover = Handover(torch.device("cpu"))
     handover(None)
+
+
+@pytest.mark.parametrize("stored", [0, 2])
+def test_a_stream_that_goes_over_to_another_cuda_stream_is_kept_for_it(stored, monkeypatch):
+    """x[t] is freed as soon as its step is done, on the stream that made it; autograd, without chains, would keep it."""
+    held = []
+    monkeypatch.setattr(Handover, "__call__", lambda self, tensors: held.append({t.data_ptr() for t in tensors()}))
+    given = []
+    step = Calling(lambda x: given.append(x.data_ptr()) or torch.sin(x))
+    chain = Recurrence("r", ((0.9, 0.1),) * 4, stored=stored).start(torch.randn(5, requires_grad=True))
+    for _ in range(4):
+        chain.step(step, ())
+    for x, tensors in zip(given, held, strict=True):
+        assert x in tensors
+    assert isinstance(chain.tape, ReversingTape)
