@@ -18,7 +18,7 @@ import mnet_fx
 
 from .session import Session
 
-__all__ = ["allocate_gradients", "clocked", "deterministic", "equal_bits", "gradients", "host_reads", "launches", "peak"]
+__all__ = ["allocate_gradients", "clocked", "deterministic", "equal_bits", "gradients", "host_reads", "hosted", "kernels", "peak"]
 
 Step = Callable[[], Any]
 SYNCHRONIZES = "called a synchronizing CUDA operation"
@@ -73,16 +73,29 @@ def host_reads(session: Session, step: Step) -> int | None:
     return sum(SYNCHRONIZES in str(warning.message) for warning in caught)
 
 
-def launches(session: Session, step: Step) -> int | None:
-    """Kernels that run on the device in a step, copies and fills by the driver left out; None on a CPU."""
+def hosted(session: Session, step: Step) -> float | None:
+    """Milliseconds until Python is through with a step, and waits for the device if that is slower; None on a CPU."""
     if not session.cuda:
         return None
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    taken = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return taken * 1e3
+
+
+def kernels(session: Session, step: Step) -> tuple[int | None, float | None]:
+    """How many kernels run on the device in a step, copies and fills by the driver left out, and the milliseconds in which the device does
+    anything, if nothing runs beside another; None on a CPU."""
+    if not session.cuda:
+        return None, None
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    kernels = [e for e in trace.events() if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
+    events = [e for e in trace.events() if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events), sum(e.time_range.elapsed_us() for e in events) / 1e3
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .measuring import allocate_gradients, clocked, deterministic, equal_bits, gradients, host_reads, launches, peak
+from .measuring import allocate_gradients, clocked, deterministic, equal_bits, gradients, host_reads, hosted, kernels, peak
 from .session import GIB, Session, failure
 from .subjects import SUBJECTS, Subject
 from .ways import COMPILED, EAGER, Way, by_layer, momentum, momentum_compiled, rest_again
@@ -93,12 +93,13 @@ def once(session: Session, step: Step) -> dict[str, Any]:
     step()
     above, absolute = peak(session, step)
     whole = None if absolute is None else absolute / GIB
-    found = {"peak_gib": above / GIB, "absolute_peak_gib": whole, "first_step_s": first}
-    for name, count in {"host_reads": host_reads, "launches": launches}.items():
-        try:
-            found[name] = count(session, step)
-        except Exception as error:  # of the profiler; those of the step come up in the rounds
-            found[f"{name}_error"] = failure(error)
+    found: dict[str, Any] = {"peak_gib": above / GIB, "absolute_peak_gib": whole, "first_step_s": first}
+    found["host_ms"] = median(hosted(session, step) for _ in range(3)) if session.cuda else None
+    try:
+        found["host_reads"] = host_reads(session, step)
+        found["launches"], found["device_ms"] = kernels(session, step)
+    except Exception as error:  # of the profiler; those of the step come up in the rounds
+        found["profile_error"] = failure(error)
     return found
 
 

@@ -86,6 +86,8 @@ def models(rows: list[Row], how: str = "") -> str:
         "way": "way",
         "peak_gib": "peak, GiB",
         "ms": "ms",
+        "host_ms": "of Python",
+        "device_ms": "of kernels",
         "per_second": "per second",
         "host_reads": "host reads",
         "launches": "launches",
