@@ -99,9 +99,7 @@ def measured(steps: int, rounds: int, device: str) -> list[dict[str, Any]]:
     for _ in range(rounds):
         for name, net in nets.items():
             times[name].append(timed(net, x, steps))
-    rows = [
-        {"way": name, "forward": median(f for f, _ in found), "backward": median(b for _, b in found)} for name, found in times.items()
-    ]
+    rows = [{"way": name, "forward": median(f for f, _ in found), "backward": median(b for _, b in found)} for name, found in times.items()]
     base = next(row for row in rows if row["way"] == "checkpoint")
     for row in rows:
         row["forward beyond"], row["backward beyond"] = row["forward"] - base["forward"], row["backward"] - base["backward"]
@@ -121,7 +119,12 @@ def profiled(way: str, steps: int, rounds: int, device: str) -> None:
         profile.disable()
     calls = steps * rounds
     rows = [
-        [f"{own / calls * 1e6:.1f}", f"{cumulated / calls * 1e6:.1f}", f"{count / calls:.1f}", f"{'/'.join(file.split('/')[-2:])}:{line} {name}"]
+        [
+            f"{own / calls * 1e6:.1f}",
+            f"{cumulated / calls * 1e6:.1f}",
+            f"{count / calls:.1f}",
+            f"{'/'.join(file.split('/')[-2:])}:{line} {name}",
+        ]
         for (file, line, name), (_, count, own, cumulated, _) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
     ]
     rows.sort(key=lambda row: -float(row[0]))

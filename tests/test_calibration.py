@@ -284,3 +284,15 @@ def test_maps_that_do_not_belong_are_said():
             made(calibration=wrong)
     with pytest.raises(mnet_fx.SettingsError, match="weights='matched'"):
         mnet_fx.momentumize(Net(), regions=["layers"], calibration=calibration)
+
+
+@pytest.mark.parametrize("way", [{}, {"regions": ["layers"]}], ids=["captured", "named"])
+def test_what_a_calibrated_step_reads_must_be_what_it_was(way):
+    net = mnet_fx.momentumize(Net(), gamma=0.5, weights="matched", **way)
+    mnet_fx.calibrate(net, batches())
+    bias = net.layers[2].mlp[3].bias
+    loss = net(torch.randn(4, 6, WIDTH)).square().sum()
+    with torch.no_grad():
+        bias += 0.01
+    with pytest.raises(mnet_fx.InversionError, match=r"step 2: parameter 'layers\.2\.mlp\.3\.bias'"):
+        loss.backward()

@@ -19,7 +19,7 @@ no module holds, global variables) is not restored; if that changes a result, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -30,22 +30,20 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.utils.stateless import _reparametrize_module
 
-from ..arithmetic.fingerprints import prints
 from ..arithmetic.kernels.eager import is_freed
 from ..arithmetic.valueless import Drawn, Effects, valueless
 from .attributes import STANDARD, Attributes, without_traces
 from .generators import generators, moved
-from .guise import is_ordinary, plain
+from .guise import is_ordinary
+from .noted import Known, fingerprints, graphs, version
 from .own_copies import OwnCopies, is_copyable
 from .proofs import Proofs
 from .sides import leaves, rebuilt
 from .surroundings import surrounded, surroundings, untuned
 from .turns import Turns
 
-__all__ = ["Conditions", "Known", "exported", "noted", "transformed", "undisturbed"]
+__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
 
-Known = Mapping[int, tuple[Any, Any]]
-"""Of tensors that live, by id: the version and the fingerprint."""
 _TURNS = Turns()
 SMALL = 1 << 18  # bytes of a buffer on a device whose copy is kept whether or not the step changed it: to know, one would have to wait
 
@@ -76,7 +74,7 @@ class Conditions:
         self.sides = rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
-        self.tree = [("", module)] if stateless else list(_modules(module, "", set()))
+        self.tree = graphs(module) if stateless else list(_modules(module, "", set()))
         self.attributes = None if stateless else Attributes([m for _, m in self.tree])
         with untuned(device):
             self.surroundings = surroundings()
@@ -88,7 +86,7 @@ class Conditions:
         flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self.before.items() if t.is_leaf}
         self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
         self.proven = named if proof else None  # what must not change, and its fingerprints
-        self.prints = _fingerprints(self.proven or {}, known)
+        self.prints = fingerprints(self.proven or {}, known)
         self.own = own if proof else None
         self.layer = "" if self.own is None else self.path_of("")
         self.copies = self._own_copies()
@@ -114,7 +112,7 @@ class Conditions:
             self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
-            was, versions = {} if fake else _fingerprints(before), {name: _version(t) for name, t in before.items()}
+            was, versions = {} if fake else fingerprints(before), {name: version(t) for name, t in before.items()}
             sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
                 result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
@@ -131,7 +129,7 @@ class Conditions:
 
     def _note_buffers(self, before: dict[str, Tensor], copies: dict[str, Tensor], was: dict[str, Any], versions: dict[str, Any]) -> None:
         self.buffers = {}
-        after, now, proof = self._tensors(), _fingerprints(before), self.proven is not None  # batch_norm's statistics get no new _version
+        after, now, proof = self._tensors(), fingerprints(before), self.proven is not None  # batch_norm's statistics get no new _version
         for name, copy in copies.items():
             if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name], proof):
                 self.buffers[name] = copy
@@ -175,7 +173,7 @@ class Conditions:
                 "are sharded again by then: use fully_shard on the root alone),"
             )
             return
-        names, now = list(proven), _fingerprints(proven)
+        names, now = list(proven), fingerprints(proven)
         if self.copies:
             changed = {name for name in self.copies if isinstance(now[name], Tensor) or now[name] != self.prints[name]}
             self.overwritten = changed | self.written
@@ -231,7 +229,7 @@ class Conditions:
 
     def versions(self) -> dict[str, Any]:
         """How often each side input was written to, by name; None of what is not counted."""
-        return {name: _version(t) for name, t in self._sides().items()}
+        return {name: version(t) for name, t in self._sides().items()}
 
     def _sides(self) -> dict[str, Tensor]:
         return {f"side input {i}": s for i, s in enumerate(leaves(self.sides)) if isinstance(s, Tensor)}
@@ -303,44 +301,12 @@ def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[t
             yield from _modules(child, f"{prefix}{name}.", seen)
 
 
-def _may_differ(t: Tensor, was: Any, now: Any, version: Any, proof: bool) -> bool:
+def _may_differ(t: Tensor, was: Any, now: Any, then: Any, proof: bool) -> bool:
     """Whether a step may have changed a buffer, of which these are the fingerprints before and after. A write of the values that were there
     is one: a later step may write others.
 
     On a device nobody reads them: small buffers count as changed, others where autograd saw a change; unless nobody will prove that.
     """
     if not isinstance(was, Tensor):
-        return was != now or version != _version(t)
-    return t.untyped_storage().nbytes() <= SMALL or version != _version(t) or not (proof or torch.equal(was, now))
-
-
-def _version(t: Tensor) -> Any:
-    return None if t.is_inference() else t._version
-
-
-def noted(steps: Iterable[tuple[nn.Module, Sequence[Any]]]) -> Known:
-    """The fingerprints of the parameters and side inputs of all steps that are graphs, taken at once, which is quicker than one by one."""
-    found: dict[int, Tensor] = {}
-    for module, sides in steps:
-        if getattr(module, "stateless", False):
-            found.update((id(t), t) for t in (*module._parameters.values(), *sides) if isinstance(t, Tensor) and is_ordinary(t))
-    tensors = list(found.values())
-    return {id(t): (_version(t), number) for t, number in zip(tensors, prints(tensors), strict=True)}
-
-
-def _fingerprints(named: dict[str, Tensor], known: Known = MappingProxyType({})) -> dict[str, Any]:
-    """A number for each tensor that changes with its values; those of a device stay there.
-
-    For other than dense tensors (wrappers of others, sparse, quantised, nested) it is what autograd knows, the version.
-    """
-    named = {name: plain(t) for name, t in named.items()}
-    values: dict[str, Any] = {}
-    asked = []
-    for name, t in named.items():
-        version, number = known.get(id(t), (None, None))
-        values[name] = _version(t)
-        if number is not None and version == values[name]:
-            values[name] = number
-        elif is_ordinary(t):
-            asked.append(name)
-    return values | dict(zip(asked, prints([named[name] for name in asked]), strict=True)) if asked else values
+        return was != now or then != version(t)
+    return t.untyped_storage().nbytes() <= SMALL or then != version(t) or not (proof or torch.equal(was, now))

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .guise import is_ordinary, plain
+from .noted import Known, noted
 from .proofs import Print, unseen_write
 from .reads import Reads
-from .replay import Conditions, Known, noted, transformed, undisturbed
+from .replay import Conditions, transformed, undisturbed
 from .tape import FloatTape, PlainTape, Rerun, Tape
 
 __all__ = ["Chain", "closed", "graded", "run_chain", "unwritten_saves", "watched"]

@@ -12,7 +12,7 @@ import mnet_fx
 from mnet_fx import InversionError
 from mnet_fx.arithmetic.fingerprints import fingerprints
 from mnet_fx.arithmetic.fixed_point import State
-from mnet_fx.runtime import replay
+from mnet_fx.runtime import noted
 from mnet_fx.runtime.steps import Chain, run_chain
 from mnet_fx.runtime.tape import PlainTape
 
@@ -180,11 +180,11 @@ def test_of_tensors_that_are_more_than_numbers_in_memory_the_version_counts():
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     odd = {"nested": nested, "sparse": torch.eye(3).to_sparse(), "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}
     plain = {"real": torch.ones(3), "parameter": nn.Parameter(torch.ones(3))}
-    before = replay._fingerprints(odd | plain)
+    before = noted.fingerprints(odd | plain)
     assert {name: before[name] for name in odd} == {name: t._version for name, t in odd.items()}
     assert [before[name] for name in plain] == fingerprints(list(plain.values()))
     nested.mul_(2)
-    assert replay._fingerprints(odd)["nested"] != before["nested"]
+    assert noted.fingerprints(odd)["nested"] != before["nested"]
 
 
 SPOILS = {
