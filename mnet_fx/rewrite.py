@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch import nn
 
 from .arguments import call_from
+from .captured.configured import warn_of_old_dynamo
 from .captured.copies import check_model, copied
 from .captured.forward import CapturedForward
 from .captured.graph_modules import rewritten
@@ -124,6 +125,7 @@ def _capture(net: nn.Module, settings: Settings, inner: Inner) -> None:
             f"{type(net).__name__} has no forward, so what calls its layers would compute the original network: momentumize the model that "
             "calls them, or make a Sequential of it"
         )
+    warn_of_old_dynamo()
     check_unseen(net)
     unread_masks(net)
     forward = CapturedForward(net, settings, inner)

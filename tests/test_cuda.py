@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*was captured in:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch 2.*Dynamo, by which models:mnet_fx.MnetWarning"),  # on an older torch
 ]
 CUDA = "cuda"
 

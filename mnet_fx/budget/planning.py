@@ -149,9 +149,26 @@ class _Tries:
         return self.plan(memory)
 
     def _most(self, size: int) -> int:
-        """The most that can be kept, if a step may take so many bytes."""
+        """The most that can be kept, if a step may take so many bytes.
+
+        The more is kept the more it takes, mostly byte for byte: so the next try is where that would meet `size`, or, every third time that
+        this does not halve what is left, the middle.
+        """
         sizes = self.sizes
-        return sizes[bisect_right(range(len(sizes)), size, key=lambda i: self.at(sizes[i]).total_bytes) - 1]
+        low, high = 0, len(sizes)  # the first fits, the second does not
+        guess, slow = high - 1, 0
+        while high - low > 1:
+            before = high - low
+            if self.at(sizes[guess]).total_bytes <= size:
+                low = guess
+            else:
+                high = guess
+            spare = size - self.at(sizes[low]).total_bytes
+            guess = min(max(bisect_right(sizes, sizes[low] + spare) - 1, low + 1), high - 1)
+            slow = slow + 1 if high - low > before // 2 else 0
+            if slow % 3 == 2:
+                guess = (low + high) // 2
+        return sizes[low]
 
     @property
     def keepings(self) -> list[Keeping]:

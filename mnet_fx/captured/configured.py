@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch._dynamo.variables.misc import DebuggingVariable
 
-__all__ = ["CONFIG", "configured"]
+from ..errors import warn_once
+
+__all__ = ["CONFIG", "configured", "warn_of_old_dynamo"]
 
 _MANY = 10**6
 CONFIG: dict[str, Any] = {
@@ -50,6 +52,17 @@ class configured:
         _CALLS.depth -= 1
         for name, value in self.before.items():
             setattr(torch._dynamo.config, name, value)
+
+
+def warn_of_old_dynamo() -> None:
+    """Warns where Dynamo does not notice all that a forward reads (before torch 2.12); it does not in torch.compile either."""
+    if torch.__version__ < "2.12":
+        warn_once(
+            f"torch {torch.__version__}: Dynamo, by which models are captured, notices from torch 2.12 on that an attribute of a class or "
+            "of a parameter, or whether one requires a gradient, is another than in the call before. Here a forward that decides by "
+            "such keeps to what it found first, as under torch.compile; and settings of threads that capture at once mix. Update torch, "
+            "or name the layers: regions=[...] captures nothing"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -223,6 +223,12 @@ def _einsum() -> Iterator[Switch]:
         yield Switch("strategy of opt_einsum", opt_einsum._get_strategy, opt_einsum._set_strategy)
 
 
+def _tunable() -> Iterator[Switch]:
+    """Whether products are tuned as they run; builds of torch without CUDA have no such thing."""
+    if hasattr(_C, "_cuda_tunableop_is_enabled"):
+        yield Switch("tunable operations", _C._cuda_tunableop_is_enabled, _C._cuda_tunableop_enable)
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -238,7 +244,7 @@ SWITCHES: tuple[Switch, ...] = (
     *_precisions(),
     Switch("autocast", _autocast, _set_autocast),
     Switch("fast path of nn.MultiheadAttention", mha.get_fastpath_enabled, mha.set_fastpath_enabled),
-    Switch("tunable operations", _C._cuda_tunableop_is_enabled, _C._cuda_tunableop_enable),
+    *_tunable(),
     *_einsum(),
     Switch("__torch_function__", _C._get_torch_function_state, _C._set_torch_function_state),  # off in Tensor.backward
 )

@@ -1,16 +1,21 @@
 """`plan`, and `momentumize(memory=...)`: a training step takes what was said, and at most what was asked."""
 
 import copy
+import itertools
+from types import SimpleNamespace
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from budget_models import UNet
+from hypothesis import given
 from models import Encoder
 from torch import nn
 
 import mnet_fx
 from mnet_fx import MnetError, SettingsError
 from mnet_fx.budget.measured import measure
+from mnet_fx.budget.planning import _Tries
 
 MIB = 2**20
 
@@ -117,3 +122,33 @@ def test_a_model_without_chains_keeps_all_or_does_not_fit():
     with pytest.warns(mnet_fx.MnetWarning, match="no residual chain"):
         net = mnet_fx.momentumize(model, inputs, memory="1MiB")
     assert net.mnet_fx_options["keep"] == 0
+
+
+class Searching(_Tries):
+    """Steps that take as many bytes as a function of what is kept says."""
+
+    def __init__(self, sizes, taken):
+        self.all, self.taken, self.tried = sizes, taken, set()
+
+    sizes = property(lambda self: self.all)
+
+    def at(self, keep):
+        self.tried.add(keep)
+        return SimpleNamespace(total_bytes=self.taken(keep))
+
+
+@given(st.lists(st.sampled_from([1, 5, 100, 10_000]), min_size=1, max_size=100), st.sampled_from([0.0, 0.1, 1.0, 1.3]), st.data())
+def test_the_most_that_fits_is_found_in_few_tries(items, slope, data):
+    """Whether what is kept adds to the peak byte for byte, less, more, or only from some size on."""
+    sizes = [0, *itertools.accumulate(items)]
+    free = data.draw(st.sampled_from([0, sizes[-1] // 2]))
+    size = 1000 + data.draw(st.integers(0, 2 * sizes[-1]))
+
+    def taken(keep):
+        return 1000 + int(slope * max(0, keep - free))
+
+    tries = Searching(sizes, taken)
+    assert tries._most(size) == max(keep for keep in sizes if taken(keep) <= size)
+    assert len(tries.tried) <= 3 * len(sizes).bit_length()
+    if slope == 1.0 and free == 0 and len(set(items)) == 1:
+        assert len(tries.tried) <= 4
