@@ -3,6 +3,9 @@
 What only a GPU shows is in `tests/test_cuda.py`.
 """
 
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -273,3 +276,26 @@ def test_a_stream_that_goes_over_to_another_cuda_stream_is_kept_for_it(stored, m
     for x, tensors in zip(given, held, strict=True):
         assert x in tensors
     assert isinstance(chain.tape, ReversingTape)
+
+
+def test_a_build_of_torch_without_cuda():
+    """As for macOS, or of the index of CPU wheels: nothing of torch._C is there whose name begins with _cuda."""
+    code = """
+        import torch
+        for name in dir(torch._C):
+            if name.startswith("_cuda"):
+                delattr(torch._C, name)
+        import mnet_fx
+        from torch import nn
+
+        class Block(nn.Linear):
+            def forward(self, x):
+                return x + torch.tanh(super().forward(x))
+
+        for regions in (None, [""]):
+            net = mnet_fx.momentumize(nn.Sequential(*(Block(4, 4) for _ in range(4))), regions=regions)
+            net(torch.randn(3, 4)).sum().backward()
+            print(net.report.rewritten_adds or net.report.regions[0].steps)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["4", "4"], run.stderr
