@@ -409,14 +409,14 @@ def test_the_backend_of_torch_compile(graphs):
     repeats = {"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else {}  # else it chooses kernels by their time
     with torch._inductor.config.patch({"triton.cudagraphs": graphs, **repeats}):
         found = []
-        for backward in ("reversible", "stored"):
+        for backward in ("reversible", "reversible", "stored"):  # the first of all may choose other kernels (torch 2.11)
             torch._dynamo.reset()
             compiled = torch.compile(model, backend=mnet_fx.backend(gamma=0.9, backward=backward))
             for _ in range(3):
                 model.zero_grad(set_to_none=True)
                 compiled(x).square().sum().backward()
             found.append([p.grad.clone() for p in model.parameters()])
-    assert_same(*found)
+    assert_same(*found[1:])
 
 
 def test_inference_in_a_captured_graph():

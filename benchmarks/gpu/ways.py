@@ -50,7 +50,7 @@ def momentum(session: Session, subject: Subject, **options: Any) -> nn.Module:
 
 
 def rest_again(session: Session, subject: Subject, **options: Any) -> nn.Module:
-    """What lies outside of chains runs again too; needs a capture."""
+    """What lies outside of chains runs again too."""
     return momentum(session, subject, rest="checkpoint", **options)
 
 
