@@ -131,32 +131,28 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
 )
 
 
-NEWER = {  # what earlier versions of torch lack: Dynamo's own view of such programs, and rooflines
-    "2.13": (
-        "test_a_hook_on_the_input_of_a_step_is_refused",
-        "test_noise_that_python_tells_repeats[spill-python]",
-        "test_models[Python's generator]",
-        "test_weird_model[custom gradient]",
-        "test_weird_model[custom gradient in the root]",
-        "test_weird_model[custom gradient in the root, captured at once]",
-        "test_a_hook_sees_the_whole_gradient_of_its_tensor",
-        "test_chains_three_deep",
-        "test_what_is_compiled_does_not_grow_with_depth",
-        "test_the_steps_of_an_inner_chain_run_twice",
-        "test_programs[captured]",
-        "test_each_oracle_sees_what_is_wrong[other_momentum-gamma=0 is not]",
-        "test_each_oracle_sees_what_is_wrong[other_stored-reversible is not]",
-        "test_seconds_of_a_gpu",
-        "test_errors_name_the_argument[arguments2-gpu must be one that torch has a data sheet of]",
-        "test_an_error_names_the_argument_and_the_cause[estimate own_model.py:Net --input 4x16 --gpu NVIDIA H1000---gpu: ]",
-        "test_a_float_that_is_read_from_a_tensor",
-    ),
-    "2.14": (
-        "test_what_a_model_logs_cuts_no_chain_and_is_heard",
-        "test_what_a_library_adds_to_loggers",
-        "test_dynamo_is_left_as_it_was",
-    ),
-}
+NEWER = (  # torch 2.14 is the first that can: Dynamo's own view of such programs, and rooflines
+    "test_a_hook_on_the_input_of_a_step_is_refused",
+    "test_noise_that_python_tells_repeats[spill-python]",
+    "test_models[Python's generator]",
+    "test_weird_model[custom gradient]",
+    "test_weird_model[custom gradient in the root]",
+    "test_weird_model[custom gradient in the root, captured at once]",
+    "test_a_hook_sees_the_whole_gradient_of_its_tensor",
+    "test_chains_three_deep",
+    "test_what_is_compiled_does_not_grow_with_depth",
+    "test_the_steps_of_an_inner_chain_run_twice",
+    "test_programs[captured]",
+    "test_each_oracle_sees_what_is_wrong[other_momentum-gamma=0 is not]",
+    "test_each_oracle_sees_what_is_wrong[other_stored-reversible is not]",
+    "test_seconds_of_a_gpu",
+    "test_errors_name_the_argument[arguments2-gpu must be one that torch has a data sheet of]",
+    "test_an_error_names_the_argument_and_the_cause[estimate own_model.py:Net --input 4x16 --gpu NVIDIA H1000---gpu: ]",
+    "test_a_float_that_is_read_from_a_tensor",
+    "test_what_a_model_logs_cuts_no_chain_and_is_heard",
+    "test_what_a_library_adds_to_loggers",
+    "test_dynamo_is_left_as_it_was",
+)
 
 
 def _marker(item):
@@ -176,8 +172,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if (marker := _marker(item)) is not None:
             item.add_marker(getattr(pytest.mark, marker))
-        for version, names in NEWER.items():
-            if item.name in names and torch.__version__ < version:
-                item.add_marker(pytest.mark.skip(reason=f"torch {version} is the first that can"))
+        if item.name in NEWER and torch.__version__ < "2.14":
+            item.add_marker(pytest.mark.skip(reason="torch 2.14 is the first that can"))
         if item.path.stem.removeprefix("test_") in QUICK and not {"slow", "long"} & set(item.keywords):
             item.add_marker(pytest.mark.quick)

@@ -1,6 +1,7 @@
 """Puts what a run on a GPU gave into docs/measurements.md, and the gist of it into the README.
 
     python -m benchmarks.gpu.table [--json DIR/gpu.json]      # keeps the JSON as benchmarks/results/gpu/run.json, and replaces the tables
+    python -m benchmarks.gpu.table --json ... --name run_2    # keeps it beside the others: the page shows all, the README the first
     python -m benchmarks.gpu.table --check                    # whether the page is what the kept JSON gives
 
 A test runs the check. Without a JSON the page says that nothing was run.
@@ -20,30 +21,40 @@ from typing import Any
 
 from tabulate import tabulate
 
-__all__ = ["gist", "page", "shown"]
+__all__ = ["gist", "kept", "page", "shown"]
 
 ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "benchmarks" / "results" / "gpu" / "run.json"
+KEPT = ROOT / "benchmarks" / "results" / "gpu"
 PAGE, README = ROOT / "docs" / "measurements.md", ROOT / "README.md"
 GIST = ("encoder of 24 layers, d = 1024", {"plain": "plain", "checkpoint": "checkpoint", "momentum": "momentum"})
 MARKS = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 NOTHING = "No run of this script on a GPU is kept."
 Row = dict[str, Any]
+Run = dict[str, Any]
 
 
-def page(run: dict[str, Any] | None) -> str:
-    """What stands between the marks, for the JSON of a run."""
-    if run is None or not run["rows"]:
-        return NOTHING
+def kept() -> list[Run]:
+    """The JSON of all runs that are kept, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(KEPT.glob("run*.json"))]
+
+
+def page(runs: list[Run]) -> str:
+    """What stands between the marks, for the JSON of some runs."""
+    return "\n\n".join(one(run) for run in runs if run["rows"]) or NOTHING
+
+
+def one(run: Run) -> str:
+    """The tables of one run."""
     parts = [(name, [row for row in run["rows"] if row["part"] == name and ("ms" in row or "fits" in row)]) for name in TABLES]
     texts = [TABLES[name](rows) for name, rows in parts if rows]
     return "\n\n".join([about(run), *texts, *left_out(run["rows"])])
 
 
-def gist(run: dict[str, Any] | None) -> str:
-    """What stands between the marks of the README: the bfloat16 encoder, and how large it may be."""
-    if run is None:
+def gist(runs: list[Run]) -> str:
+    """What stands between the marks of the README: the bfloat16 encoder, and how large it may be, by the first run."""
+    if not runs:
         return NOTHING
+    run = runs[0]
     model, ways = GIST
     rows = [
         row for row in run["rows"] if row["part"] == "models" and row.get("model", "").startswith(model) and row["model"].endswith(", bf16")
@@ -59,7 +70,7 @@ def gist(run: dict[str, Any] | None) -> str:
     return f"{about(run)}\n\n{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}"
 
 
-def about(run: dict[str, Any]) -> str:
+def about(run: Run) -> str:
     """What ran, and when."""
     machine = run["machine"]
     day = datetime.date.fromisoformat(machine["date"])
@@ -99,7 +110,7 @@ def models(rows: list[Row], how: str = "") -> str:
 
 def _model(name: str, rows: list[Row], keys: dict[str, str]) -> str:
     repeats = any(row.get("plain_repeats") is False for row in rows)
-    note = " The plain model's own gradients do not repeat here." if repeats else ""
+    note = " The plain model's own gradients do not repeat here, so that none can be compared." if repeats else ""
     units = next((row["unit"] for row in rows if "unit" in row), "steps")
     return f"{name}.{note}\n\n{table(rows, keys | {'per_second': f'{units} per second'})}"
 
@@ -139,6 +150,7 @@ NAMES = ("part", "model", "stream", "what", "way")
 def table(rows: list[Row], keys: dict[str, str]) -> str:
     """Rows that have a figure, in the columns that have one."""
     rows = [row for row in rows if not row.get("skipped") and not row.get("error")]
+    rows = [row | {"exact": None} if row.get("plain_repeats") is False and not row.get("exact") else row for row in rows]
     keys = {key: title for key, title in keys.items() if any(row.get(key) is not None for row in rows)}
     cells = [[count(row.get(key)) for key in keys] for row in rows]
     return tabulate(cells, headers=list(keys.values()), tablefmt="github", disable_numparse=True)
@@ -165,12 +177,12 @@ def shown(path: Path = PAGE) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="a run to keep")
+    parser.add_argument("--name", default="run", help="under which; begins with run")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    if options.json is not None and options.json.resolve() != KEPT:
-        shutil.copyfile(options.json, KEPT)
-    run = json.loads(KEPT.read_text()) if KEPT.exists() else None
-    texts = {PAGE: page(run), README: gist(run)}
+    if options.json is not None:
+        shutil.copyfile(options.json, KEPT / f"{options.name}.json")
+    texts = {PAGE: page(kept()), README: gist(kept())}
     if options.check:
         same = all(text == shown(path) for path, text in texts.items())
         raise SystemExit(None if same else f"the tables are not what {KEPT} gives: run python -m benchmarks.gpu.table")

@@ -31,13 +31,14 @@ def test_all_but_the_compilers_run_on_tiny_models(tmp_path, gpu):
     assert [row["exact"] and row["finite"] and row["plain_repeats"] for row in compared] == [True, True]
     assert all(row["exact"] for row in rows if row["part"] == "arithmetic" and row["loop"].startswith(("state.step", "state.unstep", "24")))
     assert len([row for row in rows if row["part"] == "largest" and 0 < row["fits"] < row["fails"]]) == 6
-    text = gpu.table.page(run)
+    text = gpu.table.page([run])
     assert all(f"| {row['way']} " in text for row in rows if "way" in row)
     assert "Not measured" not in text
 
 
 def test_the_page_shows_what_the_kept_run_gives(gpu):
-    kept = json.loads(gpu.table.KEPT.read_text()) if gpu.table.KEPT.exists() else None
+    kept = gpu.table.kept()
+    assert kept
     assert gpu.table.shown() == gpu.table.page(kept)
     assert gpu.table.shown(gpu.table.README) == gpu.table.gist(kept)
 
@@ -57,11 +58,11 @@ def test_a_page_tells_what_was_not_measured(gpu):
             "exact": False,
         },
     ]
-    text = gpu.table.page({"machine": machine, "tiny": False, "rows": rows})
+    text = gpu.table.page([{"machine": machine, "tiny": False, "rows": rows}])
     assert text.startswith("One card (80 GiB), torch 2.11.0, 27 November 2026.\n")
     assert "- models / a model / plain: OutOfMemoryError: too much" in text
     assert "| momentum | 0.5         | 2    | 1,234               | no      |" in text
-    assert gpu.table.page(None) == gpu.table.NOTHING
+    assert gpu.table.page([]) == gpu.table.NOTHING
 
 
 @pytest.mark.parametrize("room", [0, 3, 8, 100, 1000])
