@@ -17,7 +17,7 @@ from ..arithmetic.formats import Format
 from ..budget.estimating import estimate
 from ..budget.measured import measure
 from ..budget.sizes import shown
-from ..errors import InversionError, MnetError
+from ..errors import InversionError, MnetError, SettingsError
 from ..reporting.build import report_of
 from ..runtime.guise import plain
 from ..runtime.start import FLOATING
@@ -106,12 +106,20 @@ def verify(net: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = 
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or a sum of all floating tensors with random weights.
 
     Raises:
-        SettingsError: `net` is no rewritten network.
+        SettingsError: `net` is no rewritten network; or the arguments were given as one tuple, list or dictionary.
 
     What no run can show is not shown: other inputs, other modes, and noise that touches neither outputs nor gradients.
     """
     subject = Subject(net, inputs, kwargs, loss)
-    subject.run(gradients=False)  # captures
+    try:
+        subject.run(gradients=False)  # captures
+    except Exception as error:
+        if len(inputs) == 1 and not kwargs and isinstance(inputs[0], (tuple, list, dict)):
+            raise SettingsError(
+                f"the call fails ({type(error).__name__}: {str(error)[:200]}). verify takes the arguments of a call one by one: "
+                "verify(net, *args, **kwargs), and not as one tuple or dictionary, as estimate does"
+            ) from error
+        raise
     if not subject.regions:
         return Verification(type(net).__name__, (Check("sound", None, "nothing was rewritten; print(net.report) says why"),))
     found: list[Check] = []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.fx as fx
+from models import Encoder
 from torch import nn
 
 import mnet_fx
@@ -221,3 +222,10 @@ def test_the_weights_of_a_loss_do_not_depend_on_the_default_device():
     with torch.device("meta"):
         found = _weighted(x)
     assert torch.equal(found, _weighted(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"regions": ["layers"]}], ids=["captured", "named"])
+def test_arguments_that_come_as_one_tuple_are_an_error_that_says_so(options):
+    net = mnet_fx.momentumize(Encoder(3, 16, 2), **options)
+    with pytest.raises(mnet_fx.SettingsError, match=r"one by one: verify\(net, \*args"):
+        mnet_fx.verify(net, (torch.randn(2, 4, 16),))
