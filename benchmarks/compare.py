@@ -11,7 +11,7 @@ they come; those that are there, of this state of the packages and this torch, a
 - time: median of steps, as a ratio to plain, and the quartiles of the ratios of single rounds;
 - gradient: right where it is plain training's to the bit. Else compared with plain autograd of the same network in float64, where that can
   be written down, or else, for momentum networks, with `backward="stored"` (momentumnet: `use_backprop=True`). "right": no parameter's
-  gradient is further off than ten times what plain training in float32 is, or 1e-4 (against stored: 1e-3). "unclear": no further, but
+  gradient is further off than ten times what plain training in float32 is, or 1e-3. "unclear": no further, but
   rounding alone may make more than a hundredth;
 - RSS, with --rss: how far the resident size of a fresh process rises in a step above what it was before the first, with
   MALLOC_MMAP_THRESHOLD_=65536, as glibc else keeps what is freed;

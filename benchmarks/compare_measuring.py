@@ -23,7 +23,8 @@ __all__ = ["Options", "failure", "measured", "resident"]
 
 MIB = 2.0**20
 BLOCKS = "checkpoint per block"
-SLACK, LEAST = 10.0, 1e-4  # right: so many times as far from float64 as plain training in float32, or this
+SLACK = 10.0  # right: so many times as far from float64 as plain training in float32,
+LEAST = 1e-3  # or this, as compilers round in other places
 MOST = 1e-2  # where more than this would be right, float64 does not tell
 STORED = 1e-3  # right, against stored activations
 Row = dict[str, Any]
