@@ -109,17 +109,21 @@ def models(rows: list[Row], how: str = "") -> str:
 
 
 def _model(name: str, rows: list[Row], keys: dict[str, str]) -> str:
-    repeats = any(row.get("plain_repeats") is False for row in rows)
-    note = " The plain model's own gradients do not repeat here, so that none can be compared." if repeats else ""
     units = next((row["unit"] for row in rows if "unit" in row), "steps")
-    return f"{name}.{note}\n\n{table(rows, keys | {'per_second': f'{units} per second'})}"
+    return f"{name}.{_unrepeated(rows)}\n\n{table(rows, keys | {'per_second': f'{units} per second'})}"
+
+
+def _unrepeated(rows: list[Row]) -> str:
+    """Why the column that says whether gradients are exact is empty, if it is."""
+    unrepeated = any(row.get("plain_repeats") is False for row in rows)
+    return " The plain model's own gradients do not repeat here, so that none can be compared." if unrepeated else ""
 
 
 def study(rows: list[Row]) -> str:
     rows = [row | {f"their_{key}": value for key, value in (row.get("theirs") or {}).items()} for row in rows]
     keys = {"way": "way", "peak_gib": "peak, GiB", "per_second": "tokens per second", "their_peak_gib": "theirs on a T4, GiB"}
     keys |= {"their_per_second": "theirs, tokens per second", "exact": "exact"}
-    return f"An independent study's model, batch {rows[0].get('batch')}:\n\n{table(rows, keys)}"
+    return f"An independent study's model, batch {rows[0].get('batch')}.{_unrepeated(rows)}\n\n{table(rows, keys)}"
 
 
 def largest(rows: list[Row]) -> str:

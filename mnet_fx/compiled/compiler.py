@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from ..errors import MnetError, warn_once
+from ..errors import warn_once
 
 __all__ = ["Compile", "Compiler", "faking"]
 
@@ -60,21 +60,9 @@ def _of_the_backward() -> dict[str, Any]:
     and where CUDA graphs are off for no longer than this.
 
     Else the first backward pass compiles its own, which then knows whether retain_graph forbids it to overwrite what the forward saved.
-
-    Raises:
-        MnetError: CUDA graphs are on, and torch is too old to compile it now.
     """
-    graphs = inductor_config.triton.cudagraphs
-    if not graphs and torch._dynamo.config.repro_after is None:
-        return {}
-    if hasattr(functorch_config, "force_non_lazy_backward_lowering"):  # torch 2.10
-        return {"force_non_lazy_backward_lowering": True}
-    if graphs:
-        raise MnetError(
-            "torch._inductor.config.triton.cudagraphs is on, and before torch 2.10 the backward passes of a momentum network would be "
-            "compiled with CUDA graphs, which overwrite what a recomputed step has saved: set it to False, or use a newer torch"
-        )
-    return {}
+    at_once = inductor_config.triton.cudagraphs or torch._dynamo.config.repro_after is not None
+    return {"force_non_lazy_backward_lowering": True} if at_once else {}
 
 
 def _without_graphs() -> Any:
@@ -109,8 +97,7 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
     memos = [value.item_memo for value in inputs if isinstance(value, FakeTensor)]
     own = {memo.node._expr for memo in memos if isinstance(memo, torch.SymFloat)}
     shape_env = None if fake_mode is None else fake_mode.shape_env
-    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"  # since torch 2.11; before
-    known = getattr(shape_env, name, ())  # () without sizes that vary
+    known = getattr(shape_env, "backed_var_to_val", ())  # () without sizes that vary
     others = {str(symbol) for symbol in known if symbol_is_type(symbol, SymT.FLOAT) and symbol not in own}
     others -= TensorifyState.force_specializations
     TensorifyState.force_specializations |= others

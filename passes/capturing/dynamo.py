@@ -181,7 +181,7 @@ def _source_name(node: fx.Node) -> str | None:
     """Where Dynamo found the value of a placeholder, as Python code, if it says so."""
     source: Any = getattr(node, "_dynamo_source", None)
     try:
-        return source.name if isinstance(source.name, str) else source.name()  # a method before torch 2.10
+        return source.name
     except Exception:  # not every source has a name
         return None
 

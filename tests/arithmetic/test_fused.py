@@ -76,7 +76,6 @@ def inductor(monkeypatch):
     return fused._loops(asked=True)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 compiles once more for inference mode")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_inductor_gives_the_same_bits_and_compiles_once_for_every_size_and_mode(inductor, caplog):
     with caplog.at_level(logging.WARNING, logger="mnet_fx"):

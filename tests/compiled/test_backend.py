@@ -297,12 +297,10 @@ def hooked(self, x):
     return x * before
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="Dynamo broke its graph at such hooks")
 def test_a_hook_sees_the_whole_gradient_of_its_tensor():
     odd_is_right(hooked, adds=6)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="Dynamo broke its graph at such hooks")
 def test_a_hook_on_the_input_of_a_step_is_refused():
     def forward(self, x, scale):
         for layer in self.layers:
@@ -609,7 +607,6 @@ def test_buckets_of_ddp_must_not_cut_chains(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.__version__ < "2.10", reason="Dynamo did not tell such inputs from buffers")
 def test_an_input_at_a_fixed_address_is_an_input():
     function, _ = compiled(Net(), inner="eager")
     x = images()
@@ -769,7 +766,6 @@ def test_what_leads_nowhere_gives_no_gradients(writes, inner):
     torch.testing.assert_close(model.mean, plain.mean)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 cannot compile a backward pass within a compilation")
 def test_under_the_minifier():
     model = Net()
     function = torch.compile(model, backend="mnet_fx", options={"inner": "aot_eager"})
