@@ -1,9 +1,12 @@
 """Settings that all tests share: hypothesis profiles, threads, seed."""
 
+import gc
+import logging
 import os
 
 import pytest
 import torch
+import torch._dynamo.guards
 from hypothesis import HealthCheck, Phase, settings
 
 from mnet_fx.arithmetic import fingerprints
@@ -15,6 +18,10 @@ settings.register_profile("mutants", max_examples=40, phases=[Phase.explicit, Ph
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # takes 20 ms per capture to flush caches and time guards, for a log
+gc.set_threshold(50_000, 20, 20)  # a whole collection takes a second where Dynamo has left a million objects
+
+
 DEVICE = os.environ.get("MNET_FX_DEVICE")  # such as cuda: where tests make their tensors; the processor, if not set
 
 
@@ -23,6 +30,14 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device=DEVICE):
         return super().__new__(cls, device)
+
+
+@pytest.fixture(autouse=True)
+def _untraced():
+    """pytest 9 listens to loggers that do not propagate, so that all of torch.compile's traces would be written, and kept."""
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate = True
+    trace.handlers.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +143,15 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_encoder_and_decoder_with_the_gradients_of_the_memory[{'norm_first': True}]",
     "test_bfloat16_and_sizes_that_vary",
     "test_each_oracle_sees_what_is_wrong[another_recurrence-not the recurrence]",
+    "test_tables_show_what_was_measured",
+    "test_the_picture_has_a_field_for_each_work",
+    "test_the_largest_batch_lies_on_the_line_through_two",
+    "test_a_gradient_that_is_off_by_a_hundredth_is_wrong",
+    "test_a_way_that_cannot_be_built_has_a_row_that_says_why",
+    "test_the_estimate_and_a_plan_know",
+    "test_a_pickle_runs_in_another_process[resnet]",
+    "test_a_pickle_runs_in_another_process[exported]",
+    "test_a_pickle_runs_in_another_process[function]",
 )
 
 
@@ -161,9 +185,17 @@ def _marker(item):
     everyday = item.path.stem == "test_everyday"  # the form that spills does what the other two do
     if item.name in SLOW or (everyday and "reverse" in values):
         return "slow"
-    families = item.path.stem == "test_families" and {"swin_t", "efficientnet_b0"} & {v for v in values if isinstance(v, str)}
+    families = item.path.stem == "test_families" and {"swin_t", "efficientnet_b0"} & {getattr(v, "name", v) for v in values}
     others = any(isinstance(v, str) and v == "aot_eager" for v in values) or (everyday and "inputs" in values)
     return "long" if item.name in LONG or families or others else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After each file, leaves what has come to stay out of further collections of garbage."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

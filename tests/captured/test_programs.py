@@ -144,7 +144,7 @@ def test_a_forbidden_block_in_a_chain_is_refused_by_name(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("conv", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_every_kind_of_block(kind, conv):
     """What hypothesis might miss: each kind among others, in a chain long enough to be reversed."""
     spec = (Block("linear"), Block(kind), Block("linear"), Block(kind, back=1), Block("linear"), Block(kind))

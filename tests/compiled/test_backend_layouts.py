@@ -101,7 +101,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_ways_to_change_a_layout(way, dynamic):
     there, back = WAYS[way]
     model = Turns(there, back, (8, 16 if way == "several" else 8))

