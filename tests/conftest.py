@@ -118,6 +118,8 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_small_gammas_cost_bytes_where_chains_are_long",
     "test_an_example_runs[nested_rings]",
     "test_an_example_runs[dynamics_1d]",
+    "test_an_example_runs[ddp]",
+    "test_an_example_runs[transformer_memory]",
     "test_memory_grows_by_what_is_kept_and_no_more[eager]",
     "test_other_shapes_and_modes_are_compiled_again[None]",
     "test_other_shapes_and_modes_are_compiled_again[True]",

