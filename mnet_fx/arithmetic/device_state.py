@@ -262,7 +262,7 @@ class DeviceState:
         unit, ratio = self.meaning()[:2]
         return int(torch.count_nonzero(U)), float(U.abs().max()) * ratio * unit
 
-    def fingerprint(self) -> tuple[Tensor, ...]:
+    def fingerprint(self, *_: Tensor) -> tuple[Tensor, ...]:
         """The fingerprints of X and U at this time, as one int64 tensor on the device, in which nothing will change; none without proof."""
         return (self.sums[self.slot],) if self.proof else ()
 

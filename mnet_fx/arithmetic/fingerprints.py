@@ -30,6 +30,7 @@ log = logging.getLogger("mnet_fx")
 _ROW_SMALL, _ROW_LARGE = 1056, 8224  # words; multiples of 8, for whole vectors, and no powers of 2
 ON_HOST = {"cpu"}
 """Types of the devices whose numbers are at hand; those of others stay there until somebody reads them."""
+_PLAIN = (Tensor, nn.Parameter)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,15 +53,17 @@ def prints(tensors: Sequence[Tensor]) -> list[Any]:
     """The same numbers, those of devices as int64 tensors that are still there: nothing waits for them."""
     if not tensors:
         return []
+    native = _native() if "cpu" in ON_HOST else None
+    if native is not None and all(map(_is_simple, tensors)) and not valueless():
+        return list(native(tensors))
     if valueless(*tensors):
         for t in tensors:
             _dense(t)  # for the memory that it takes
         return [0] * len(tensors)
-    native = _native()
     by_device: dict[torch.device, list[int]] = {}
     found, in_c = list[Any]([0] * len(tensors)), list[int]()
     for i, t in enumerate(tensors):
-        plain = native is not None and t.device.type == "cpu" and "cpu" in ON_HOST and type(t) in (Tensor, nn.Parameter)
+        plain = native is not None and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
         (in_c if plain else by_device.setdefault(t.device, [])).append(i)
     if native is not None and in_c:
         for i, number in zip(in_c, native([_dense(tensors[i]) for i in in_c]), strict=True):
@@ -70,6 +73,11 @@ def prints(tensors: Sequence[Tensor]) -> list[Any]:
         for i, number in zip(places, numbers.tolist() if device.type in ON_HOST else numbers.unbind(), strict=True):
             found[i] = number
     return found
+
+
+def _is_simple(t: Tensor) -> bool:
+    """Whether these are real numbers on a CPU, as they lie in memory: most are."""
+    return type(t) in _PLAIN and t.is_cpu and t.is_contiguous() and not (t.is_complex() or t.is_neg())
 
 
 @cache

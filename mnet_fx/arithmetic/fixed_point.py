@@ -274,9 +274,9 @@ class State:
         """Number of elements with v other than 0, and max|v| in units of x."""
         return int(torch.count_nonzero(self.U)), max_abs(self.U) * self.ratio * self.unit
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Fingerprints of X and U, which stay on their device."""
-        return tuple(prints([self.X, self.U]))
+    def fingerprint(self, *others: Tensor) -> tuple[Any, ...]:
+        """Fingerprints of X, of U, and of other tensors; they stay on their device."""
+        return tuple(prints([self.X, self.U, *others]))
 
 
 def _shifted(T: Tensor, dtype: torch.dtype, bits: int) -> Tensor:

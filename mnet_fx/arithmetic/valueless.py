@@ -31,15 +31,18 @@ class Effects(TorchDispatchMode):
 
     Attributes:
         drew: types of the devices on which it drew.
+        foreign: whether it made an operation that is not torch's own, which may do anything.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.drew: set[str] = set()
+        self.foreign = False
         self._written: dict[int, Any] = {}  # held, as a number is only one storage's while that lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.foreign |= func.namespace not in ("aten", "prim", "prims")
         result = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and self._given(func, args, kwargs, "dropout_p") != 0.0:
             first = next((t for t in (result, *args) if isinstance(t, Tensor)), None)
@@ -63,6 +66,11 @@ class Effects(TorchDispatchMode):
         for t in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(t, Tensor):
                 self._written[t.untyped_storage()._cdata] = t.untyped_storage()
+
+    @property
+    def none(self) -> bool:
+        """Whether it surely did none of this."""
+        return not (self.drew or self._written or self.foreign)
 
     def wrote(self, t: Tensor) -> bool:
         """Whether the step wrote to the memory of a tensor."""

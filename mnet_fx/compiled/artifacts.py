@@ -15,10 +15,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator
 
 import passes
 from passes import StepCode
 
+from ..arithmetic.valueless import Effects
 from ..regions.region import ChainRegion, expanded, sum_dtype
 from .compiler import Compiler
 from .filling import FakeRun, Filler
@@ -33,10 +35,11 @@ class Artifact:
         run: `run(x, *sides, *attributes, *sizes) -> (y, *extras)` with y = f(x) in the shape of x.
         needs_grad: for each input whether it was compiled to give a gradient.
         has_regions: whether there are regions within the step.
+        is_pure: whether it surely draws no random numbers and writes to no tensor.
     """
 
-    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool) -> None:
-        self.run, self.needs_grad, self.has_regions = run, needs_grad, has_regions
+    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool, is_pure: bool) -> None:
+        self.run, self.needs_grad, self.has_regions, self.is_pure = run, needs_grad, has_regions, is_pure
 
 
 class Artifacts:
@@ -98,11 +101,12 @@ class Artifacts:
         y, *_ = FakeRun(body, self.compiler, self.fill).run(*inputs)
         with fake_mode, enable_python_dispatcher():
             _finish(body, code, inputs[0], y)
-        outputs = FakeRun(body, self.compiler, self.fill).run(*inputs)
+        effects = Effects() if all(map(_is_plain, body.graph.nodes)) else None
+        outputs = FakeRun(body, self.compiler, self.fill, effects).run(*inputs)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         regions = [name for name, module in fixed.items() if isinstance(module, ChainRegion)]
         run = self._around(regions, body, inputs) if regions else self.compiler(_copied(body), inputs)
-        return Artifact(run, needs_grad, bool(regions)), body, tuple(outputs)
+        return Artifact(run, needs_grad, bool(regions), effects is not None and effects.none), body, tuple(outputs)
 
     def _around(self, regions: list[str], body: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The body compiled around its regions."""
@@ -110,6 +114,11 @@ class Artifacts:
         joined = passes.pieces(body, regions, sizes)
         Filler(joined, self.compiler, self.fill).run(*inputs)
         return joined
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node calls no other graph, into which nobody sees."""
+    return node.op != "call_module" and not isinstance(node.target, HigherOrderOperator)
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.fx as fx
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from passes import PROOF, is_hook
 
+from ..arithmetic.valueless import Effects
 from ..regions.region import ChainRegion
 from .compiler import Compiler, faking
 
@@ -23,10 +25,18 @@ class FakeRun(fx.Interpreter):
         gm: the graph.
         compiler: knows their mode.
         fill: called with a region and its fake arguments in place of running it, returns fake outputs.
+        effects: notes what the operations do besides.
     """
 
-    def __init__(self, gm: fx.GraphModule, compiler: Compiler, fill: Callable[[ChainRegion, tuple[Any, ...]], Any]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        compiler: Compiler,
+        fill: Callable[[ChainRegion, tuple[Any, ...]], Any],
+        effects: Effects | None = None,
+    ) -> None:
         super().__init__(gm)
+        self.effects = nullcontext() if effects is None else effects
         assert compiler.fake_mode is not None
         self.compiler, self.fake_mode, self.fill = compiler, compiler.fake_mode, fill
 
@@ -35,7 +45,7 @@ class FakeRun(fx.Interpreter):
             return super().run_node(n)
         if is_hook(n):  # no hooks on fake tensors
             return self.fetch_args_kwargs_from_env(n)[0][0]
-        with faking(self.fake_mode):
+        with faking(self.fake_mode), self.effects:
             return super().run_node(n)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ class CompiledSegment(Unseen):
         order = [*self._sides, *self._own]
         self._places = [order.index(i) for i in range(len(names))]
         paths = [attributes[names[i]] for i in self._own]
-        self._step = CompiledStep(Artifact(self._in_order, (True,) * (1 + len(names)), False), paths, None)
+        self._step = CompiledStep(Artifact(self._in_order, (True,) * (1 + len(names)), has_regions=False, is_pure=False), paths, None)
 
     @property
     def title(self) -> str:

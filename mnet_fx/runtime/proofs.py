@@ -26,7 +26,7 @@ from torch.autograd import Variable
 from ..errors import InversionError, MnetError, MnetWarning, StreamError, is_of_device
 from .cuda_streams import present
 
-__all__ = ["Drift", "Print", "Proofs", "differed", "rerunning", "unseen_write"]
+__all__ = ["Drift", "Print", "Proofs", "differed", "looked", "rerunning", "unseen_write"]
 
 Print = Sequence[Any]
 """Numbers, or int64 tensors of them that are still on a device."""
@@ -196,6 +196,14 @@ def differed(drifted: Drift, t: int | None, what: str, differing: list[int]) -> 
     """Reports that `what` differed in a rerun of step t, if it did."""
     if differing:
         drifted(t, what)
+
+
+def looked(learn: Callable[[set[str]], None] | None, drifted: Drift | None, t: int, name: str, differing: list[int]) -> None:
+    """What `StoringTape.hand_out` concludes; drifted: None where there is a copy."""
+    if learn is not None:
+        learn({name} if differing else set())
+    if differing and drifted is not None:
+        drifted(t, f"the stream before step {t}, changed in place,")
 
 
 def unseen_write(region: str, t: int, differing: list[int]) -> None:

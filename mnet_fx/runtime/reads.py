@@ -97,7 +97,7 @@ class Read(nn.Module):
 
     def __init__(self, inner: nn.Module, read: ReadMap, x: Tensor) -> None:
         super().__init__()
-        self.axis, self.stateless = channel_axis(x), getattr(inner, "stateless", False)
+        self.axis, self.stateless, self.is_pure = channel_axis(x), getattr(inner, "stateless", False), getattr(inner, "is_pure", False)
         if x.shape[self.axis] != len(read.shift):
             raise StreamError(
                 f"a chain was calibrated for a stream of {len(read.shift)} channels, and got one of shape {tuple(x.shape)}: calibrate anew"

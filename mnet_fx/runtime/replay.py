@@ -20,7 +20,7 @@ no module holds, global variables) is not restored; if that changes a result, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -52,7 +52,8 @@ class Conditions:
     """Everything but its stream input that determines what one step computes, as it was at the step's first run.
 
     Args:
-        module: the step, called as `module(x, *sides)`; `module.stateless` says that it has no attributes that matter.
+        module: the step, called as `module(x, *sides)`; `module.stateless` says that it has no attributes that matter, `module.is_pure`
+            that it draws no random numbers and writes to no tensor.
         sides: the side inputs of this call.
         device: device of the stream.
         proof: whether `look` is to compare; without it, it finds nothing.
@@ -73,6 +74,7 @@ class Conditions:
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
         self.sides = rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
+        self.is_pure: bool = getattr(module, "is_pure", False)
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
         self.tree = graphs(module) if stateless else list(_modules(module, "", set()))
         self.attributes = None if stateless else Attributes([m for _, m in self.tree])
@@ -109,7 +111,7 @@ class Conditions:
         """
         with _TURNS, untuned(self.device):
             fake = valueless(x)
-            self.random = [] if fake else [(source, source.get_state()) for source in self._generators()]
+            self.random = [] if fake or self.is_pure else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
             was, versions = {} if fake else fingerprints(before), {name: version(t) for name, t in before.items()}
@@ -162,12 +164,12 @@ class Conditions:
 
         The values of those on a device are compared when the backward pass ends; till then, what has a copy is read from that.
         """
-        for name, (t, needed) in self.requires_grad.items():
-            if t.requires_grad != needed and not t.is_leaf and name not in self.copies:
+        for name, t in self._flagged():
+            if not t.is_leaf and name not in self.copies:
                 report(f"whether {name} requires a gradient")
                 return
         proven = self.proven or {}
-        if (freed := next((name for name, t in proven.items() if is_ordinary(t) and t.numel() > 0 and is_freed(t)), None)) is not None:
+        if (freed := next((name for name, t in proven.items() if is_ordinary(t) and is_freed(t) and t.numel() > 0), None)) is not None:
             report(
                 f"{freed}, whose memory was freed (under fully_shard around single layers, a second or partial backward needs layers that "
                 "are sharded again by then: use fully_shard on the root alone),"
@@ -234,8 +236,17 @@ class Conditions:
     def _sides(self) -> dict[str, Tensor]:
         return {f"side input {i}": s for i, s in enumerate(leaves(self.sides)) if isinstance(s, Tensor)}
 
+    def _flagged(self) -> list[tuple[str, Tensor]]:
+        """Those tensors of which it is another question now whether they require gradients."""
+        return [(name, t) for name, (t, needed) in self.requires_grad.items() if t.requires_grad != needed]
+
+    def _restored(self) -> AbstractContextManager[None]:
+        if self.attributes is None and not self.random and not self._flagged():
+            return surrounded(self.surroundings)
+        return self._all_restored()
+
     @contextmanager
-    def _restored(self) -> Iterator[None]:
+    def _all_restored(self) -> Iterator[None]:
         with surrounded(self.surroundings), ExitStack() as stack:
             if self.attributes is not None:
                 stack.enter_context(self.attributes.put_back())

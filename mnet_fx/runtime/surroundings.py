@@ -11,7 +11,7 @@ torch does not have are left out. Not here: the anomaly mode, which changes no v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = ["SWITCHES", "Switch", "surrounded", "surroundings", "untuned"]
 
 
 _C: Any = torch._C  # of which the type stubs know a part
+_AS_IT_IS = nullcontext()
 
 _PAIRS = (
     "_{}_deterministic_fill_uninitialized_memory",
@@ -74,12 +75,13 @@ def surroundings() -> tuple[Any, ...]:
     return tuple([get() for get in _GETTERS])
 
 
-@contextmanager
-def surrounded(then: tuple[Any, ...]) -> Iterator[None]:
+def surrounded(then: tuple[Any, ...]) -> AbstractContextManager[None]:
     """Sets all switches to the values of another time, and back."""
-    if (now := surroundings()) == then:
-        yield
-        return
+    return _AS_IT_IS if (now := surroundings()) == then else _surrounded(then, now)
+
+
+@contextmanager
+def _surrounded(then: tuple[Any, ...], now: tuple[Any, ...]) -> Iterator[None]:
     torch.autocast_increment_nesting()  # as torch.autocast does: casts of weights are kept no longer than this
     try:
         _turn(then)
@@ -90,15 +92,17 @@ def surrounded(then: tuple[Any, ...]) -> Iterator[None]:
         _turn(now)
 
 
-@contextmanager
-def untuned(device: torch.device) -> Iterator[None]:
+def untuned(device: torch.device) -> AbstractContextManager[None]:
     """Without cudnn.benchmark, where a rerun in another thread would tune apart from the first run, and take another algorithm.
 
     The plans that cuDNN found fastest are kept by each thread, and autograd goes back on CUDA in a thread of its own.
     """
-    if device.type != "cuda" or not _C._get_cudnn_benchmark() or not _C._is_multithreading_enabled():
-        yield
-        return
+    on_cuda = device.type == "cuda" and _C._get_cudnn_benchmark() and _C._is_multithreading_enabled()
+    return _untuned() if on_cuda else _AS_IT_IS
+
+
+@contextmanager
+def _untuned() -> Iterator[None]:
     warn_once(
         "torch.backends.cudnn.benchmark is on: it is off within the steps of reversible chains, as autograd's thread would choose other "
         "algorithms for a rerun than the forward pass did, and the gradient would be lost. "

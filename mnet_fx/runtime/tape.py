@@ -54,7 +54,7 @@ from ..errors import InversionError
 from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
-from .proofs import Drift, Print, Proofs, differed, rerunning, unseen_write
+from .proofs import Drift, Print, Proofs, differed, looked, rerunning, unseen_write
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
@@ -89,6 +89,7 @@ class Tape:
         self.region, self.factors, self.on_drift, self.end = region, factors, on_drift, len(factors)
         self.drifted, self.proofs = Drift(region, on_drift), Proofs()
         self.reruns: list[Rerun] = []
+        self.fresh: Print = ()  # of x[t + 1], where `push` has taken it together with that of the state
         self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
 
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +110,8 @@ class Tape:
 
     def note(self, x: Tensor) -> Print:
         """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, unless `push` sees that."""
-        return () if isinstance(self.state, DeviceState) else prints([x])
+        fresh, self.fresh = self.fresh, ()
+        return () if isinstance(self.state, DeviceState) else fresh or prints([x])
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]. x is the tensor in which x[t] was handed out."""
@@ -170,7 +172,9 @@ class ReversingTape(Tape):
             return self._onwards(t, y, x)
         self._seek(t)  # where a backward pass through earlier steps has come in between
         after = self._forward(y, x)
-        self.prints.append(self.fingerprint(self.state.fingerprint))
+        found = self.fingerprint(partial(self.state.fingerprint, after))
+        self.prints.append(found[:2])
+        self.fresh = found[2:]
         return after
 
     def _onwards(self, t: int, y: Tensor, x: Tensor) -> Tensor:
@@ -288,7 +292,7 @@ class StoringTape(Tape):
         changed = bool(found) and (isinstance(found[0], Tensor) or found != print_)  # on a device nobody knows yet: rather the copy
         own = {name: self.copies[name]} if name in self.copies else {}
         learn, drifted = None if self.own is None else self.own.lesson("", own), None if own else self.drifted
-        self.proofs.compare(found, print_, partial(_looked, learn, drifted, t, name))
+        self.proofs.compare(found, print_, partial(looked, learn, drifted, t, name))
         return own.get(name, x) if changed else x
 
     def close(self, t: int, y: Tensor) -> None:
@@ -309,14 +313,6 @@ def _returned(tape: weakref.ref[ReversingTape], drifted: Drift, t: int, differin
         there = tape()
         at_rest = there is not None and t == there.time == 0 and there.from_rest and not there.half
         drifted(t, f"the state before step {t}", *(there.state.off_zero() if there is not None and at_rest else ()))
-
-
-def _looked(learn: Callable[[set[str]], None] | None, drifted: Drift | None, t: int, name: str, differing: list[int]) -> None:
-    """What `StoringTape.hand_out` concludes; drifted: None where there is a copy."""
-    if learn is not None:
-        learn({name} if differing else set())
-    if differing and drifted is not None:
-        drifted(t, f"the stream before step {t}, changed in place,")
 
 
 class PlainTape(Tape):

@@ -33,7 +33,8 @@ class Turns:
     def __enter__(self) -> None:
         mine = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
         with self.changed:
-            self.changed.wait_for(lambda: self.turns[-1] is mine if mine in self.turns else not self.turns)
+            if mine is not (self.turns[-1] if self.turns else None):
+                self.changed.wait_for(lambda: self.turns[-1] is mine if mine in self.turns else not self.turns)
             turn = _Turn(mine)
             self.turns.append(turn)
         _stash(_KEY, turn)

@@ -148,14 +148,13 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
     function.restype = None
 
     def run(tensors: Sequence[Tensor]) -> list[int]:
-        count = len(tensors)
-        data = _array(ctypes.c_void_p, count)(*(t.data_ptr() for t in tensors))
-        bytes_ = _array(ctypes.c_int64, count)(*(t.numel() * t.element_size() for t in tensors))
-        if any(bytes_[i] and is_freed(t) for i, t in enumerate(tensors)):
+        count, sizes = len(tensors), [t.nbytes for t in tensors]
+        if any(size and is_freed(t) for size, t in zip(sizes, tensors, strict=True)):
             raise RuntimeError("a tensor whose memory was freed has no fingerprint")
+        data = _array(ctypes.c_void_p, count)(*[t.data_ptr() for t in tensors])
         sums = _array(ctypes.c_uint64, count)()
-        function(data, bytes_, sums, count, _PARALLEL, torch.get_num_threads())
-        return list(sums)
+        function(data, _array(ctypes.c_int64, count)(*sizes), sums, count, _PARALLEL, torch.get_num_threads())
+        return sums[:]
 
     sample = torch.arange(20, dtype=torch.uint8, device="cpu")  # whatever the default device is
     if run([sample]) != [_hash(bytes(sample.tolist()))]:

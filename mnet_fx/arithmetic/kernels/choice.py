@@ -29,7 +29,7 @@ from .eager import EAGER, Kernels, flat, is_normal
 __all__ = ["AUTOMATIC", "FUSED", "fusing", "kernels", "usable"]
 
 log = logging.getLogger("mnet_fx")
-SMALLEST = {"cpu": 1 << 12, "other": 1 << 17}  # elements; below, the eager loop is as quick, or calling inductor's takes longer
+SMALLEST = {"cpu": 1, "other": 1 << 17}  # elements; below, calling inductor's loop takes longer than the eager one
 SAMPLE = 1 << 16  # elements on which a compiled loop is tried
 _lock = threading.Lock()
 Loop = Callable[[Sequence[Tensor], Sequence[float]], None]

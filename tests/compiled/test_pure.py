@@ -1,0 +1,100 @@
+"""Steps that draw no random numbers and write to nothing are run with less care; which those are is seen on fake tensors, and is right."""
+
+import pytest
+import torch
+from torch import nn
+
+import mnet_fx
+from mnet_fx.compiled.artifacts import Artifact
+
+
+@torch.library.custom_op("mnet_fx_tests::noisy", mutates_args=())
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rand_like(x)
+
+
+@noisy.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def _backward(ctx, grad):
+    return grad * 0.5
+
+
+noisy.register_autograd(_backward)
+
+
+def chosen(h):
+    return torch.cond(h.sum() > 0, lambda h: h.tanh() * torch.rand_like(h), lambda h: h.cos() * torch.rand_like(h), (h,))
+
+
+def overwritten(h):
+    y = h.sin()
+    y.mul_(2)
+    return y
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * 2 * torch.rand_like(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+PURE = {"tanh": torch.tanh, "attention": lambda h: nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]}
+OTHERS = {
+    "dropout": lambda h: nn.functional.dropout(h, 0.3),
+    "draws": lambda h: h * torch.rand_like(h),
+    "draws from a distribution": lambda h: h * torch.distributions.Normal(0.0, 1.0).sample(h.shape),
+    "an operation of somebody's own": lambda h: noisy(h),
+    "a branch": chosen,
+    "a function of its own": Twice.apply,
+    "writes": overwritten,
+}
+
+
+class Block(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x):
+        return x + self.function(self.linear(x))
+
+
+def trained(net, x):
+    """What a step gives and leaves."""
+    torch.manual_seed(7)
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    out = net(x)
+    forward = torch.rand(3)
+    out.square().sum().backward()
+    return [out.detach(), forward, x.grad, torch.get_rng_state(), *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*PURE, *OTHERS])
+def test_pure_steps_and_others(kind, monkeypatch):
+    made = []
+
+    class Seen(Artifact):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self.is_pure)
+
+    monkeypatch.setattr("mnet_fx.compiled.artifacts.Artifact", Seen)
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = nn.Sequential(*(Block((PURE | OTHERS)[kind]) for _ in range(4)))
+    nets = [mnet_fx.momentumize(model, backward=backward) for backward in ("reversible", "stored")]
+    for net in nets:
+        trained(net, x)  # the capture itself comes first
+    assert all(map(torch.equal, *(trained(net, x) for net in nets)))
+    assert nets[0].report.regions
+    assert made
+    assert set(made) == {kind in PURE}
