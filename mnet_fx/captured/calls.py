@@ -8,6 +8,7 @@ import time
 import types
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 
@@ -35,6 +36,7 @@ class Call:
         graphs: those that ran so far.
         new: those captured in it.
         entered: paths of the modules inside that Python, and not Dynamo, called.
+        left: whether Python ran the model's function.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
     """
 
@@ -42,12 +44,18 @@ class Call:
         self.graphs: list[Graph] = []
         self.new: list[Graph] = []
         self.entered: set[str] = set()
+        self.left = False
         self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
 
     @property
     def breaks(self) -> list[Any]:
         """Why Dynamo broke graphs in it, in order."""
         return graph_break_reasons[self.breaks_before :]
+
+    @property
+    def course(self) -> tuple[frozenset[int], frozenset[str]]:
+        """What ran in it: graphs, by their numbers, and what Python called."""
+        return frozenset(graph.number for graph in self.graphs), frozenset(self.entered)
 
     def ran(self, graph: Graph) -> None:
         """A graph is about to run."""
@@ -66,11 +74,24 @@ def _running_code(name: str) -> types.CodeType | None:
     return None if frame is None else frame.f_code
 
 
+def _left(owner: nn.Module) -> None:
+    """Called where Python runs the function of a model, and not what Dynamo made of it."""
+    if (call := owner.__dict__["forward"].running()) is not None:
+        call.left = True
+
+
+torch._dynamo.eval_frame.skip_code(_left.__code__)
+
+
 def _through_class(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    if not torch.compiler.is_dynamo_compiling():
+        _left(self)
     return type(self).forward(self, *args, **kwargs)
 
 
 def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    if not torch.compiler.is_dynamo_compiling():
+        _left(self)
     return self.__dict__["forward"].own_forward(*args, **kwargs)
 
 
@@ -82,4 +103,4 @@ def function_of(owner: nn.Module, has_own: bool) -> types.FunctionType:
     """
     template = _through_instance if has_own else _through_class
     code = template.__code__.replace(co_name=f"{PREFIX}{type(owner).__name__}_{next(_number)}")
-    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__})
+    return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__, "torch": torch, "_left": _left})

@@ -29,8 +29,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import cached_backends, remove_from_cache
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..arithmetic.valueless import valueless
@@ -78,6 +80,8 @@ class CapturedForward:
         self.calls = threading.local()
         self.regions: list[ChainRegion] = []  # of all graphs
         self.keepings: list[Keeping] = []  # likewise
+        self.taken_in: set[Any] = set()  # courses of calls that went through
+        self.spoilt = False  # whether Dynamo may have noted in a call that raised to leave the model's code to Python
         install(self.inside, self)
 
     @cached_property
@@ -106,10 +110,33 @@ class CapturedForward:
         _check_caller(self.owner)
         if transformed() or exported() or _get_current_dispatch_mode_stack() or valueless(*args, *kwargs.values()):
             return self._program(args, kwargs)(self.owner, *args, **kwargs)
+        if self.spoilt:
+            self._renew()
         with self.call() as call:
-            result = self.compiled[1](self.owner, *args, **kwargs)
+            with self._spoiling():
+                result = self.compiled[1](self.owner, *args, **kwargs)
             self._finish(call)
         return result
+
+    @contextmanager
+    def _spoiling(self) -> Iterator[None]:
+        """An exception of the model's own, where Dynamo meets it as it captures, has it leave that code to Python from then on."""
+        before = convert_frame.FRAME_COUNTER
+        try:
+            yield
+        except Exception as error:
+            self.spoilt |= before != convert_frame.FRAME_COUNTER and not isinstance(error, (TorchDynamoException, MnetError))
+            raise
+
+    def _renew(self) -> None:
+        """Has Dynamo begin anew with the model's function, and with the code of its modules that it has captured apart from that."""
+        for name in ("compiled", "plain"):
+            self.__dict__.pop(name, None)
+        classes = {type(module) for module in self.owner.modules()}
+        for function in (inspect.unwrap(cls.forward) for cls in classes if not cls.__module__.startswith("torch.")):
+            if hasattr(function, "__code__"):
+                reset_code(function.__code__)
+        self.regions, self.keepings, self.spoilt = [], [], False
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False) -> types.CodeType | None:
         """Captures a kind of call, if it has not been, without running it.
@@ -181,25 +208,25 @@ class CapturedForward:
             self._without_graphs(self.compiled[0], call)
             if not self.network.reports and not self.previewed.report.regions:
                 self._warn_of_nothing(call)
-        if call.new:
+        if call.new or (call.graphs and call.course not in self.taken_in):  # also of what was captured in a call that raised
             self._take_in(call)
+            self.taken_in.add(call.course)
 
     def _take_in(self, call: Call, complete: bool = True) -> None:
-        if call.new or not self.network.reports:
-            shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
-            self.network.add(call.graphs, self.owner.training, complete, call.entered)
-            if self.network.reports:
-                self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
+        shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
+        self.network.add(call.graphs, self.owner.training, complete, call.entered)
+        if self.network.reports:
+            self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
         seconds = time.perf_counter() - call.began
         if seconds > _SLOW and call.new and not self.logged:
             self.logged = True
             log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
-        broken = [graph.broken for graph in call.new if graph.broken is not None]
-        if complete and call.new and not broken and (between := cut(self.owner, call.graphs, call.breaks)) is not None:
+        broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
+        if complete and not broken and (between := cut(self.owner, call.graphs, call.breaks)) is not None:
             broken = [between]
         for text in broken:
             warnings.warn(text, MnetWarning, stacklevel=4)
-        if complete and not any(graph.chains for graph in call.graphs):
+        if complete and not any(graph.chains for graph in call.graphs) and (call.new or not self.network.chains):
             self._warn_of_nothing(call)
 
     def _warn_of_nothing(self, call: Call) -> None:
@@ -234,7 +261,7 @@ class CapturedForward:
         Returns:
             That code; None if the call was left to Python.
         """
-        if not call.entered and torch._dynamo.eval_frame._stance.stance == "default":
+        if not call.entered and not call.left and torch._dynamo.eval_frame._stance.stance == "default":
             for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)[:1]:
                 named = [str(instruction.argval) for instruction in dis.get_instructions(entry.code)]  # co_names has more than is used
                 if not any(name in ("forward", "own_forward") or name.startswith("__resume_at") for name in named):
@@ -282,7 +309,7 @@ class CapturedForward:
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("calls", "compiled", "plain", "previewed", "regions", "keepings")
+            if key not in ("calls", "compiled", "plain", "previewed", "regions", "keepings", "taken_in", "spoilt")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

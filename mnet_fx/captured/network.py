@@ -7,6 +7,7 @@ would be another network with other outputs, and is an error.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class Graph:
         broken: where it ends in a graph break, the warning that this deserves; else None.
         complete: whether it does not end in a graph break.
         refused: why a call that runs it is an error, or None.
+        number: its own.
     """
 
     report: Report
@@ -46,6 +48,7 @@ class Graph:
     broken: str | None = None
     complete: bool = True
     refused: str | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = ()) -> Graph:

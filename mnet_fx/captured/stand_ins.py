@@ -67,6 +67,15 @@ def _is_special(t: Tensor) -> bool:
     return type(t) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(t)
 
 
+_GLOBAL_HOOKS = [f"_global_{kind}_hooks" for kind in ("backward_pre", "backward", "forward_pre", "forward")]
+
+
+def _own_hooks(name: str) -> OrderedDict[int, Any]:
+    """Of the hooks on all modules those that are not torch's: these look on, as for `FlopCounterMode`, and have Dynamo break its graph."""
+    hooks = getattr(nn.modules.module, name).items()
+    return OrderedDict((key, hook) for key, hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("torch."))
+
+
 @contextmanager
 def _outside_of_everything() -> Iterator[None]:
     """As if nothing traced, transformed or watched: Dynamo leaves everything to Python otherwise."""
@@ -78,6 +87,7 @@ def _outside_of_everything() -> Iterator[None]:
         (torch.compiler, "_is_exporting_flag", False),
         (torch.compiler, "_is_compiling_flag", False),
         (nn.modules.module, "_global_buffer_registration_hooks", OrderedDict()),  # AOTAutograd notes with it which buffers are assigned
+        *((nn.modules.module, name, _own_hooks(name)) for name in _GLOBAL_HOOKS),
         (nn.Module, "__call__", torch.fx._symbolic_trace._orig_module_call),  # what a tracer of fx puts in their place
         (nn.Module, "__getattr__", torch.fx._symbolic_trace._orig_module_getattr),
     ]
