@@ -132,10 +132,11 @@ class CapturedForward:
         """Has Dynamo begin anew with the model's function, and with the code of its modules that it has captured apart from that."""
         for name in ("compiled", "plain"):
             self.__dict__.pop(name, None)
-        classes = {type(module) for module in self.owner.modules()}
-        for function in (inspect.unwrap(cls.forward) for cls in classes if not cls.__module__.startswith("torch.")):
-            if hasattr(function, "__code__"):
+        for cls in {type(module) for module in self.owner.modules()}:
+            function: Any = None if cls.__module__.startswith("torch.") else cls.forward
+            while hasattr(function, "__code__"):
                 reset_code(function.__code__)
+                function = getattr(function, "__wrapped__", None)
         self.regions, self.keepings, self.spoilt = [], [], False
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False) -> types.CodeType | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+import torch
 import torch.fx as fx
 
 from passes.graphs.facts import Facts, owner_keys, owner_path, recorded, shape_of
@@ -22,6 +23,7 @@ from passes.regions import Form, Granularity, Step
 
 __all__ = ["Span", "common_path", "dead_ends_of", "spans_of"]
 
+_CLONES = ("clone", torch.clone, torch.ops.aten.clone.default)
 _CHECKS = frozenset({"shape", "layout", "elementwise", "scale", "add", "reduce"})
 
 
@@ -168,7 +170,8 @@ def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, Re
 
 def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> set[fx.Node]:
     """Side computations whose results only the cone reads. One that writes in place comes in only together with the memory it writes to,
-    and one that takes a tensor from a list with what makes the list, so that the inputs of a step are tensors."""
+    one that takes a tensor from a list with what makes the list, so that the inputs of a step are tensors, and no copy of what another
+    call will have overwritten by the time of a rerun."""
     blocked: set[fx.Node] = set()
     while True:
         serving: set[fx.Node] = set()
@@ -178,9 +181,18 @@ def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: di
                 serving.add(node)
         outside = {node for node in serving if any(memory not in serving for memory in facts.writes.get(node, ()))}
         outside |= {node for node in serving if _takes_from_list(node) and node.args[0] not in serving and node.args[0] not in cone}
+        outside |= {node for node in serving if _is_a_copy_to_keep(node, facts)}
         if not outside:
             return serving
         blocked |= outside
+
+
+def _is_a_copy_to_keep(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node clones what each call overwrites, such as the vector of a spectral norm, so that the gradient has it as it was."""
+    if node.target not in _CLONES:
+        return False
+    written = {memory for targets in facts.writes.values() for memory in targets}
+    return any(memory in written and facts.kinds[memory] == "input" for memory in facts.shares[node.all_input_nodes[0]])
 
 
 def _takes_from_list(node: fx.Node) -> bool:

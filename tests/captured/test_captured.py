@@ -1312,3 +1312,35 @@ def test_a_last_smaller_batch_is_no_other_network(norm, training):
         for got, want in zip(net.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(got, want)
         assert net.report.rewritten_adds == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"rest": "checkpoint"}, {"regions": ["layers"]}], ids=["plain", "rest", "named"])
+def test_two_forwards_before_one_backward_with_a_norm_that_iterates(options):
+    """A discriminator on what is true and on what is made: each forward moves the vectors of the spectral norms, and keeps a clone."""
+
+    class Discriminator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Normed() for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x.mean()
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+        def forward(self, x):
+            return x + torch.tanh(self.linear(x))
+
+    torch.manual_seed(0)
+    model, (true, made) = Discriminator(), torch.randn(2, 6, 8)
+    found = []
+    for backward in ("reversible", "stored"):
+        net = momentumize(copy.deepcopy(model), backward=backward, **options)
+        (net(made) - net(true)).backward()
+        found.append([*(p.grad for p in net.parameters()), *net.buffers()])
+    assert all(map(torch.equal, *found))

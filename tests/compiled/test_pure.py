@@ -98,3 +98,17 @@ def test_pure_steps_and_others(kind, monkeypatch):
     assert nets[0].report.regions
     assert made
     assert set(made) == {kind in PURE}
+
+
+def test_operations_that_take_a_generator_say_that_they_draw():
+    """All of torch's own, but for those that are made of others."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    found = []
+    for name in names:
+        operation, _, overload = name.removeprefix("aten::").partition(".")
+        call = getattr(getattr(torch.ops.aten, operation, None), overload or "default", None)
+        made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+        if call is not None and not made_of_others and any("Generator" in str(a.type) for a in call._schema.arguments):
+            found.append((name, torch.Tag.nondeterministic_seeded in call.tags))
+    assert len(found) > 50
+    assert [name for name, says in found if not says] == []
