@@ -1,6 +1,6 @@
 """A small GPT over characters, trained from scratch: plain, and as a momentum network at three gammas, from the same initial weights.
 
-    python examples/language_model.py     # about five minutes on two cores
+    python examples/language_model.py     # some minutes on two cores
 
 The text is the documentation in the modules of Python's own library, which everyone has: the docstrings of every fifth file are held out.
 Loss in bits per character; checkpoint around each block has that of plain. Bytes are the peak of a training step beyond parameters and
