@@ -4,14 +4,19 @@
     calibrated:         f[t] read at  x[t] + m[t] + x[t] W[t]                           m, W: ridge regression of c[t] v[t] on x[t]
 
 The step must not read v[t] itself, or it could not be undone. Steps are fitted in the order in which they run, each in a network in which
-those before it are calibrated: one pass over the batches for each.
+those before it are calibrated: all batches are brought to a step, its map is fitted, and they go on (`lockstep`). Where a model does not
+bear that several of its calls are under way at once, all batches run anew for each step.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +27,7 @@ from .captured.forward import CapturedForward
 from .checkpoints import note_config
 from .closeness import evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetWarning, SettingsError
+from .lockstep import OutOfStep, walking
 from .named.layers import NamedLayer
 from .read_maps import Maps, Place, ReadMap, data_of
 from .regions.region import MomentumRegion
@@ -35,8 +41,12 @@ __all__ = ["Calibration", "RegionCalibration", "calibrate"]
 Kind = Literal["auto", "diagonal", "full"]
 RIDGE = 3e-3  # of the mean variance of a channel
 FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: from where "auto" fits full maps, and below which they are worse than none
-Streams = dict[tuple[Place, int], tuple[Tensor, Tensor]]
+PATIENCE = 60.0, 20.0  # seconds at least, and times a whole call's, that a call may take from one step to the next
+Step = tuple[Place, int]
+Streams = dict[Step, tuple[Tensor, Tensor]]
+_Tokens = list[tuple[Tensor, Tensor]]  # of each call, (tokens, n): x[t], and what it is short of z[t]
 _Fit = tuple[str, int, int]  # kind, tokens, width
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,9 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
     Args:
         net: from `momentumize(..., weights="matched")`; already calibrated: its maps are replaced.
         batches: calls of the net, each a tuple of positional arguments, a mapping of keyword arguments, or one tensor; at least two. The
-            last quarter is held out. The others run T times, for T steps; a chain's streams on one batch, and one step's on all, are kept.
+            last quarter is held out. The others run three times, once side by side, each in a thread of its own: two streams of each, and
+            what else their calls hold at a step, are kept. Of a model whose calls disturb each other, or that runs chains in an order of
+            its own for each batch, they run T times, for T steps, one by one.
         kind: "full": W is n x n; "diagonal": n numbers; "auto": full from 6 n tokens on, else diagonal with a warning.
 
     Raises:
@@ -135,18 +147,20 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
 
 def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], kind: Kind) -> Calibration:
     maps.clear()
-    steps = [found for call in fitted for found in _streams(net, call)]
+    began = time.monotonic()
+    ways = [list(_streams(net, call)) for call in fitted]
+    patience = max(PATIENCE[0], PATIENCE[1] * (time.monotonic() - began))
+    steps = list(dict.fromkeys(step for way in ways for step in way))
     if not steps:
         raise SettingsError(f"{type(net).__name__}: no chain ran with a velocity, so there is nothing to calibrate")
     before = [outputs(net, call) for call in held]
     with Subject(net, (), {}, None).set(gamma=0.0):
         expected = [outputs(net, call) for call in held]
-    maps.update({place: (None,) * len(place) for place, _ in steps})
-    fits: dict[Place, list[_Fit]] = {}
-    for place, t in dict.fromkeys(steps):
-        read, fit = _fitted_step(net, fitted, (place, t), kind)
-        maps[place] = tuple(read if i == t else known for i, known in enumerate(maps[place]))
-        fits.setdefault(place, []).append(fit)
+    try:
+        fits = _fitted(maps, steps, _side_by_side(net, fitted, ways, steps, patience), kind)
+    except OutOfStep:
+        _LOG.info("calls of %s disturb each other: all are made anew for each of %d steps", type(net).__name__, len(steps))
+        fits = _fitted(maps, steps, _one_by_one(net, fitted, ways, steps), kind)
     regions = tuple(RegionCalibration(place[0], len(place), len(found), *min(found)) for place, found in fits.items())
     _warn(regions, kind)
     after = [outputs(net, call) for call in held]
@@ -155,12 +169,51 @@ def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], 
     return Calibration(regions, len(held), *errors, *cosines, data_of(maps))
 
 
-def _fitted_step(net: nn.Module, calls: list[Any], step: tuple[Place, int], kind: Kind) -> tuple[ReadMap, _Fit]:
+def _fitted(maps: Maps, steps: Sequence[Step], streams: Iterator[_Tokens], kind: Kind) -> dict[Place, list[_Fit]]:
+    """Fits the map of each step to what `streams` gives for it, before that goes on to the next; how each was fitted."""
+    maps.update({place: (None,) * len(place) for place, _ in steps})
+    fits: dict[Place, list[_Fit]] = {}
+    for (place, t), pairs in zip(steps, streams, strict=True):
+        read, fit = _fitted_step(pairs, kind)
+        maps[place] = tuple(read if i == t else known for i, known in enumerate(maps[place]))
+        fits.setdefault(place, []).append(fit)
+    return fits
+
+
+def _side_by_side(net: nn.Module, calls: list[Any], ways: list[list[Step]], steps: list[Step], patience: float) -> Iterator[_Tokens]:
+    """For each step its tokens in all calls, which go on together; in the end, that each came out as it does alone.
+
+    Raises:
+        OutOfStep: they cannot, or do not.
+    """
+    found: list[Streams] = [{} for _ in calls]
+
+    def call_of(i: int, stop: Callable[[Step], None]) -> list[Tensor]:
+        with _seen(found[i], stop):
+            return outputs(net, calls[i])
+
+    with walking([partial(call_of, i) for i in range(len(calls))], patience) as walks:
+        for step in steps:
+            there = [i for i, way in enumerate(ways) if step in way]
+            for i in there:
+                walks[i].to(step)
+            yield [_tokens(found[i][step], calls[i]) for i in there]
+        for walk in walks:
+            walk.to(None)
+    for walk, call in zip(walks, calls, strict=True):
+        if not all(map(torch.allclose, walk.result, outputs(net, call))):
+            raise OutOfStep
+
+
+def _one_by_one(net: nn.Module, calls: list[Any], ways: list[list[Step]], steps: list[Step]) -> Iterator[_Tokens]:
+    """For each step its tokens in all calls, each made anew."""
+    for step in steps:
+        streams = [(_streams(net, call).get(step), call) for call, way in zip(calls, ways, strict=True) if step in way]
+        yield [_tokens(found, call) for found, call in streams if found is not None]
+
+
+def _fitted_step(pairs: list[tuple[Tensor, Tensor]], kind: Kind) -> tuple[ReadMap, _Fit]:
     """The map of one step, and how it was fitted."""
-    pairs = []
-    for call in calls:
-        if (found := _streams(net, call).get(step)) is not None:
-            pairs.append(tuple(_tokens(t, call) for t in found))
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
     x, ahead = (torch.cat(part).double() for part in zip(*pairs, strict=True))
     tokens, width = x.shape
@@ -184,6 +237,13 @@ def _fit(x: Tensor, e: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def _streams(net: nn.Module, call: Any) -> Streams:
     """x[t] and c[t] v[t] = z[t] - x[t] of every step that has a velocity, in one call of the net."""
     found: Streams = {}
+    with _seen(found):
+        net(*call[0], **call[1])
+    return found
+
+
+def _seen(found: Streams, stop: Callable[[Step], None] | None = None) -> AbstractContextManager[None]:
+    """Has the streams of the calls that this thread makes noted; those of the last step alone where `stop` stops before each."""
     before: dict[Place, tuple[int, Tensor]] = {}
 
     def see(place: Place, t: int, reach: float, x: Tensor) -> None:
@@ -192,20 +252,25 @@ def _streams(net: nn.Module, call: Any) -> Streams:
             where = place[0] or "the root"
             raise SettingsError(f"the chain from {where} runs more than once in a call, and maps are fitted for one run of it")
         before[place] = t, x.detach().clone()
-        if reach:
-            found[place, t] = before[place][1], reach * (x.detach() - earlier)
+        if not reach:
+            return
+        if stop is not None:
+            found.clear()
+        found[place, t] = before[place][1], reach * (x.detach() - earlier)
+        if stop is not None:
+            stop((place, t))
 
-    with observed(see):
-        net(*call[0], **call[1])
-    return found
+    return observed(see)
 
 
-def _tokens(x: Tensor, call: Any) -> Tensor:
-    """The stream as (tokens, n), without those masked out."""
-    rows, mask = x.movedim(channel_axis(x), -1), call[1].get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]:
-        return rows[mask.bool()]
-    return rows.reshape(-1, rows.shape[-1])
+def _tokens(streams: tuple[Tensor, Tensor], call: Any) -> tuple[Tensor, Tensor]:
+    """Streams as (tokens, n) each, without those masked out."""
+    mask, found = call[1].get("attention_mask"), []
+    for x in streams:
+        rows = x.movedim(channel_axis(x), -1)
+        masked = isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]
+        found.append(rows[mask.bool()] if masked else rows.reshape(-1, rows.shape[-1]))
+    return found[0], found[1]
 
 
 def _warn(regions: Sequence[RegionCalibration], kind: Kind) -> None:

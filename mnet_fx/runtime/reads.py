@@ -6,6 +6,7 @@ parameter of its step: a rerun pins and proves it as any other.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,17 +22,25 @@ from ..read_maps import Maps, Place, ReadMap
 
 __all__ = ["Read", "Reads", "channel_axis", "observed"]
 
-_OBSERVERS: list[Callable[[Place, int, float, Tensor], None]] = []
+
+class _Observers(threading.local):
+    """Those of one thread."""
+
+    def __init__(self) -> None:
+        self.all: list[Callable[[Place, int, float, Tensor], None]] = []
+
+
+_OBSERVERS = _Observers()
 
 
 @contextmanager
 def observed(see: Callable[[Place, int, float, Tensor], None]) -> Iterator[None]:
-    """Has `see` called before each step, for a time: with the chain's place, t, the reach of its map, and x[t]."""
-    _OBSERVERS.append(see)
+    """Has `see` called before each step that this thread runs, for a time: with the chain's place, t, the reach of its map, and x[t]."""
+    _OBSERVERS.all.append(see)
     try:
         yield
     finally:
-        _OBSERVERS.remove(see)
+        _OBSERVERS.all.remove(see)
 
 
 def channel_axis(x: Tensor) -> int:
@@ -57,7 +66,7 @@ class Reads:
         Args:
             reach: c[t] of `settings.matched_weights`, by which v[t] counts; 0 where v[t] = 0, at the start of a chain. There no map acts.
         """
-        for see in _OBSERVERS:
+        for see in _OBSERVERS.all:
             see(self.place, index, reach, x)
         if not self.maps or not reach:
             return module
