@@ -116,9 +116,8 @@ class _Rewriter:
         copies: dict[Any, fx.Node] = {}
         sides = [self._copy(name, copies) if name in region.copied else self.values[self.named[name]] for name in region.sides]
         args = (self.values[self.named[region.steps[0].source]], *sides)
-        outputs = outputs_of(region, self.named)
-        for old, new in zip(outputs, call_region(self.new, region.name, args, outputs), strict=True):
-            new.meta = dict(old.meta)
+        values = call_region(self.new, region.name, region, args, self.named)
+        for old, new in zip(outputs_of(region, self.named), values, strict=True):
             self.values[old] = new
             if old.name in region.copied:
                 self.values[old] = self._copy(old.name, copies)

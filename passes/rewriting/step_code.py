@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from passes.graphs.facts import Facts
 from passes.graphs.ops import OUT_OF_PLACE
+from passes.graphs.orders import Order, laid, orders_of
 from passes.regions import PlannedRegion, RegionCode, Step, StepCode
 
 __all__ = ["call_region", "outputs_of", "region_code"]
@@ -50,7 +51,8 @@ def region_code(
     held: dict[int, list[PlannedRegion]] = {}
     for found in inner:
         held.setdefault(step_of[found.steps[-1].target], []).append(found)
-    writers = (_Writer(step, held.get(t, []), facts, position) for t, step in enumerate(region.steps))
+    _, own = orders_of(region, facts.named)
+    writers = (_Writer(step, held.get(t, []), facts, position, own[t]) for t, step in enumerate(region.steps))
     return RegionCode(region, tuple(writer.code(sides, bodies) for writer in writers))
 
 
@@ -60,19 +62,42 @@ def outputs_of(region: PlannedRegion, named: Mapping[str, fx.Node]) -> list[fx.N
     return [named[name] for name in (*names, *(name for step in region.steps for name in step.extras))]
 
 
-def call_region(graph: fx.Graph, target: str, args: tuple[fx.Node, ...], outputs: Sequence[fx.Node]) -> list[fx.Node]:
-    """Write the call of a region, and one getitem for each value that it returns if these are several; returns the nodes of the values."""
-    call = graph.create_node("call_module", target, args, name=target)
-    if len(outputs) == 1:
-        return [call]
-    return [graph.create_node("call_function", operator.getitem, (call, i), name=old.name) for i, old in enumerate(outputs)]
+def call_region(
+    graph: fx.Graph, target: str, region: PlannedRegion, args: Sequence[fx.Node], named: Mapping[str, fx.Node]
+) -> list[fx.Node]:
+    """Write the call of a region.
+
+    Args:
+        graph: where to.
+        target: the module to call.
+        region: the region.
+        args: x[0] and the side inputs, in that graph.
+        named: the nodes of the graph that was planned, by name.
+
+    Returns:
+        The nodes of the values it returns, as in `outputs_of`; if these are several, each is a getitem. What the model has in another order
+        of memory than the chain is brought into it: x[0] before the call, the others after.
+    """
+    x, *sides = args
+    order, own = orders_of(region, named)
+    outputs = outputs_of(region, named)
+    call = graph.create_node("call_module", target, (laid(graph, x, order) if order and own[0] else x, *sides), name=target)
+    call.meta = dict(outputs[0].meta)
+    values = [call]
+    if len(outputs) > 1:
+        values = [graph.create_node("call_function", operator.getitem, (call, i), name=old.name) for i, old in enumerate(outputs)]
+    for new, old in zip(values, outputs, strict=True):
+        new.meta = dict(old.meta)
+    orders = [own[-1], *(own[t] for t in region.escapes)]
+    streams = [value if order is None else laid(graph, value, order) for value, order in zip(values[: len(orders)], orders, strict=True)]
+    return [*streams, *values[len(orders) :]]
 
 
 class _Writer:
     """Writes one step. A value is referred to by a pair: ("x", 0), ("s", j), ("a", i), or ("n", k) for the k-th value computed."""
 
-    def __init__(self, step: Step, inner: list[PlannedRegion], facts: Facts, position: Mapping[str, int]) -> None:
-        self.step, self.named = step, (named := facts.named)
+    def __init__(self, step: Step, inner: list[PlannedRegion], facts: Facts, position: Mapping[str, int], order: Order | None) -> None:
+        self.step, self.named, self.order = step, (named := facts.named), order
         held = {name for region in inner for within in region.steps for name in within.nodes}
         self.nodes = [named[name] for name in step.nodes if name not in held and (step.form == "block" or name != step.target)]
         self.units: list[_Unit] = [*self.nodes, *inner]
@@ -107,11 +132,12 @@ class _Writer:
 
     def structure(self) -> Hashable:
         """Everything that decides the text of the body."""
-        return tuple(map(self.line, self.units)), self.frozen(self.outputs), len(self.step.sides), len(self.attributes)
+        return tuple(map(self.line, self.units)), self.frozen(self.outputs), len(self.step.sides), len(self.attributes), self.order
 
     def line(self, unit: _Unit) -> Hashable:
         if isinstance(unit, PlannedRegion):
-            return "region", self.called(unit), self.frozen(self.inputs(unit)), len(outputs_of(unit, self.named))
+            inputs, orders = self.frozen(self.inputs(unit)), orders_of(unit, self.named)
+            return "region", self.called(unit), inputs, orders, len(outputs_of(unit, self.named))
         return self.operation(unit), self.frozen(unit.args), self.frozen(unit.kwargs)
 
     def inputs(self, region: PlannedRegion) -> tuple[fx.Node, ...]:
@@ -147,14 +173,16 @@ class _Writer:
         values |= {("s", j): graph.placeholder(f"s{j}") for j in range(len(self.step.sides))}
         values |= {("a", i): graph.create_node("get_attr", f"a{i}") for i in range(len(self.attributes))}
 
+        if self.order is not None:
+            values["x", 0] = laid(graph, values["x", 0], self.order)
+
         def value(node: fx.Node) -> fx.Node:
             return values[self.places[node]]
 
         for unit in self.units:
             if isinstance(unit, PlannedRegion):
-                outputs = outputs_of(unit, self.named)
-                new = call_region(graph, self.called(unit), tuple(map(value, self.inputs(unit))), outputs)
-                values |= {self.places[old]: made for old, made in zip(outputs, new, strict=True)}
+                new = call_region(graph, self.called(unit), unit, [value(node) for node in self.inputs(unit)], self.named)
+                values |= {self.places[old]: made for old, made in zip(outputs_of(unit, self.named), new, strict=True)}
                 continue
             op, target = self.operation(unit)
             args, kwargs = map_arg(unit.args, value), map_arg(unit.kwargs, value)
