@@ -8,6 +8,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 
 from passes.capturing.checkpointed import checkpoints, written_out
 from passes.capturing.dynamo import LostContextError, Unlifted, lift, modules_run, state_change, unlift
+from passes.capturing.grad_modes import is_off
 from passes.capturing.layouts import level_layouts
 from passes.capturing.previewing import Preview, preview
 from passes.graphs.facts import joined, owner_stack
@@ -51,6 +52,7 @@ __all__ = [
     "elements",
     "heads",
     "is_hook",
+    "is_off",
     "joined",
     "largest_step",
     "level_layouts",

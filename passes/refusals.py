@@ -68,7 +68,7 @@ CODES: dict[str, Code] = {
         "Call the model once, or give example_inputs: then Dynamo captures it.",
     ),
     "lost_context": Code(
-        "The adds lie within a block under autocast, no_grad or a checkpoint of the model's own, or the graph changes a state of torch's.",
+        "The adds lie in a block under autocast, inference_mode, vmap or a checkpoint of the model's, or the graph changes torch's state.",
         "Put the context around the call of the model, or around each branch; leave checkpoints out, a chain keeps no activations.",
     ),
     "graph_break": Code(

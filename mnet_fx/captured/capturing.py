@@ -86,7 +86,7 @@ class Capture(Backend):
         if isinstance(found, Refusal):
             return Graph(report, (), frozenset({"", *modules_run(gm)}), frozenset())
         prefix = self._prefix(found, example_inputs)
-        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix, modules_run(gm))
+        graph = graph_of(found.unlifted.graph_module, found.plan, _from(prefix, report), prefix, modules_run(gm), found.bodies.values())
         reason: Any = getattr(gm, "compile_subgraph_reason", None)
         if getattr(reason, "graph_break", False):
             graph.complete = False

@@ -32,6 +32,7 @@ class Graph:
     Attributes:
         report: what was rewritten in it.
         chains: its chains.
+        left: chains that it runs as they are in the original, in bodies of their own.
         ran: paths of the modules whose code it holds.
         closed: paths of the modules that plain Python must not run: those that own steps, and those called in the steps of a module that
             owns several.
@@ -45,13 +46,14 @@ class Graph:
     chains: tuple[Chain, ...]
     ran: frozenset[str]
     closed: frozenset[str]
+    left: frozenset[Chain] = frozenset()
     broken: str | None = None
     complete: bool = True
     refused: str | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
 
-def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = ()) -> Graph:
+def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = (), bodies: Iterable[Plan] = ()) -> Graph:
     """What to remember of a graph.
 
     Args:
@@ -59,12 +61,13 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
         plan: its plan.
         report: its report.
         prefix: path of the module that the graph's paths start from.
+        bodies: what would be rewritten of its bodies.
         run: paths of modules that it runs where the planned graph does not show them, such as those under a context.
     """
     named = {node.name: node for node in gm.graph.nodes}
     computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
     ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))} | {joined(prefix, path) for path in run}
-    chains = [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
+    chains = _chains(plan, prefix)
     owned = [path for chain in chains for path in chain]
     closed = set(owned)
     for step in (step for region in plan.regions for step in region.steps):
@@ -72,7 +75,12 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
         if owned.count(owner) > 1 or not owner:
             for node in _leading(step, named):
                 closed |= set(_below(owner, [joined(prefix, path) for path in owner_stack(node)]))
-    return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}))
+    left = frozenset(chain for body in bodies for chain in _chains(body, prefix))
+    return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}), left)
+
+
+def _chains(plan: Plan, prefix: str) -> list[Chain]:
+    return [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
 
 
 def _leading(step: Step, named: dict[str, fx.Node]) -> list[fx.Node]:
@@ -100,6 +108,7 @@ class Network:
 
     Attributes:
         chains: those of all captures so far.
+        left: as in `Graph`, of all captures.
         ran: paths of the modules that ran in a capture.
         entered: paths of the modules that Python called in one, of which all that is inside may have run.
         closed: as in `Graph`, of all captures.
@@ -107,6 +116,7 @@ class Network:
     """
 
     chains: set[Chain] = field(default_factory=set)
+    left: set[Chain] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     entered: set[str] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)
@@ -147,19 +157,32 @@ class Network:
         with self.lock:
             chains = {chain for graph in graphs for chain in graph.chains}
             ran = {path for graph in graphs for path in graph.ran}
-            if complete and (reason := self._contradiction(chains, ran, entered)) is not None:
+            left = {chain for graph in graphs for chain in graph.left}
+            if complete and (reason := self._contradiction(chains, ran, entered) or self._both(chains, left)) is not None:
                 for graph in graphs:
                     graph.refused = reason
                 raise MnetError(reason)
             if not complete:
                 return
             self.chains |= chains
+            self.left |= left
             self.ran |= ran
             self.entered |= set(entered)
             self.closed |= {path for graph in graphs for path in graph.closed}
             known, found = self.reports.get(training), merged([graph.report for graph in graphs])
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
+
+    def _both(self, chains: set[Chain], left: set[Chain]) -> str | None:
+        """Why the same layers are two networks."""
+        both = (self.chains | chains) & (self.left | left)
+        if not both:
+            return None
+        return (
+            f"the chain of {_described(min(both))} would be a momentum network where the model calls it as it is, and the original where "
+            "it calls it under torch.autocast, torch.inference_mode, torch.vmap or a checkpoint of its own: call it in one "
+            "way, put the context around the call of the whole model, or name its layers with regions=[...]"
+        )
 
     def _contradiction(self, chains: set[Chain], ran: set[str], entered: Collection[str]) -> str | None:
         reached = ran | {""} if ran else ran  # whatever runs, the root has run, if only in Python

@@ -34,12 +34,12 @@ from ..reporting.build import add_reports, graph_report
 from ..reporting.report import CapturedPart, Report
 from ..settings import Settings
 from .artifacts import Artifacts
-from .bodies import bodies, holders, refusals, with_bodies
+from .bodies import Bodies, bodies, holders, refusals, with_bodies
 from .compiler import Compile, Compiler
 from .filling import Filler
 from .head import ChunkedHead, Logits
 from .keeping import Keeping
-from .region import CompiledRegion, Reading
+from .region import CompiledRegion, Reading, is_off
 from .segment import CompiledSegment
 from .within import with_reversed
 
@@ -167,10 +167,11 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A graph of Dynamo as the passes read it, and its plan."""
+    """A graph of Dynamo as the passes read it, its plan, and what would be rewritten of its bodies."""
 
     unlifted: Unlifted
     plan: Plan
+    bodies: Bodies
 
 
 def _plan(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
@@ -194,7 +195,8 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
     passes.level_layouts(unlifted.graph_module)
     plan = passes.plan(unlifted.graph_module, **_how(settings))
-    return Found(unlifted, with_reversed(unlifted.graph_module, plan, settings))
+    plans = bodies(unlifted.graph_module, partial(passes.plan, **_how(settings)))
+    return Found(unlifted, with_reversed(unlifted.graph_module, plan, settings), plans)
 
 
 def _how(settings: Settings) -> dict[str, Any]:
@@ -210,7 +212,8 @@ def _compiled(
     reading = Reading(regions)
 
     def build_region(code: RegionCode) -> nn.Module:
-        regions[code.region.name] = CompiledRegion(reading.of(code), settings, arithmetic, unlifted.attributes)
+        off = is_off(unlifted.graph_module, code, settings)
+        regions[code.region.name] = CompiledRegion(reading.of(code), settings, arithmetic, unlifted.attributes, off)
         return regions[code.region.name]
 
     def static(path: str) -> Any:
@@ -299,7 +302,7 @@ def _report(gm: fx.GraphModule, found: Found | Refusal, settings: Settings) -> R
     if isinstance(found, Refusal):
         return Report(0, 0, (), (found,), (CapturedPart("", "torch.compile", 0, 0),))
     graph = found.unlifted.graph_module
-    plans = bodies(graph, partial(passes.plan, **_how(settings)))
+    plans = found.bodies
     plan = passes.with_stretches(graph, found.plan, holders(graph, plans))
     at_breaks = _at_breaks(gm, plan, {node.name: node for node in graph.graph.nodes})
     report = graph_report(plan, "torch.compile", settings)

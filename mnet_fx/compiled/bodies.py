@@ -12,9 +12,9 @@ from passes import Plan, Refusal, Stretch
 
 from ..reporting.findings import AddReport
 
-__all__ = ["bodies", "holders", "refusals", "with_bodies"]
+__all__ = ["Bodies", "bodies", "holders", "refusals", "with_bodies"]
 
-_FOUND = "inside of a block under torch.autocast or torch.no_grad, or of the body of a torch.utils.checkpoint or the like"
+_FOUND = "inside of a block under torch.autocast, inference_mode or vmap, or of the body of a torch.utils.checkpoint or the like"
 
 Bodies = Mapping[str, Plan]
 """What would be rewritten of each body of a graph, were it not one, by its path in the graph."""

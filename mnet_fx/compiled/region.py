@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import passes
 from passes import RegionCode, StepCode
 
 from ..arithmetic.kernels.eager import Kernels
@@ -22,7 +24,7 @@ from ..settings import Settings
 from .artifacts import Artifact, Artifacts
 from .filling import Unseen
 
-__all__ = ["CompiledRegion", "CompiledStep", "Reading"]
+__all__ = ["CompiledRegion", "CompiledStep", "Reading", "is_off"]
 
 
 class Reading:
@@ -120,10 +122,14 @@ class CompiledRegion(Unseen, ChainRegion):
     Args:
         code, settings, arithmetic: as in `ChainRegion`.
         attributes: for each parameter and buffer of the graph, by its name there, its path in the model.
+        is_off: whether the model runs it under `no_grad`.
     """
 
-    def __init__(self, code: RegionCode, settings: Settings, arithmetic: Kernels | None, attributes: Mapping[str, str]) -> None:
+    def __init__(
+        self, code: RegionCode, settings: Settings, arithmetic: Kernels | None, attributes: Mapping[str, str], is_off: bool = False
+    ) -> None:
         super().__init__(code, settings, arithmetic)
+        self.is_off = is_off
         if code.region.backward == "stored":
             self.backward = "stored"  # the step around it is run again as a whole
         self.attributes = attributes
@@ -144,7 +150,7 @@ class CompiledRegion(Unseen, ChainRegion):
         """Compiles the steps for fake inputs, once; returns fake outputs."""
         inputs, sizes = self._split(sides)
         self.artifacts = []
-        with fake_mode, enable_python_dispatcher():
+        with fake_mode, enable_python_dispatcher(), self._mode():
             moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
             needs_grad = torch.is_grad_enabled() and (x.requires_grad or moving)
             x = torch.empty_like(x, requires_grad=False).requires_grad_(needs_grad)
@@ -160,6 +166,13 @@ class CompiledRegion(Unseen, ChainRegion):
                 x = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype), requires_grad=False).requires_grad_(needs_grad)
             x, *escaped = (stream.clone() for stream in (x, *escaped))  # no leaves of autograd, as what is to come may write to them
         return (x, *escaped, *extras) if escaped or extras else x
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        return torch.no_grad() if self.is_off else nullcontext()
+
+    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str) -> Any:
+        with self._mode():
+            return super().run(x, steps, backward)
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
         sizes = sides[self.sides + len(self.reads) :]
@@ -181,3 +194,19 @@ class CompiledRegion(Unseen, ChainRegion):
                 (code, [places[path] for path in paths], CompiledStep(artifact, [self.attributes[path] for path in paths], velocity))
             )
         return found
+
+
+def is_off(gm: fx.GraphModule, code: RegionCode, settings: Settings) -> bool:
+    """Whether a chain lies under `no_grad` in the model.
+
+    Raises:
+        MnetError: part of it does, and its v[0] learns, which could not be told from there.
+    """
+    named = {node.name: node for node in gm.graph.nodes}
+    off = [passes.is_off(named[step.target]) for step in code.region.steps]
+    if any(off) and not all(off) and settings.velocity is not None and any(p.requires_grad for p in settings.velocity.parameters()):
+        raise MnetError(
+            f"the chain in {code.region.path or 'the root'} lies under torch.no_grad in part, and initial_velocity has parameters that "
+            "learn: freeze those, or set requires_grad_(False) on the layers in the place of no_grad around them"
+        )
+    return all(off)

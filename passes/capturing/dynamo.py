@@ -3,6 +3,7 @@
 before                                            after `unlift`
 placeholder l_self_modules_fc_parameters_weight_  get_attr of a name in `Unlifted.attributes`, as in the other dialects
 item = eps.item(); used by several nodes          one item for each user, so that no block depends on the inside of another, nor on a float
+no_grad; a; end of it                             a, of detached inputs (`grad_modes`)
 enter autocast; a; b; exit                        one call of a module that does all of it
 
 `lift` makes attributes inputs again, in the order they had, and hands those that a region's steps read to the region's call.
@@ -21,13 +22,13 @@ import torch.fx as fx
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from passes.capturing.grad_modes import MODE, detached
 from passes.graphs.facts import Facts
 
 __all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "state_change", "unlift"]
 
-_ENTER = frozenset({"_enter_autocast", "_enter_inference_mode"})
-_EXIT = frozenset({"_exit_autocast", "_exit_inference_mode"})
-_MODE = "_set_grad_enabled"
+_ENTER = frozenset({"_enter_autocast", "_enter_inference_mode", "_vmap_increment_nesting"})
+_EXIT = frozenset({"_exit_autocast", "_exit_inference_mode", "_vmap_decrement_nesting"})
 _STATE = re.compile("set_|nesting|enter|exit|seed|push|pop")  # in the names of functions that change a global state
 
 
@@ -61,7 +62,7 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     Raises:
         LostContextError: it changes a global state across operations in a way that cannot be kept, or is not about plain tensors.
     """
-    gm = _with_contexts_as_modules(gm)
+    gm = _with_contexts_as_modules(detached(gm, _is_attribute))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
     _check_types(node for node in gm.graph.nodes if node.name not in attributes)
@@ -238,7 +239,7 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
     enabled, open_ = ambient, False
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == _MODE:
+        if name == MODE:
             enabled = bool(node.args[0])
         elif name in _ENTER:
             depth += 1
@@ -261,7 +262,7 @@ def state_change(graph: fx.Graph) -> str | None:
     """The first call in a graph that changes a global state of torch's, which no node may cross; None if there is none."""
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == _MODE or name in _ENTER or name in _EXIT or _sets_state(node, name):
+        if name == MODE or name in _ENTER or name in _EXIT or _sets_state(node, name):
             return name
     return None
 
@@ -284,6 +285,7 @@ def _block_module(gm: fx.GraphModule, block: list[fx.Node]) -> tuple[fx.GraphMod
             if source.op == "get_attr" and source not in values:
                 values[source] = graph.node_copy(source)
         values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = _meta(node)
     graph.output(tuple(values[node] for node in outputs))
     return _module(_attributes(gm, graph), graph), inputs, outputs
 

@@ -191,12 +191,12 @@ def _find_edges(facts: Facts) -> None:
             last_maybe[memory], readers[memory] = node, []
         for base in bases | lent:
             readers.setdefault(base, []).append(node)
-        if node.op == "placeholder" or (not _is_number(node) and any(source in facts.varies for source in facts.values[node])):
+        if not _is_number(node) and (node.op == "placeholder" or any(source in facts.varies for source in facts.values[node])):
             facts.varies.add(node)
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Whether a node gives a number, such as the probability of a dropout that varies, and no tensor."""
+    """Whether a node gives a number, such as a size or the probability of a dropout that varies, and no tensor."""
     return isinstance(recorded(node), (torch.SymFloat, torch.SymInt, float, int))
 
 

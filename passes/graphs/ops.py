@@ -191,7 +191,7 @@ OUT_OF_PLACE = {
 }
 """The in-place sums, and what does the same out of place."""
 
-_OTHER_SUMS = words("sub subtract addcmul addcdiv lerp addmm baddbmm")
+_OTHER_SUMS = words("sub subtract addcmul addcdiv lerp addmm baddbmm index_add scatter_add")
 
 
 def is_other_sum(node: fx.Node) -> bool:

@@ -198,7 +198,13 @@ def _makes_fresh(target: Any, word: str) -> bool:
         return target is torch.nn.functional.scaled_dot_product_attention
     overloads = [getattr(packet, name) for name in packet.overloads()]
     return not any(
-        any(result.alias_info is not None for result in overload._schema.returns)
-        or overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        for overload in overloads
+        any(result.alias_info is not None for result in overload._schema.returns) or _is_composite(overload) for overload in overloads
     )
+
+
+def _is_composite(overload: Any) -> bool:
+    """Whether it is made of other operations; so are those of TorchScript alone, such as aten::as_tensor, which no dispatcher knows."""
+    try:
+        return bool(overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    except RuntimeError:
+        return True

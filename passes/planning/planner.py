@@ -117,15 +117,21 @@ def _legal_runs(spans: Sequence[Span], graph: _Graph) -> tuple[list[Piece], Refu
 
 
 def _cut(run: Piece, graph: _Graph) -> tuple[list[Piece], Refusals]:
-    """Cut a run before each step that reads a value from inside an earlier step of the same piece, and drop short pieces."""
+    """Cut a run before each step that reads a value from inside an earlier step of the same piece, and drop short pieces.
+
+    What only the first step of a piece makes is computed before the piece instead, where it can be.
+    """
     newest = _newest_step(run, graph.facts)
     starts, cuts = [0], Refusals()
     for t, span in enumerate(run):
         inner = [node for node in span.inputs() if newest.get(node, -1) >= starts[-1]]
-        if inner and t > starts[-1]:
-            starts.append(t)
-            read = f"%{inner[0].name}, which is computed from inside step {newest[inner[0]]} of the chain"
-            cuts[span.add] = refuse("side_from_inside", span.add, f"the step reads {read}")
+        if not inner or t == starts[-1]:
+            continue
+        if all(newest[node] == starts[-1] for node in inner) and (freed := hoisted(run[starts[-1] : starts[-1] + 1], graph.facts)):
+            return _cut((*run[: starts[-1]], *freed, *run[starts[-1] + 1 :]), graph)
+        starts.append(t)
+        read = f"%{inner[0].name}, which is computed from inside step {newest[inner[0]]} of the chain"
+        cuts[span.add] = refuse("side_from_inside", span.add, f"the step reads {read}")
     pieces = [run[start:end] for start, end in zip(starts, [*starts[1:], len(run)], strict=True) if end > start]
     short = [piece for piece in pieces if len(piece) < graph.min_steps]
     reasons = {add: refuse("too_short", add, _too_short(piece, len(pieces) > 1, graph)) for piece in short for add in adds_of(piece)}

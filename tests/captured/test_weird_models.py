@@ -329,7 +329,7 @@ ROWS = {
     "counts its calls": Row(lambda: program(counts, calls=0), refused=NO_CHAIN),
     "asks for the type": Row(lambda: program(asks_the_type, f=linears(3)), steps=(3,)),
     "asks for the type, captured at once": Row(lambda: program(asks_the_type, f=linears(3)), steps=(3,), example=True),
-    "without gradients": Row(lambda: program(without_gradients, f=linears(3)), refused=NO_CHAIN, why=("lost_context",)),
+    "without gradients": Row(lambda: program(without_gradients, f=linears(3)), steps=(3,)),
     "LSTMs": Row(lambda: program(recurrent, f=[nn.LSTM(4, 4) for _ in range(3)]), steps=(3,)),
     "calls one module again": Row(lambda: program(calls_itself, block=nn.Linear(4, 4)), steps=(3,)),
     "numbers as arguments": Row(lambda: program(python_numbers, f=linears(3)), call=(X, 2), steps=(2,)),
