@@ -72,6 +72,8 @@ torch.vmap(torch.tanh)({a})
 torch.linalg.solve(9 * torch.eye(3, dtype={a}.dtype) - {a}.tanh() @ {a}.tanh().t(), {a})
 {a}.as_strided((3, 4), (4, 1))
 helper({a}, self.f{i})
+quiet({a}, self.f{i})
+{a}.t().contiguous().t()
 {a}.clone().mul_(0.5)
 F.relu(self.f{i}({a}), inplace=True)
 self.f{i}({a}).tanh_()
@@ -124,6 +126,8 @@ LINKED = """
 {x} = torch.cat([{x}[:, :2] + {e}[:, :2], {x}[:, 2:]], 1)
 for f in (self.f0, self.f1, self.f2): {x} = {x} + f({x})
 for _ in range(2): {x} = {x} + {e}
+with torch.no_grad(): {x} = {x} + {e}
+with torch.no_grad(): {v} = {x}.detach() + {e}; {x} = {x} + {v}
 {x} = {x} + {e} if self.training else {x} + {e2}
 {x} = {x}.where({x} > 9, {x} + {e})
 """.strip().splitlines()
@@ -208,6 +212,11 @@ class Doubled(torch.autograd.Function):
 def helper(x, f):
     y = x.tanh()
     return f(y) * 0.5
+
+
+def quiet(x, f):
+    with torch.no_grad():
+        return f(x)
 
 """
 

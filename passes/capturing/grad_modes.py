@@ -22,6 +22,7 @@ __all__ = ["MODE", "detached", "is_off"]
 
 MODE = "_set_grad_enabled"
 _OFF = "passes_without_gradients"
+_FLIPS = ("detach_", "requires_grad_")  # after which what was recorded of a value is not what it was before
 
 
 def is_off(node: fx.Node) -> bool:
@@ -66,9 +67,9 @@ def detached(gm: fx.GraphModule, is_attribute: Callable[[fx.Node], bool]) -> fx.
 
 
 def _under_no_grad(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes under no_grad of a graph that runs with gradients; none where it does not, or ends in such a block."""
+    """The nodes under no_grad of a graph that runs with gradients; none where it does not, ends in such a block, or is not to be read."""
     off, enabled = set[fx.Node](), torch.is_grad_enabled()
-    if not enabled:
+    if not enabled or any(node.target in _FLIPS for node in graph.nodes):
         return off
     for node in graph.nodes:
         if getattr(node.target, "__name__", "") == MODE:

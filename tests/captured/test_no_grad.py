@@ -130,7 +130,19 @@ class Returned(Written):
         return self.body(y)
 
 
-MODELS = [Distilled, MeanTeacher, Recycled, Frozen, Within, Written, Returned]
+class Flipped(Written):
+    """What the block reads needs a gradient then, and none later."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x * 2
+        with torch.no_grad():
+            z = y * self.stem.weight.sum()
+        y.detach_()
+        return self.body(x) + y * z
+
+
+MODELS = [Distilled, MeanTeacher, Recycled, Frozen, Within, Written, Returned, Flipped]
 WAYS = {
     "captured": lambda model, **o: mnet_fx.momentumize(model, **o),
     "aot": lambda model, **o: mnet_fx.momentumize(model, inner="aot_eager", **o),
