@@ -523,9 +523,9 @@ class RoutesOnce(Stack):
         return x
 
 
-@pytest.mark.parametrize(("make", "steps"), [(Routes, 3), (RoutesOnce, 2)])  # the mask of all is computed within the first
+@pytest.mark.parametrize("make", [Routes, RoutesOnce])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_sizes_that_depend_on_values(make, steps, inner):
+def test_sizes_that_depend_on_values(make, inner):
     model = make()
     zero = momentumize(model, gamma=0, inner=inner)
     nets = [momentumize(model, backward=backward, inner=inner) for backward in ("reversible", "stored")]
@@ -536,7 +536,7 @@ def test_sizes_that_depend_on_values(make, steps, inner):
         for one, other in zip(tree_leaves(found[0]), tree_leaves(found[1]), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert all(map(torch.equal, tree_leaves(found[2]), tree_leaves(found[3])))
-    assert [len(chain) for chain in nets[0].forward.network.chains] == [steps]
+    assert [len(chain) for chain in nets[0].forward.network.chains] == [3]
 
 
 def test_draws_from_numpy_are_those_of_the_model():
@@ -601,18 +601,29 @@ class Wraps(torch.Tensor):
         return tree_map_only(torch.Tensor, cls, function(*args, **kwargs))
 
 
-@pytest.mark.parametrize("around", [under_autocast, without_gradients])
-@pytest.mark.parametrize("what", ["all at once", "all blocks", "one block"])
-def test_blocks_that_are_no_steps_under_a_context_are_another_network(around, what):
+def switched(around, what):
     class Switched(Stack):
         def forward(self, x, switched=False):
             if switched and what == "all at once":
-                return around(lambda x: Stack.forward(self, x).sin(), x)
+                return around(lambda x: Stack.forward(self, x), x)
             for i, block in enumerate(self.blocks):
                 x = around(block, x) if switched and (what == "all blocks" or i == 0) else block(x)
             return x
 
-    net = momentumize(Switched(4))
+    return momentumize(Switched(4))
+
+
+@pytest.mark.parametrize("what", ["all at once", "all blocks", "one block"])
+def test_blocks_without_gradients_are_the_same_network(what):
+    net = switched(without_gradients, what)
+    first, second = net(points()), net(points(), True)
+    assert torch.equal(first, second)
+    assert second.requires_grad == (what == "one block")
+
+
+@pytest.mark.parametrize("what", ["all at once", "all blocks", "one block"])
+def test_blocks_that_are_no_steps_under_a_context_are_another_network(what):
+    net = switched(under_autocast, what)
     first = net(points())
     for _ in range(2):
         with pytest.raises(MnetError, match=r"another momentum network .* where there were 4 steps"):

@@ -250,7 +250,7 @@ def repeated(self, x, times):
 
 @pytest.mark.parametrize(
     ("forward", "more", "adds"),
-    [(scaled_by_a_sum, (), 2), (of_chosen_rows, (), 3), (repeated, (torch.tensor([2, 3]),), 3)],
+    [(scaled_by_a_sum, (), 3), (of_chosen_rows, (), 3), (repeated, (torch.tensor([2, 3]),), 3)],
     ids=lambda f: getattr(f, "__name__", ""),
 )
 def test_numbers_and_sizes_that_depend_on_values(forward, more, adds):
