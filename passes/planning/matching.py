@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from passes.graphs.facts import Facts, owner_path, shape_of
-from passes.graphs.ops import LINKS, MIXING, is_add, is_other_sum, operands
+from passes.graphs.ops import LINKS, MIXING, is_add, is_other_sum, operands, word_of
 from passes.regions import ResidualAdd
 
 __all__ = ["Chain", "Link", "Projection", "ResidualSum", "chains", "link_of", "match"]
@@ -139,9 +139,9 @@ def _is_scale(node: fx.Node, facts: Facts) -> bool:
 
 
 def _plain_terms(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Both operands of `a + b`, None where `alpha` scales one of them."""
-    first, second = operands(add)[:2]
-    return (first, second) if len(operands(add)) == 2 and add.kwargs.get("alpha", 1) == 1 else None
+    """Both operands of `a + b`, None where `alpha` scales one of them, or where it is another operation."""
+    terms = operands(add)
+    return (terms[0], terms[1]) if len(terms) == 2 and add.kwargs.get("alpha", 1) == 1 else None
 
 
 def _inner_adds(add: fx.Node, facts: Facts) -> list[fx.Node]:
@@ -288,7 +288,7 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
     seen, stack, found = {start}, [start], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST:
+        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST or _ends_gradients(node):
             return None
         for source in facts.flow[node]:
             if source in ends:
@@ -302,11 +302,17 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
 
 
 def is_link(node: fx.Node, facts: Facts) -> bool:
-    """True for an operation on one varying value that keeps its shape."""
+    """True for an operation on one varying value that keeps its shape, and through which gradients pass."""
+    if _ends_gradients(node):
+        return False
     varying = [source for source in facts.flow[node] if source in facts.varies]
     if len(varying) != 1 or (varying[0] is not (operands(node) or (None,))[0] and not _is_scale(node, facts)):
         return False
     return facts.kinds[node] in LINKS or _is_scale(node, facts)
+
+
+def _ends_gradients(node: fx.Node) -> bool:
+    return word_of(node.target) == "detach"
 
 
 def _linked(node: fx.Node, facts: Facts) -> fx.Node:

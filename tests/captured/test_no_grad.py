@@ -142,7 +142,33 @@ class Flipped(Written):
         return self.body(x) + y * z
 
 
-MODELS = [Distilled, MeanTeacher, Recycled, Frozen, Within, Written, Returned, Flipped]
+class Middle(Frozen):
+    """Gradients end in the middle."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, layer in enumerate(self.layers):
+            if i == 2:
+                with torch.no_grad():
+                    x = x + layer(x)
+            else:
+                x = x + layer(x)
+        return x
+
+
+class Truncated(Frozen):
+    """They end at a `detach` of the stream."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, layer in enumerate(self.layers):
+            if i == 2:
+                x = x.detach()
+            x = x + layer(x)
+        return x
+
+
+MODELS = [Distilled, MeanTeacher, Recycled, Frozen, Within, Written, Returned, Flipped, Middle, Truncated]
 WAYS = {
     "captured": lambda model, **o: mnet_fx.momentumize(model, **o),
     "aot": lambda model, **o: mnet_fx.momentumize(model, inner="aot_eager", **o),
@@ -190,7 +216,7 @@ def test_the_original_at_gamma_zero_and_exact(model, way):
     assert which == expected
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("model", [model for model in MODELS if model is not Middle], ids=lambda cls: cls.__name__)
 def test_all_kinds_of_call_are_one_network(model):
     net = mnet_fx.momentumize(built(model), gamma=0.9)
     net.eval()
@@ -205,6 +231,17 @@ def test_all_kinds_of_call_are_one_network(model):
         for a, b, c in zip(*(y if isinstance(y, tuple) else (y,) for y in (ours, theirs, before)), strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
+
+
+def test_where_gradients_end_a_chain_ends():
+    for model, steps in ((Middle, [2, 4]), (Truncated, [2, 4])):
+        net = mnet_fx.momentumize(built(model))
+        net(entered())
+        assert [region.steps for region in net.report.regions] == steps
+    net = mnet_fx.momentumize(built(Middle))
+    net(entered())
+    with torch.no_grad(), pytest.raises(mnet_fx.MnetError, match="another momentum network"):
+        net(entered())
 
 
 def test_student_and_teacher_are_the_same_function():
