@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.capturing.grad_modes import MODE, detached
+from passes.capturing.sizes import Sizes, is_unread_size
 from passes.graphs.facts import Facts
 
 __all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "state_change", "unlift"]
@@ -67,16 +68,19 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
     _check_types(node for node in gm.graph.nodes if node.name not in attributes)
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
+    values: dict[fx.Node, Any] = {}
     for node in sorted(placeholders, key=lambda node: node.name in attributes):
         if node.name in attributes:
             values[node] = graph.create_node("get_attr", node.name, name=node.name)
         else:
             values[node] = graph.node_copy(node)
         values[node].meta = _meta(node)
-    scalars = _scalars(gm)
+    scalars, sizes = _scalars(gm), Sizes(placeholders, values)
 
     def copied(node: fx.Node) -> None:
+        if (size := sizes.of(node)) is not None:
+            values[node] = size
+            return
         for source in node.all_input_nodes:
             if source in scalars:
                 copied(source)
@@ -86,9 +90,12 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     for node in gm.graph.nodes:
         if node.op != "placeholder" and not (node in scalars and node.users):
             copied(node)
+    for node in reversed(graph.nodes):
+        if is_unread_size(node):
+            graph.erase_node(node)
     root = _attributes(gm, graph) | {node.name: node.meta["example_value"] for node in placeholders if node.name in attributes}
-    sizes = (node.name for node in placeholders if isinstance(node.meta.get("example_value"), torch.SymInt))
-    return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes, tuple(sizes))
+    symbolic = (node.name for node in placeholders if isinstance(node.meta.get("example_value"), torch.SymInt))
+    return Unlifted(_module(root, graph), tuple(node.name for node in placeholders), attributes, tuple(symbolic))
 
 
 def modules_run(gm: fx.GraphModule) -> set[str]:
