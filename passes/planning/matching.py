@@ -288,7 +288,9 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
     seen, stack, found = {start}, [start], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST or _ends_gradients(node):
+        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST:
+            return None
+        if word_of(node.target) == "detach":
             return None
         for source in facts.flow[node]:
             if source in ends:
@@ -303,16 +305,12 @@ def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -
 
 def is_link(node: fx.Node, facts: Facts) -> bool:
     """True for an operation on one varying value that keeps its shape, and through which gradients pass."""
-    if _ends_gradients(node):
+    if word_of(node.target) == "detach":  # gradients end there
         return False
     varying = [source for source in facts.flow[node] if source in facts.varies]
     if len(varying) != 1 or (varying[0] is not (operands(node) or (None,))[0] and not _is_scale(node, facts)):
         return False
     return facts.kinds[node] in LINKS or _is_scale(node, facts)
-
-
-def _ends_gradients(node: fx.Node) -> bool:
-    return word_of(node.target) == "detach"
 
 
 def _linked(node: fx.Node, facts: Facts) -> fx.Node:

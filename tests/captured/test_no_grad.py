@@ -200,7 +200,7 @@ def outcome(net, x):
     ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["captured", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "captured")])
 @pytest.mark.parametrize("model", MODELS, ids=lambda cls: cls.__name__)
 def test_the_original_at_gamma_zero_and_exact(model, way):
     original = built(model)

@@ -95,7 +95,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["captured", *(pytest.param(way, marks=pytest.mark.long) for way in ("aot", "rest"))])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_order_is_the_models_own(name, way):
     """So that dropout draws the same masks, and views are views."""

@@ -58,15 +58,48 @@ class OfStrides(Net):
         return rows, stride[0] * 0.1
 
 
+class Masked(nn.Module):
+    """All layers read what is made of x[0], which only the first could be thought to own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        mask = (x.abs().sum(-1, keepdim=True) > 5).to(x.dtype) + torch.zeros_like(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * mask
+        return x
+
+
+class Latents(nn.Module):
+    """The stream starts at a parameter, once for each sample."""
+
+    def __init__(self, repeated=False):
+        super().__init__()
+        self.start, self.repeated = nn.Parameter(torch.randn(3, WIDTH)), repeated
+        self.keys, self.layers = (nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        z = self.start.repeat(len(x), 1, 1) if self.repeated else self.start.expand(x.shape[0], -1, -1)
+        for key, layer in zip(self.keys, self.layers, strict=True):
+            z = z + torch.softmax(z @ key(x).mT, -1) @ x
+            z = z + torch.tanh(layer(z))
+        return z
+
+
 def outcome(net, x):
     x = x.clone().requires_grad_()
     y = net(x)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("model", [OfRows, OfElements, OfBoth, OfStrides], ids=lambda cls: cls.__name__)
-def test_a_size_that_the_first_layer_reads(model, inner):
+MODELS = {OfRows: 4, OfElements: 4, OfBoth: 4, OfStrides: 4, Masked: 4, Latents: 5, lambda: Latents(True): 5}  # and the steps of the chain
+
+
+@pytest.mark.parametrize("inner", ["eager", *(pytest.param(inner, marks=pytest.mark.long) for inner in ("aot_eager", "inductor"))])
+@pytest.mark.parametrize("model", MODELS, ids=lambda made: made.__name__)
+def test_other_sizes_are_the_same_network(model, inner):
     torch.manual_seed(0)
     original = model().double()
     zero = mnet_fx.momentumize(copy.deepcopy(original), gamma=0.0, inner=inner)
@@ -77,7 +110,7 @@ def test_a_size_that_the_first_layer_reads(model, inner):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
         ours, theirs = (outcome(net, x) for net in nets)
         assert all(map(torch.equal, ours, theirs))
-    assert [len(chain) for chain in zero.forward.network.chains] == [4]
+    assert [len(chain) for chain in zero.forward.network.chains] == [MODELS[model]]
 
 
 def test_sizes_are_computed_from_those_of_the_inputs():

@@ -59,7 +59,9 @@ def entered(n=3):
     return torch.randn(n, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
 
 
-@pytest.mark.parametrize("options", [{}, {"inner": "aot_eager"}, {"rest": "checkpoint"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(o, marks=pytest.mark.long) for o in ({"inner": "aot_eager"}, {"rest": "checkpoint"}))], ids=str
+)
 @pytest.mark.parametrize("model", [InSteps, InRest, Drawing], ids=lambda cls: cls.__name__)
 def test_the_original_at_gamma_zero_and_exact(model, options):
     torch.manual_seed(0)
