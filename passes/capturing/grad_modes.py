@@ -63,7 +63,20 @@ def detached(gm: fx.GraphModule, is_attribute: Callable[[fx.Node], bool]) -> fx.
             values[node]._dynamo_source = node._dynamo_source
         if node in off:
             values[node].meta[_OFF] = True
+            values[node] = _itself(values[node])
     return fx.GraphModule(gm, graph)
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    """What buffer.mul_(2) gives is the buffer: its readers read that, so that no part compiled by itself gets one memory by two names."""
+    first = node.args[0] if node.args else None
+    writes = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).startswith("__")
+    return first if writes and isinstance(first, fx.Node) and first.op == "placeholder" and _form(first) == _form(node) else node
+
+
+def _form(node: fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else node
 
 
 def _under_no_grad(graph: fx.Graph) -> set[fx.Node]:
