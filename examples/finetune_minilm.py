@@ -35,7 +35,7 @@ TIMED = 8  # training steps under checkpoint
 LAYERS = {"regions": ["encoder.layer"]}  # each layer is a step; without, each residual add is one: twice as many, half as large
 NETWORKS: dict[str, tuple[dict, bool]] = {
     **{f"layers {gamma}{' calibrated' * c}": ({"gamma": gamma, **LAYERS}, c) for gamma in (0.1, 0.5, 0.9) for c in (False, True)},
-    "adds 0.5 calibrated": ({"gamma": 0.5}, True),
+    **{f"adds {gamma} calibrated": ({"gamma": gamma}, True) for gamma in (0.1, 0.5)},
 }
 
 
