@@ -42,7 +42,7 @@ TESTS = {
     "passes/graphs/writes.py": [*BACKEND, *EFFECTS],
     "passes/graphs/facts.py": [*MATCHER, *EFFECTS, "tests/captured/test_shared_sizes.py"],
     "passes/graphs/orders.py": ["tests/captured/test_orders.py"],
-    "passes/capturing/grad_modes.py": [NO_GRAD],
+    "passes/capturing/grad_modes.py": [NO_GRAD, *BACKEND],
     "passes/capturing/sizes.py": ["tests/captured/test_shared_sizes.py"],
     "passes/planning/matching.py": [*MATCHER, NO_GRAD],
     "passes/planning/planner.py": [*MATCHER, "tests/captured/test_shared_sizes.py"],

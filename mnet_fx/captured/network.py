@@ -61,8 +61,8 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
         plan: its plan.
         report: its report.
         prefix: path of the module that the graph's paths start from.
-        bodies: what would be rewritten of its bodies.
         run: paths of modules that it runs where the planned graph does not show them, such as those under a context.
+        bodies: what would be rewritten of its bodies.
     """
     named = {node.name: node for node in gm.graph.nodes}
     computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]

@@ -82,7 +82,6 @@ def call_region(
     order, own = orders_of(region, named)
     outputs = outputs_of(region, named)
     call = graph.create_node("call_module", target, (laid(graph, x, order) if order and own[0] else x, *sides), name=target)
-    call.meta = dict(outputs[0].meta)
     values = [call]
     if len(outputs) > 1:
         values = [graph.create_node("call_function", operator.getitem, (call, i), name=old.name) for i, old in enumerate(outputs)]

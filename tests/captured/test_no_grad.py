@@ -329,5 +329,9 @@ def test_what_is_done_without_the_mode():
     with torch.no_grad():
         assert detached(gm, lambda node: False) is gm
     graphs.clear()
+    torch.compile(built(Recycled), backend=keep)(entered().requires_grad_())
+    targets = [node.target for node in detached(graphs[0], lambda node: "parameters" in node.name).graph.nodes]
+    assert targets.count("detach") == 1 + 2 * 4 * 6  # each parameter for each of its two readers, so that each step has its own
+    graphs.clear()
     torch.compile(built(Returned), backend=keep)(entered())
     assert detached(graphs[0], lambda node: False) is graphs[0]
