@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from .budget.planning import plan
-from .compiled.backend import Inner
 from .errors import SettingsError
+from .inner import Inner
 from .rewrite import momentum_network
 from .settings import Backward, Gamma, Granularity, OnDrift, Precision, Rest, Weights
 
@@ -60,7 +60,7 @@ def momentumize(
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
             Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and
             returns it, alone or first in a tuple. Layers may be skipped; elsewhere a chain starts anew. Layers that join the container
-            later stay as they are. example_inputs, granularity, min_steps and inner have no meaning then. "auto": the lists of layers that
+            later stay as they are. example_inputs, granularity and min_steps have no meaning then. "auto": the lists of layers that
             the model's own library marks (transformers, timm, torch.nn), or else its ModuleLists of equal blocks, with at least `min_steps`
             layers; `net.report` lists them, and a call in which a layer does not take what the one before it returned is a StreamError.
             Where there are none, the model is captured, as without regions.
@@ -73,7 +73,8 @@ def momentumize(
             "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are; with
             regions, module by module, and `net.report` lists these.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
-            torch.compile by name, or a callable of that kind, which compiles each step once.
+            torch.compile by name, or a callable of that kind, which compiles each step once. With regions, it compiles their layers, as
+            `layer.compile(...)` of each does afterwards, which takes more options.
         calibration: read maps that `calibrate` fitted for a net of this model and these options: what it returned, or the `maps` of that.
         keep: bytes of activations that may be kept, as a number or a text such as "2GiB", so that less is run again: the last steps of
             chains, and segments of a rest under "checkpoint", whichever saves most work for its bytes. Gradients are the same to the bit.

@@ -93,7 +93,7 @@ def detach(net: nn.Module) -> None:
 def _config(net: nn.Module) -> tuple[Any, str]:
     """The config of a model of Hugging Face, and the path of the module in `net` that has it, as in PEFT's wrappers."""
     config = getattr(net, "config", None)
-    if not hasattr(config, "to_dict"):
+    if not (hasattr(config, "to_dict") and hasattr(config, "save_pretrained")):
         return None, ""
     path = next((path for path, module in net.named_modules() if vars(module).get("config") is config), "")
     return config, path and f"{path}."

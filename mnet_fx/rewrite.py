@@ -25,8 +25,8 @@ from .captured.restoring import check_original, release
 from .captured.stand_ins import real_tensors
 from .captured.unseen import check_unseen
 from .checkpoints import attach
-from .compiled.backend import Inner, checked_inner
 from .errors import MnetError, MnetWarning, SettingsError
+from .inner import Inner, checked_inner
 from .named.layers import name_region, paths_of
 from .named.marks import marked_containers
 from .named.rest import run_rest_again
@@ -72,7 +72,7 @@ def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions:
     if settings.velocity is not None:
         _check_velocity(net)
     if paths is not None:
-        named = [name_region(net, path, settings, found=found) for path in paths]
+        named = [name_region(net, path, settings, found=found, inner=inner) for path in paths]
         again = run_rest_again(net, named, settings) if settings.rest == "checkpoint" else ()
         _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net), again=again))
     elif isinstance(net, fx.GraphModule):
@@ -82,7 +82,7 @@ def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions:
         _capture(net, settings, inner)
     if settings.velocity is not None:
         net.add_module("initial_velocity", settings.velocity)
-    attach(net, settings, paths, **({"inner": inner} if isinstance(net.__dict__.get("forward"), CapturedForward) else {}))
+    attach(net, settings, paths, **({} if isinstance(net, fx.GraphModule) else {"inner": inner}))
     if example_inputs is not None and isinstance(forward := net.__dict__.get("forward"), CapturedForward):
         capture_now(forward, example_inputs, (True, False))
     elif not isinstance(report_of(net), Pending) and not report_of(net).regions:

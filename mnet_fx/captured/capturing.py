@@ -12,8 +12,9 @@ from torch import nn
 
 from passes import Refusal, joined, modules_run, owner_stack
 
-from ..compiled.backend import Backend, Found, Inner
+from ..compiled.backend import Backend, Found
 from ..compiled.keeping import Keeping
+from ..inner import Inner
 from ..regions.region import ChainRegion
 from ..reporting.report import Report
 from ..settings import Settings

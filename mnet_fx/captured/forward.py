@@ -36,9 +36,9 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..arithmetic.valueless import valueless
-from ..compiled.backend import Inner
 from ..compiled.keeping import Keeping
 from ..errors import UNCOMPILED, MnetError, MnetWarning
+from ..inner import Inner
 from ..regions.region import ChainRegion
 from ..reporting.build import REPORT
 from ..reporting.report import Report

@@ -30,12 +30,13 @@ from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, owner_
 from ..arithmetic.kernels.choice import FUSED, fusing
 from ..arithmetic.kernels.eager import Kernels
 from ..errors import MnetError, MnetWarning, SettingsError
+from ..inner import Compile, Inner, checked_inner
 from ..reporting.build import add_reports, graph_report
 from ..reporting.report import CapturedPart, Report
 from ..settings import Settings
 from .artifacts import Artifacts
 from .bodies import Bodies, bodies, holders, refusals, with_bodies
-from .compiler import Compile, Compiler
+from .compiler import Compiler
 from .filling import Filler
 from .head import ChunkedHead, Logits
 from .keeping import Keeping
@@ -43,12 +44,9 @@ from .region import CompiledRegion, Reading, is_off
 from .segment import CompiledSegment
 from .within import with_reversed
 
-__all__ = ["Backend", "Found", "Inner", "backend", "checked_inner", "mnet_fx", "reports", "reset_reports"]
+__all__ = ["Backend", "Found", "backend", "mnet_fx", "reports", "reset_reports"]
 
 log = logging.getLogger("mnet_fx")
-
-Inner = str | Callable[..., Any]
-"""What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
 
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 _DDP = (
@@ -95,19 +93,6 @@ def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> 
 def mnet_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Any:
     """The backend by its registered name, `torch.compile(model, backend="mnet_fx", options={...})`; options are those of `backend`."""
     return backend(**(options or {}))(gm, example_inputs, mode=mode)
-
-
-def checked_inner(inner: Inner) -> Inner:
-    """The option `inner`, if it can be one.
-
-    Raises:
-        SettingsError: it is neither the name of a registered backend nor a callable, or it is this package's own.
-    """
-    if isinstance(inner, str) and inner == "mnet_fx":
-        raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
-    if not isinstance(inner, str) and not callable(inner):
-        raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
-    return inner
 
 
 def _check_call(mode: str | None, options: Any) -> None:

@@ -18,13 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from ..errors import warn_once
+from ..inner import Compile, all_kept
 
-__all__ = ["Compile", "Compiler", "faking"]
-
-_BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
-
-Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+__all__ = ["Compiler", "faking"]
 
 
 class Compiler:
@@ -39,19 +35,12 @@ class Compiler:
         self.inner, self.fake_mode = inner, fake_mode
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a part, of which Dynamo's own tracing context knows nothing.
-
-        AOTAutograd must not recompute in it, whatever budget of memory the user gave: it would draw other random numbers for dropout
-        (pytorch #190717, #190758), so the gradient would be wrong. The division into forward and backward is made here, also where the
-        backward is compiled later.
-        """
-        _forget_budgets(gm)
-        all_kept = functorch_config.patch(activation_memory_budget=1.0)
+        """Compiles a part, of which Dynamo's own tracing context knows nothing."""
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
         at_once = functorch_config.patch(_of_the_backward())
-        with tracing(TracingContext(self.fake_mode)), at_once, all_kept, _without_graphs(), _only_own_floats(inputs, self.fake_mode):
+        with tracing(TracingContext(self.fake_mode)), at_once, all_kept(gm), _only_own_floats(inputs, self.fake_mode):
             return self.inner(gm, list(inputs))
 
 
@@ -63,28 +52,6 @@ def _of_the_backward() -> dict[str, Any]:
     """
     at_once = inductor_config.triton.cudagraphs or torch._dynamo.config.repro_after is not None
     return {"force_non_lazy_backward_lowering": True} if at_once else {}
-
-
-def _without_graphs() -> Any:
-    """Without inductor's CUDA graphs: what a graph gave is overwritten by its next run, which under a checkpoint comes before the gradient
-    (pytorch #154306).
-    """
-    if not inductor_config.triton.cudagraphs:
-        return contextlib.nullcontext()
-    warn_once(
-        "torch._inductor.config.triton.cudagraphs is on: it is off for the parts of a momentum network, as PyTorch's CUDA graphs overwrite "
-        "what a recomputed step has saved (pytorch issue 154306)"
-    )
-    return inductor_config.patch({"triton.cudagraphs": False})
-
-
-def _forget_budgets(gm: fx.GraphModule) -> None:
-    """Takes budgets of memory off the nodes, by either of the ways to mark them, as these win over the setting."""
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            node.meta.pop("memory_budget", None)
-            if _BUDGET in (custom := node.meta.get("custom") or {}):
-                node.meta["custom"] = {key: value for key, value in custom.items() if key != _BUDGET}
 
 
 @contextlib.contextmanager

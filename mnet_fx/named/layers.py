@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
+from ..inner import Inner, WholeSteps, checked_inner
 from ..runtime.own_copies import Learnt
 from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
@@ -194,13 +195,47 @@ class NamedLayer(OwnForward):
     def __init__(self, owner: nn.Module, region: NamedRegion) -> None:
         super().__init__(owner)
         self.region = region
+        self.how: dict[str, Any] | None = None  # arguments of torch.compile for it
+        self.compiled: Any = None
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.region.step(self.owner, self.original, args, kwargs)
+        return self.region.step(self.owner, self.function, args, kwargs)
+
+    @property
+    def function(self) -> Any:
+        """What runs the layer."""
+        if self.how is None:
+            return self.original
+        if self.compiled is None:
+            self.compiled = torch.compile(self.original, **self.how)
+        return self.compiled
+
+    def compile(
+        self,
+        *,
+        backend: Inner = "inductor",
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        dynamic: bool | None = None,
+        **how: Any,
+    ) -> None:
+        """What stands in the place of the layer's `compile`, which would compile this object's call and not what the layer computes.
+
+        Args:
+            backend, mode, options, dynamic, how: as for torch.compile.
+
+        Raises:
+            SettingsError: inductor would use CUDA graphs, or the backend is this package's.
+        """
+        self.compiled, self.how = None, {"backend": WholeSteps(checked_inner(backend), mode, options, dynamic), "dynamic": dynamic} | how
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"compiled": None}  # which is of this very layer
 
     def release(self) -> nn.Module | None:
         super().release()
+        del self.owner.compile
         return self.region.velocity[0]
 
 
@@ -237,7 +272,7 @@ def paths_of(named: Any) -> list[str]:
     return paths
 
 
-def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0, found: bool = False) -> NamedRegion:
+def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0, found: bool = False, inner: Inner = "eager") -> NamedRegion:
     """Makes the layers of a container steps of one chain, in place.
 
     Args:
@@ -246,6 +281,7 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0, fo
         settings: the recurrence.
         skip: how many layers at the start stay as they are.
         found: as for `NamedRegion`.
+        inner: what compiles the layers.
 
     Raises:
         SettingsError: there is no such container, or a layer of it is in another region.
@@ -253,14 +289,17 @@ def name_region(net: nn.Module, path: str, settings: Settings, skip: int = 0, fo
     layers = layers_of(net, path, skip)
     region = NamedRegion(path, layers, settings, found)
     for layer in dict.fromkeys(layers.values()):
-        if isinstance(layer, OptimizedModule):
+        if isinstance(layer, OptimizedModule) or layer._compiled_call_impl is not None:
             raise SettingsError(
-                f"a layer of {path!r} is already wrapped by torch.compile: momentumize the model before that and give inner='inductor' "
-                "in place of regions, which compiles each step; or leave regions out, as the layers are captured through their wrappers"
+                f"a layer of {path!r} is compiled already: momentumize the model before that, with inner='inductor', or compile the layers "
+                "then; or leave regions out, as the layers are captured through their wrappers"
             )
-        if "forward" in layer.__dict__:
+        if "forward" in layer.__dict__ or "compile" in layer.__dict__:
             raise SettingsError(f"a layer of {path!r} has a forward of its own or is in another region: name each container once")
         if isinstance(layer, torch.jit.ScriptModule):
             raise MnetError(f"a layer of {path!r} is a ScriptModule, whose forward cannot be replaced")
-        layer.forward = NamedLayer(layer, region)
+        layer.forward = named = NamedLayer(layer, region)
+        layer.compile = named.compile  # type: ignore[method-assign]
+        if inner != "eager":
+            named.compile(backend=inner)
     return region

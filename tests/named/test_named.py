@@ -302,7 +302,7 @@ def test_names_that_do_not_fit_are_errors():
     with pytest.raises(mnet_fx.SettingsError, match="holds no layers"):
         mnet_fx.momentumize(Model(), regions=["head"])
     compiled = nn.Sequential(*(torch.compile(nn.Linear(6, 6), backend="eager") for _ in range(2)))
-    with pytest.raises(mnet_fx.SettingsError, match=r"already wrapped by torch.compile: .* inner='inductor'"):
+    with pytest.raises(mnet_fx.SettingsError, match=r"is compiled already: .* inner='inductor'"):
         mnet_fx.momentumize(compiled, regions=[""])
 
 

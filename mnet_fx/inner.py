@@ -1,0 +1,105 @@
+"""The inner compiler: any of `torch.compile`'s, as the steps of a chain need it, that is, with nothing that it recomputes or overwrites."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+import torch.fx as fx
+
+from .errors import SettingsError, warn_once
+
+__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner"]
+
+Inner = str | Callable[..., Any]
+"""What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
+
+Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+_BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
+
+
+def checked_inner(inner: Inner) -> Inner:
+    """The option `inner`, if it can be one.
+
+    Raises:
+        SettingsError: it is neither the name of a registered backend nor a callable, or it is this package's own.
+    """
+    if isinstance(inner, str) and inner == "mnet_fx":
+        raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
+    if not isinstance(inner, str) and not callable(inner):
+        raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
+    return inner
+
+
+@contextlib.contextmanager
+def all_kept(gm: fx.GraphModule) -> Iterator[None]:
+    """Where a graph may be compiled as a step, or a part of one.
+
+    AOTAutograd must not recompute in it, whatever budget of memory the user gave: it would draw other random numbers for dropout
+    (pytorch #190717, #190758), so the gradient would be wrong. The division into forward and backward is made here, also where the
+    backward is compiled later.
+    """
+    _forget_budgets(gm)
+    with functorch_config.patch(activation_memory_budget=1.0), _without_graphs():
+        yield
+
+
+class WholeSteps:
+    """A backend for `torch.compile` that compiles whole steps of a chain.
+
+    Args:
+        inner: a backend by name, or a callable.
+        mode, options, dynamic: as for torch.compile.
+
+    Raises:
+        SettingsError: inductor would use CUDA graphs.
+    """
+
+    def __init__(self, inner: Inner, mode: str | None = None, options: dict[str, Any] | None = None, dynamic: bool | None = None) -> None:
+        if inner == "inductor":
+            self.inner: Any = torch._TorchCompileInductorWrapper(mode, options, dynamic)
+            if self.inner.config.get("triton.cudagraphs"):
+                raise SettingsError(
+                    f"mode={mode!r}, options={options!r} have CUDA graphs, which overwrite what a recomputed step has saved (pytorch issue "
+                    "154306): use mode='max-autotune-no-cudagraphs', or none"
+                )
+        else:
+            self.inner = torch._TorchCompileWrapper(inner, mode, options, dynamic)
+
+    def __eq__(self, other: object) -> bool:
+        """By which Dynamo knows that the layers of a list have one compiled function."""
+        return isinstance(other, WholeSteps) and self.inner == other.inner
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        with all_kept(gm):
+            found: Callable[..., Any] = self.inner(gm, inputs)
+            return found
+
+
+def _without_graphs() -> Any:
+    """Without inductor's CUDA graphs: what a graph gave is overwritten by its next run, which under a checkpoint comes before the gradient
+    (pytorch #154306).
+    """
+    if not inductor_config.triton.cudagraphs:
+        return contextlib.nullcontext()
+    warn_once(
+        "torch._inductor.config.triton.cudagraphs is on: it is off for the parts of a momentum network, as PyTorch's CUDA graphs overwrite "
+        "what a recomputed step has saved (pytorch issue 154306)"
+    )
+    return inductor_config.patch({"triton.cudagraphs": False})
+
+
+def _forget_budgets(gm: fx.GraphModule) -> None:
+    """Takes budgets of memory off the nodes, by either of the ways to mark them, as these win over the setting."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("memory_budget", None)
+            if _BUDGET in (custom := node.meta.get("custom") or {}):
+                node.meta["custom"] = {key: value for key, value in custom.items() if key != _BUDGET}
