@@ -13,20 +13,22 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import MnetError, SettingsError
 from ..reporting.build import REPORT
+from ..runtime.reach import reached
 from .restoring import release
 
 __all__ = ["check_model", "copied"]
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules that shares every parameter and buffer.
+    """A copy of the tree of modules that shares every parameter and buffer, also those of modules that are no children.
 
     Raises:
         SettingsError: `model` is no module.
         MnetError: it cannot be copied, is a ScriptModule, or has lazy parameters.
     """
     check_model(model)
-    tensors = [*chain(model.parameters(), model.buffers())]
+    modules = [*model.modules(), *reached([*model.modules()]).hidden]
+    tensors = [t for module in modules for t in chain(module._parameters.values(), module._buffers.values()) if t is not None]
     computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
     shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; deepcopy refuses them
     try:

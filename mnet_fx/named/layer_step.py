@@ -38,8 +38,8 @@ class OwnForward:
 
 
 class LayerCall:
-    """The arguments of a layer call with the stream (its first tensor, positional or by keyword) taken out: it is not stored, so that the
-    tape can free it.
+    """The arguments of a layer call with the stream (its first tensor, positional or by keyword) taken out, wherever it stands: it is not
+    stored, so that the tape can free it, and a layer that asks whether two of them are one gets the answer it always gets.
 
     Args:
         name: of the layer, for messages.
@@ -55,8 +55,10 @@ class LayerCall:
         if place is None:
             raise StreamError(f"{name} was called without a tensor among its arguments, so there is no stream to carry")
         self.place: int | str = place
+        x = self.stream(args, kwargs)
+        self.places = [key for key, value in items if value is x]
         # As they are: a layer may add to a list of its caller's.
-        self.sides = (tuple(None if i == place else a for i, a in enumerate(args)), {k: v for k, v in kwargs.items() if k != place})
+        self.sides = (tuple(None if a is x else a for a in args), {k: v for k, v in kwargs.items() if v is not x})
 
     def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The stream among the arguments."""
@@ -65,10 +67,11 @@ class LayerCall:
     def arguments(self, x: Tensor, sides: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
         """The call again, with other tensors."""
         args, kwargs = list(sides[0]), dict(sides[1])
-        if isinstance(self.place, int):
-            args[self.place] = x
-        else:
-            kwargs[self.place] = x
+        for place in self.places:
+            if isinstance(place, int):
+                args[place] = x
+            else:
+                kwargs[place] = x
         return args, kwargs
 
 

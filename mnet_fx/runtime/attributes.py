@@ -1,9 +1,10 @@
 """The Python attributes of modules: noted before the first run of a step, put back for every rerun, and afterwards as they were again.
 
-What is noted of a module is its `__dict__`: which value each name has, and, where that is a list, dictionary, set or deque, what it
-holds, to any depth of those. That includes flags such as `training`, hooks, and the table of children. Parameters and buffers have rules of
-their own (see `replay`), as have tensors that are attributes. What other objects hold is not noted. Of the lists, dictionaries, sets and
-deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in them.
+What is noted of a module is its `__dict__`: which value each name has, and, where that is a list, dictionary, set or deque, an object of
+a class of the user's, or a module that is no child, what it holds, to any depth of those (see `reach`). That includes flags such as
+`training`, hooks, and the table of children. Parameters and buffers have rules of their own (see `replay`), as have tensors that are
+attributes; here it is noted which there are. What functions close over, and attributes of tensors, are not noted. Of the lists,
+dictionaries, sets and deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in them.
 
 A note must not keep a graph alive, which may hold the notes of an earlier pass, and so on. So of a tensor with a history only the values
 are kept, a container of such tensors is left alone, and so is an object that the step itself replaces.
@@ -11,8 +12,8 @@ are kept, a container of such tensors is left alone, and so is an object that th
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from operator import is_
@@ -23,83 +24,87 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .reach import CONTAINERS, is_historic, reached, values_of
+
 __all__ = ["STANDARD", "Attributes", "without_traces"]
 
 STANDARD = frozenset(nn.Module().__dict__)
 """What every module has: hooks, tables of parameters, buffers and children, `training`."""
 
-_CONTAINERS = frozenset([dict, OrderedDict, defaultdict, list, set, deque])
-_SIMPLE = _CONTAINERS | {int, float, complex, bool, str, bytes, NoneType, tuple, FunctionType, torch.dtype, torch.device, torch.Size}
-_APART = frozenset(["_parameters", "_buffers"])
+_SIMPLE = CONTAINERS | {int, float, complex, bool, str, bytes, NoneType, tuple, FunctionType, torch.dtype, torch.device, torch.Size}
 _LEFT = object()  # in place of a value that stays as it is
 
 
 class Attributes:
-    """The attributes of some modules at the time of the call.
+    """The attributes of some modules at the time of the call, and what they reach.
+
+    Args:
+        modules: those of the step, which comes first.
+        also: what has to be noted besides: what was reached then.
 
     Attributes:
-        dicts: pairs of the `__dict__` of a module and a copy of it.
+        dicts: pairs of the `__dict__` of a module or object and a copy of it.
         noted: pairs of a container that holds something and a copy of it.
         empty: containers that hold nothing.
+        tables: pairs of a module's table of parameters or buffers and a copy of it.
+        tensors: those that containers and objects hold, and hidden modules; without those with a history.
+        generators: of random numbers, wherever they are.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    dicts: list[tuple[dict[str, Any], dict[str, Any]]]
+    noted: list[tuple[Any, Any]]
+    empty: list[Any]
+    tables: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    def __init__(self, modules: Sequence[nn.Module], also: Attributes | None = None) -> None:
         self.modules = modules
-        self.dicts = [(module.__dict__, module.__dict__.copy()) for module in modules]
-        self.noted: list[tuple[Any, Any]] = []
-        self.empty: list[Any] = []
-        self.seen: set[int] = set()
-        for _, then in self.dicts:
-            self._note([value for name, value in then.items() if type(value) in _CONTAINERS and name not in _APART])
-
-    def _note(self, containers: list[Any]) -> None:
-        containers = [container for container in containers if id(container) not in self.seen]
-        self.seen |= set(map(id, containers))
-        self.empty += [container for container in containers if not container]
-        for container in filter(None, containers):
-            self.noted.append((container, container.copy()))
-            if inside := [value for value in _values(container) if type(value) in _CONTAINERS]:
-                self._note(inside)
-
-    def generators(self) -> list[torch.Generator]:
-        """Those among the attributes."""
-        return [value for _, then in self.dicts for value in then.values() if type(value) is torch.Generator]
+        found = reached(modules)
+        spaces = [module.__dict__ for module in modules] + found.spaces
+        if also is not None:
+            found.go_into([container for container, _ in also.noted] + also.empty)
+            known = set(map(id, spaces))
+            spaces += [space for space, _ in also.dicts if id(space) not in known]
+        self.dicts = [(space, space.copy()) for space in spaces]
+        self.noted = [(container, container.copy()) for container in found.containers if container]
+        self.empty = [container for container in found.containers if not container]
+        self.tables = [(table, table.copy()) for module in modules for table in (module._parameters, module._buffers)]
+        self.tensors = [t for t in found.tensors if t.grad_fn is None]
+        self.generators = found.generators
 
     def let_go(self) -> None:
         """After the first run: gives up what would keep a graph alive."""
-        self.noted = [pair for pair in self.noted if not any(map(_historic, pair))]
+        self.noted = [pair for pair in self.noted if not any(map(is_historic, pair))]
+        for _, table in self.tables:
+            table.update({name: value.detach() for name, value in table.items() if isinstance(value, Tensor) and is_historic(value)})
         for now, then in self.dicts:
             for name in then.keys() - STANDARD:
                 value = then[name]
                 if isinstance(value, Tensor):
                     then[name] = value if value.grad_fn is None else value.detach().requires_grad_()
-                elif _historic(value) or (type(value) not in _SIMPLE and now.get(name) is not value):
+                elif is_historic(value) or (type(value) not in _SIMPLE and now.get(name) is not value):
                     then[name] = _LEFT
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Sets the attributes to what they were, and at the end to what they are now, whatever the rerun did to them."""
-        now = self if self._holds() else self._now()
-        self._restore()
+        now = self if self._holds() else Attributes(self.modules, self)
+        self._restore(_fill)
         try:
             yield
         finally:
-            now._restore()
+            now._restore(_set)
 
     def _holds(self) -> bool:
         """Whether all is as it was."""
-        return not any(self.empty) and all(starmap(_same, self.dicts)) and all(starmap(_same, self.noted))
+        return not any(self.empty) and all(all(starmap(_same, pairs)) for pairs in (self.dicts, self.tables, self.noted))
 
-    def _now(self) -> Attributes:
-        """A note of all that a rerun may find and change: what there is now, and what there was."""
-        now = Attributes(self.modules)
-        now._note([container for container, _ in self.noted] + self.empty)
-        return now
-
-    def _restore(self) -> None:
+    def _restore(self, tabulate: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
         for live, then in self.dicts:
             if not _same(live, then):
                 _set(live, then)
+        for table, then in self.tables:
+            if not _same(table, then):
+                tabulate(table, then)
         for container, copy in self.noted:
             if not _same(container, copy):
                 _refill(container, copy)
@@ -116,7 +121,7 @@ def without_traces(modules: Sequence[nn.Module]) -> Iterator[None]:
     classes = {type(module) for module in modules}
     found = [space.get(name) for cls in classes for space, names in _global_names(cls) for name in names]
     found += [value for cls in classes for own in _own_classes(cls) for value in vars(own).values()]
-    copies = _copies([value for value in found if type(value) in _CONTAINERS])
+    copies = _copies([value for value in found if type(value) in CONTAINERS])
     try:
         yield
     finally:
@@ -142,7 +147,7 @@ def _copies(containers: list[Any]) -> list[tuple[Any, Any]]:
             continue
         left -= len(copy)
         copies[id(container)] = (container, copy)
-        containers += [value for value in _values(copy) if type(value) in _CONTAINERS]
+        containers += [value for value in values_of(copy) if type(value) in CONTAINERS]
     return list(copies.values())
 
 
@@ -180,27 +185,6 @@ def _names_in(code: CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def _values(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
-
-
-def _historic(value: Any) -> bool:
-    """Whether this is a tensor with a history, or holds one."""
-    if isinstance(value, Tensor):
-        return value.grad_fn is not None
-    todo, seen = [value], set[int]()
-    while todo:
-        container = todo.pop()
-        if not isinstance(container, (dict, list, set, tuple, deque)) or id(container) in seen:
-            continue
-        seen.add(id(container))
-        for inside in _values(container):
-            if isinstance(inside, Tensor) and inside.grad_fn is not None:
-                return True
-            todo.append(inside)
-    return False
-
-
 def _same(container: Any, copy: Any) -> bool:
     if len(container) != len(copy):
         return False
@@ -214,6 +198,13 @@ def _set(live: dict[str, Any], then: dict[str, Any]) -> None:
     for name in live.keys() - then.keys():
         del live[name]
     live.update((name, value) for name, value in then.items() if value is not _LEFT)
+
+
+def _fill(table: dict[str, Any], then: dict[str, Any]) -> None:
+    """Makes a table of parameters or buffers have those names that it had, and a tensor where it had one: which one is up to others."""
+    for name in table.keys() - then.keys():
+        del table[name]
+    table.update({name: value for name, value in then.items() if value is None or table.get(name) is None})
 
 
 def _refill(container: Any, copy: Any) -> None:

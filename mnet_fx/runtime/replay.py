@@ -81,11 +81,13 @@ class Conditions:
         with untuned(device):
             self.surroundings = surroundings()
         self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
+        found = [] if self.attributes is None else self.attributes.tensors
+        self.reached = {f"(tensor {i} in its attributes)": t for i, t in enumerate(found)}
         self.buffers: dict[str, Tensor] = {}  # and other attributes: those that the step changed, as they were before
         self.before = self._tensors()  # for the first run
         self.random: list[tuple[Any, Any]] = []
         named = self._named()
-        flagged = named | {f"buffer '{self.path_of(name)}'": t for name, t in self.before.items() if t.is_leaf}
+        flagged = named | {self._title(name): t for name, t in self.before.items() if t.is_leaf}
         self.requires_grad = {name: (t, t.requires_grad) for name, t in flagged.items()}
         self.proven = named if proof else None  # what must not change, and its fingerprints
         self.prints = fingerprints(self.proven or {}, known)
@@ -136,7 +138,7 @@ class Conditions:
             if after.get(name) is not before[name] or _may_differ(before[name], was[name], now[name], versions[name], proof):
                 self.buffers[name] = copy
             elif self.proven is not None:
-                key = f"buffer '{self.path_of(name)}'"
+                key = self._title(name)
                 self.proven[key], self.prints[key] = _without_history(before[name]), was[name]
                 if self.own is not None and self.own.wanted(self.layer, key):
                     self.copies[key], self.buffer_of[key] = copy, name
@@ -200,9 +202,10 @@ class Conditions:
             swapped |= _copied(self.buffers | {self.buffer_of[name]: copy for name, copy in own.items() if name in self.buffer_of})
             named = self._sides() if own else {}
             sides = rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
-            if not swapped:
+            lent = [(self.reached[name], swapped.pop(name)) for name in swapped.keys() & self.reached.keys()]
+            if not swapped and not lent:
                 return self.module.forward(x, *sides)
-            with _reparametrize_module(self.module, swapped):  # without tie_weights: each of several names is in `swapped`
+            with _reparametrize_module(self.module, swapped), _lent(lent):  # no tie_weights: each of several names is in `swapped`
                 return self.module.forward(x, *sides)
 
     def _members(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -219,14 +222,20 @@ class Conditions:
             for name in module.__dict__.keys() - STANDARD:
                 if isinstance(value := module.__dict__[name], Tensor):
                     own[prefix + name] = value
-        return dict(self._members("_buffers")) | own
+        return dict(self._members("_buffers")) | own | {name: t for name, t in self.reached.items() if not _is_parameter(t)}
+
+    def _title(self, name: str) -> str:
+        """What messages call a buffer or another tensor of the step's."""
+        return f"buffer '{self.path_of(name)}'" if name not in self.reached else f"buffer {name}"
 
     def _generators(self) -> list[Any]:
         """The generators that the step may draw from: the default ones of its devices, and its own."""
-        return generators(self.device, () if self.attributes is None else self.attributes.generators())
+        own = [leaf for leaf in leaves(self.sides) if isinstance(leaf, torch.Generator)]
+        return generators(self.device, own if self.attributes is None else own + self.attributes.generators)
 
     def _named(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {f"parameter '{self.path_of(name)}'": p for name, p in self.parameters.items()}
+        named |= {f"parameter {name}": t for name, t in self.reached.items() if _is_parameter(t)}
         return named | self._sides()
 
     def versions(self) -> dict[str, Any]:
@@ -296,6 +305,24 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of some tensors; those that are one tensor by several names stay so."""
     copies = {id(t): t.detach().requires_grad_(t.requires_grad).clone() for t in tensors.values()}
     return {name: copies[id(t)] for name, t in tensors.items()}
+
+
+@contextmanager
+def _lent(tensors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Meanwhile tensors have the values of others; nobody counts it as a write."""
+    kept = [(t, t.detach().clone()) for t, _ in tensors]
+    try:
+        for t, then in tensors:
+            t.data.copy_(then)
+        yield
+    finally:
+        for t, now in kept:
+            t.data.copy_(now)
+
+
+def _is_parameter(t: Tensor) -> bool:
+    """Whether a tensor is there to be learnt, and not to be changed by a step."""
+    return isinstance(t, nn.Parameter) or t.requires_grad
 
 
 def _without_history(t: Tensor) -> Tensor:

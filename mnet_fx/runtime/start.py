@@ -20,13 +20,14 @@ from ..arithmetic.kernels.choice import kernels
 from ..arithmetic.kernels.eager import Kernels
 from ..arithmetic.valueless import valueless
 from ..errors import MnetError, StreamError
+from .float_tape import FloatTape
 from .guise import check_carried, plain
 from .own_copies import Learnt, OwnCopies
 from .reads import Reads
 from .replay import exported, transformed
 from .shear import Factors
 from .steps import Chain
-from .tape import FloatTape, PlainTape, ReversingTape, StoringTape, Tape
+from .tape import PlainTape, ReversingTape, StoringTape, Tape
 
 __all__ = ["FLOATING", "Recurrence"]
 

@@ -14,12 +14,13 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
+from .float_tape import FloatTape
 from .guise import is_ordinary, plain
 from .noted import Known, noted
 from .proofs import Print, unseen_write
 from .reads import Reads
 from .replay import Conditions, transformed, undisturbed
-from .tape import FloatTape, PlainTape, Rerun, Tape
+from .tape import PlainTape, Rerun, Tape
 
 __all__ = ["Chain", "closed", "graded", "run_chain", "unwritten_saves", "watched"]
 

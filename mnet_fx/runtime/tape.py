@@ -26,8 +26,9 @@ Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's mov
               Close.forward     tape.close: u back, and the proof             the tape holds (X[t], U[t])
         gradients of f[t], with what was saved; then Shear, then Close.backward of step t - 1
 
-Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; and so must those of
-        the extra outputs that a rerun gives gradients to. Those of a device are compared when the pass ends (see `proofs`).
+Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; so must that of y where
+        momentum is so small that the state says nothing of y, and those of the extra outputs that a rerun gives gradients to. Those of
+        a device are compared when the pass ends (see `proofs`).
 Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
         Nothing is freed by hand.
 Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves
@@ -58,7 +59,10 @@ from .proofs import Drift, Print, Proofs, differed, looked, rerunning, unseen_wr
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
 
-__all__ = ["FloatTape", "PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
+__all__ = ["PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
+
+
+SMALL = 1 / 32  # momentum that spills so many bits of u that a difference of y may leave with them (with 0 all of it does)
 
 
 class Rerun:
@@ -165,6 +169,7 @@ class ReversingTape(Tape):
         self.from_rest = state.from_rest
         self.records: list[Any] = []
         self.prints = [self.fingerprint(state.fingerprint)]
+        self.residuals: dict[int, Print] = {}  # of y, where g[t] is small
         self.handover = Handover(state.X.device)
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
@@ -175,6 +180,8 @@ class ReversingTape(Tape):
         found = self.fingerprint(partial(self.state.fingerprint, after))
         self.prints.append(found[:2])
         self.fresh = found[2:]
+        if self.factors[t][0] < SMALL:
+            self.residuals[t] = self.fingerprint(lambda: prints([y]))
         return after
 
     def _onwards(self, t: int, y: Tensor, x: Tensor) -> Tensor:
@@ -205,6 +212,8 @@ class ReversingTape(Tape):
         except LostBits as lost:
             raise self._lost(lost) from lost
         self.half = False
+        if t in self.residuals:
+            self.prove(self.fingerprint(lambda: prints([y])), self.residuals[t], t, f"the residual of step {t}")
         self.proofs.compare(
             self.fingerprint(self.state.fingerprint), self.prints[t], partial(_returned, weakref.ref(self), self.drifted, t)
         )
@@ -225,7 +234,7 @@ class ReversingTape(Tape):
     def _tensors(self, x: Tensor | None = None, ahead: State | DeviceState | None = None) -> list[Tensor]:
         """What the states are made of; and x[t], which nobody keeps, as autograd would."""
         spilled = [s.bytes for r in self.records if isinstance(r, Record) for s in (r.x_spill, r.u_spill) if s]
-        noted = [number for print_ in self.prints for number in print_ if isinstance(number, Tensor)]
+        noted = [number for print_ in (*self.prints, *self.residuals.values()) for number in print_ if isinstance(number, Tensor)]
         more = [*([] if x is None else [x]), *([] if ahead is None else ahead.tensors())]
         return [*self.state.tensors(), *spilled, *noted, *more]
 
@@ -320,27 +329,3 @@ class PlainTape(Tape):
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         return self._step(t, y, x)[1]
-
-
-class FloatTape(PlainTape):
-    """No tape: the recurrence in floating point, for what cannot follow integers (torch.func's transforms, forward-mode differentiation,
-    torch.export), and for streams without elements.
-
-    Equal to the others up to rounding in the stream's dtype; v is held in float32 at least.
-    """
-
-    def __init__(self, region: str, factors: Factors) -> None:
-        self._begin(region, factors, "ignore")
-
-    def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return x0, v0
-
-    def watches(self, x: Tensor) -> bool:
-        return False  # x + y is the caller's own, and there are no integers that a write would leave behind
-
-    def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
-        gamma, weight = self.factors[t]
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        y = weight * y.to(torch.promote_types(dtype, torch.float32))
-        v = y if v is None else gamma * v + y
-        return (x + v).to(dtype), v

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = ["LostContextError", "Unlifted", "lift", "modules_run", "state_change"
 
 _ENTER = frozenset({"_enter_autocast", "_enter_inference_mode", "_vmap_increment_nesting"})
 _EXIT = frozenset({"_exit_autocast", "_exit_inference_mode", "_vmap_decrement_nesting"})
+_MEMBER = re.compile(r"_(?:modules|parameters|buffers)(?:'\])?\['([^']*)'\]")  # also .__dict__['_modules']['fc'], as Dynamo may say
 _STATE = re.compile("set_|nesting|enter|exit|seed|push|pop")  # in the names of functions that change a global state
 
 
@@ -65,7 +67,7 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     """
     gm = _with_contexts_as_modules(detached(gm, _is_attribute))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    attributes = {node.name: _path(node) for node in placeholders if _is_attribute(node)}
+    attributes = _paths([node for node in placeholders if _is_attribute(node)])
     _check_types(node for node in gm.graph.nodes if node.name not in attributes)
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
@@ -158,7 +160,7 @@ def _is_attribute(node: fx.Node) -> bool:
     if "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {}):
         return False
     name = _source_name(node)  # such a type have also inputs that went through mark_static_address
-    return name is None or "_buffers['" in name or "_parameters['" in name
+    return name is None or re.search(_MEMBER, name) is not None
 
 
 def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
@@ -179,10 +181,16 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), torch.SymFloat)
 
 
+def _paths(nodes: Sequence[fx.Node]) -> dict[str, str]:
+    """The paths of parameters and buffers by the names of their nodes; no two have the same, as modules that hide in lists would."""
+    paths = {node.name: _path(node) for node in nodes}
+    found = Counter(paths.values())
+    return {name: path if found[path] == 1 else name for name, path in paths.items()}
+
+
 def _path(node: fx.Node) -> str:
     """Path of a parameter or buffer, as far as Dynamo's name of it tells: L['self']._modules['fc']._parameters['weight'] is fc.weight."""
-    inside = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", _source_name(node) or "")
-    return ".".join(inside) or node.name
+    return ".".join(re.findall(_MEMBER, _source_name(node) or "")) or node.name
 
 
 def _source_name(node: fx.Node) -> str | None:
