@@ -32,6 +32,7 @@ MATCHER = [
 CAPTURED = ["tests/captured/test_captured.py", "tests/captured/test_momentumize.py"]
 PREVIEW = ["tests/passes/test_previewing.py", "tests/passes/test_torch_layers.py"]
 NO_GRAD = "tests/captured/test_no_grad.py"
+REACH = "tests/runtime/test_reach.py"
 BACKEND = ["tests/compiled/test_backend.py"]
 EFFECTS = ["tests/passes/test_doubles.py", "tests/passes/test_effects.py", "tests/passes/test_side_outputs.py"]
 TESTS = {
@@ -70,7 +71,13 @@ TESTS = {
     "mnet_fx/captured/unseen.py": CAPTURED,
     "mnet_fx/api.py": CAPTURED,
     "mnet_fx/regions/region.py": ["tests/runtime/test_nested.py"],
-    "mnet_fx/captured/copies.py": ["tests/captured/test_graph_modules.py"],
+    "mnet_fx/captured/copies.py": ["tests/captured/test_graph_modules.py", REACH],
+    "passes/capturing/dynamo.py": [REACH, *BACKEND],
+    "mnet_fx/inner.py": ["tests/named/test_compiled_layers.py", "tests/compiled/test_budget.py"],
+    "mnet_fx/named/layers.py": ["tests/named/test_compiled_layers.py", "tests/named/test_named.py"],
+    "mnet_fx/named/layer_step.py": [REACH, "tests/named/test_named.py"],
+    "mnet_fx/runtime/start.py": ["tests/runtime/test_transforms.py"],
+    "mnet_fx/compiled/compiler.py": ["tests/runtime/test_transforms.py"],
     "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],
     **mutants_runtime.TESTS,
 }
@@ -371,6 +378,24 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/doors.py", "        if compiling:\n", "        if False:\n"),
     ("mnet_fx/captured/calls.py", "        self.graphs.append(graph)\n", ""),
     ("mnet_fx/captured/doors.py", "if call is not None and len(call.graphs) == before and", "if False and"),
+    ("passes/capturing/dynamo.py", "path if found[path] == 1 else name", "path"),
+    ("passes/capturing/dynamo.py", "(?:'\\])?\\['", "\\['"),
+    ("mnet_fx/inner.py", "    _forget_budgets(gm)\n    with", "    with"),
+    ("mnet_fx/inner.py", "activation_memory_budget=1.0", "activation_memory_budget=0.0"),
+    ("mnet_fx/inner.py", "        with all_kept(gm):\n", "        if True:\n"),
+    ("mnet_fx/inner.py", 'if self.inner.config.get("triton.cudagraphs"):', "if False:"),
+    ("mnet_fx/inner.py", "isinstance(other, WholeSteps) and self.inner == other.inner", "False"),
+    ("mnet_fx/named/layers.py", 'self.__dict__ | {"compiled": None}', "self.__dict__"),
+    ("mnet_fx/named/layers.py", "        del self.owner.compile\n", ""),
+    ("mnet_fx/named/layers.py", " or layer._compiled_call_impl is not None:", ":"),
+    ("mnet_fx/named/layer_step.py", "if value is x]", "if key == place]"),
+    ("mnet_fx/captured/copies.py", ", *reached([*model.modules()]).hidden]", "]"),
+    (
+        "mnet_fx/runtime/start.py",
+        "if reversible and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:",
+        "if False:",
+    ),
+    ("mnet_fx/compiled/compiler.py", "if hooked else contextlib.nullcontext()", "if True else contextlib.nullcontext()"),
     ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if True:\n"),
     ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if not lost:\n"),
     ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if not new:\n"),

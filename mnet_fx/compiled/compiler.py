@@ -80,6 +80,7 @@ def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
     sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
     # Hidden from a checkpoint around the call that is being compiled, which counts. Detached, as an operation that saved its own result
     # would else be kept by it, in a cycle that the garbage collector does not see.
-    hidden = saved_tensors_hooks(Tensor.detach, lambda t: t)
+    hooked = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+    hidden = saved_tensors_hooks(Tensor.detach, lambda t: t) if hooked else contextlib.nullcontext()
     with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
         yield

@@ -3,11 +3,12 @@
 What is noted of a module is its `__dict__`: which value each name has, and, where that is a list, dictionary, set or deque, an object of
 a class of the user's, or a module that is no child, what it holds, to any depth of those (see `reach`). That includes flags such as
 `training`, hooks, and the table of children. Parameters and buffers have rules of their own (see `replay`), as have tensors that are
-attributes; here it is noted which there are. What functions close over, and attributes of tensors, are not noted. Of the lists,
-dictionaries, sets and deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in them.
+attributes; here it is noted which there are. Lists and objects that functions close over, and attributes of tensors, are not noted. Of the
+lists, dictionaries, sets and deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in
+them.
 
 A note must not keep a graph alive, which may hold the notes of an earlier pass, and so on. So of a tensor with a history only the values
-are kept, a container of such tensors is left alone, and so is an object that the step itself replaces.
+are kept, a container or an object that holds such tensors is left alone, and so is an object that the step itself replaces.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Attributes:
         self.noted = [pair for pair in self.noted if not any(map(is_historic, pair))]
         for _, table in self.tables:
             table.update({name: value.detach() for name, value in table.items() if isinstance(value, Tensor) and is_historic(value)})
+        own = {id(module.__dict__) for module in self.modules}
+        self.dicts = [pair for pair in self.dicts if id(pair[0]) in own or not any(map(is_historic, pair))]
         for now, then in self.dicts:
             for name in then.keys() - STANDARD:
                 value = then[name]

@@ -3,7 +3,7 @@
     self.history = [tensor]      a container, and a tensor in it
     self.teacher = [module]      a hidden module: one that is no child
     self.state = State(count=0)  an object of a class that is neither Python's nor torch's, and its attributes
-    self.act = lambda x: g(x)    what a function closes over
+    self.act = lambda x: m(x)    a module or tensor that a function closes over
 
 To any depth of these. A module that contains the step, as a reference to a parent does, is not gone into: it has steps of its own.
 """
@@ -106,13 +106,14 @@ def reached(modules: Sequence[nn.Module]) -> Reached:
 
 
 def _closed_over(function: Any) -> list[Any]:
-    """What a function has at hand besides globals."""
+    """The modules, tensors and functions that a function has at hand besides globals: what else it closes over is its caller's."""
     if isinstance(function, MethodType):
-        return [function.__self__]
-    if isinstance(function, partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    filled = [cell for cell in function.__closure__ or () if cell != CellType()]
-    return [*(cell.cell_contents for cell in filled), *vars(function).values()]
+        found = [function.__self__]
+    elif isinstance(function, partial):
+        found = [function.func, *function.args, *function.keywords.values()]
+    else:
+        found = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return [value for value in found if isinstance(value, (nn.Module, Tensor, torch.Generator, *_CALLED))]
 
 
 def values_of(container: Any) -> Any:

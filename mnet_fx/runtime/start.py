@@ -77,7 +77,8 @@ class Recurrence:
             reversing: whether the tape is to go back whatever that takes.
 
         Raises:
-            MnetError: a transform of torch.func or forward-mode differentiation surrounds a reversible chain.
+            MnetError: a transform of torch.func, forward-mode differentiation, or what forbids hooks for saved tensors, surrounds a
+                reversible chain.
             StreamError: x is a tensor that wraps others, or of another layout; or v[0] does not fit x.
         """
         v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
@@ -92,6 +93,11 @@ class Recurrence:
             check_carried(self.name, x)
         if floats or x.numel() == 0:
             return self._in_floats(x, reversible and transformed())
+        if reversible and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+            raise MnetError(
+                f"{self.name}: torch.autograd.graph.disable_saved_tensors_hooks surrounds the call, and such hooks recompute a step: "
+                "leave it out, or give momentumize backward='stored'"
+            )
         gammas = [gamma for gamma, _ in self.factors]
         held = reduce(torch.promote_types, [dtype for dtype in self.widest if dtype.itemsize > 1], x.dtype)  # torch promotes no float8
         kind: type[Tape] = ReversingTape if reversing else PlainTape

@@ -213,3 +213,15 @@ def test_fake_tensors_show_shape_and_dtype(forms):
         with FakeTensorMode(allow_non_fake_inputs=True):
             out = net(torch.empty(5000, 3, dtype=torch.float64))
         assert (out.shape, out.dtype, out.requires_grad) == ((5000, 3), torch.float64, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_hooks_for_saved_tensors_are_forbidden(kind):
+    """Which recompute a step: an error that says so; stored activations need none."""
+    torch.manual_seed(0)
+    stack, x = Stack().double(), torch.randn(2, 3, dtype=torch.float64)
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        with pytest.raises(MnetError, match="disable_saved_tensors_hooks surrounds the call"):
+            KINDS[kind](stack, "reversible")(x)
+        stored = KINDS[kind](stack, "stored")(x)
+    zoo.assert_identical({"y": stored.detach()}, {"y": KINDS[kind](stack, "reversible")(x).detach()})
