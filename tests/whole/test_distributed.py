@@ -181,6 +181,18 @@ def fsdp_trains(rank, kind, each_layer):
         torch.testing.assert_close(whole(net(batch())), single(batch()), rtol=1e-5, atol=1e-5)
 
 
+def fsdp_gathers(rank):
+    """Each layer's weights are gathered twice, for the forward pass and for the backward pass, in which it runs again; the root's once."""
+    for backward in ("stored", "reversible"):
+        net = sharded(made("named", backward), each_layer=True)
+        step(net, mine(batch(), rank))  # the first call of FSDP2 does more
+        with torch.profiler.profile() as seen:
+            step(net, mine(batch(), rank))
+        found = {event.key: event.count for event in seen.key_averages()}
+        assert found["c10d::_allgather_base_"] == 2 * len(net.layers) + 1
+        assert found["c10d::_reduce_scatter_base_"] == len(net.layers) + 1
+
+
 def fsdp_around_layers_of_a_traced_region(rank):
     """The hooks of fully_shard break Dynamo's graph between the layers, and that is said; regions=[...] serve there."""
     net = sharded(made("traced"), each_layer=True)
@@ -246,6 +258,7 @@ CHECKS = {
     },
     "fsdp traced each layer": fsdp_around_layers_of_a_traced_region,
     "fsdp backward twice": fsdp_backward_twice,
+    "fsdp gathers": fsdp_gathers,
     "options ddp": functools.partial(options_travel, wrap=DistributedDataParallel),
     "options fsdp": functools.partial(options_travel, wrap=functools.partial(sharded, each_layer=True)),
     "memory ddp": functools.partial(memory_saved, wrap=DistributedDataParallel),
