@@ -147,17 +147,22 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
     function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     function.restype = None
 
-    def run(tensors: Sequence[Tensor]) -> list[int]:
-        count, sizes = len(tensors), [t.nbytes for t in tensors]
-        if any(size and is_freed(t) for size, t in zip(sizes, tensors, strict=True)):
-            raise RuntimeError("a tensor whose memory was freed has no fingerprint")
-        data = _array(ctypes.c_void_p, count)(*[t.data_ptr() for t in tensors])
+    def numbers(places: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        count = len(places)
         sums = _array(ctypes.c_uint64, count)()
-        function(data, _array(ctypes.c_int64, count)(*sizes), sums, count, _PARALLEL, torch.get_num_threads())
+        data, lengths = _array(ctypes.c_void_p, count)(*places), _array(ctypes.c_int64, count)(*sizes)
+        function(data, lengths, sums, count, _PARALLEL, torch.get_num_threads())
         return sums[:]
 
-    sample = torch.arange(20, dtype=torch.uint8, device="cpu")  # whatever the default device is
-    if run([sample]) != [_hash(bytes(sample.tolist()))]:
+    def run(tensors: Sequence[Tensor]) -> list[int]:
+        sizes = [t.nbytes for t in tensors]
+        if any(size and is_freed(t) for size, t in zip(sizes, tensors, strict=True)):
+            raise RuntimeError("a tensor whose memory was freed has no fingerprint")
+        return numbers([t.data_ptr() for t in tensors], sizes)
+
+    sample = bytes(range(20))  # no tensor, which a FakeTensorMode around the first call would make without values
+    buffer = ctypes.create_string_buffer(sample, len(sample))
+    if numbers([ctypes.addressof(buffer)], [len(sample)]) != [_hash(sample)]:
         raise NativeError("it gives other numbers than Python")
     return run
 
