@@ -134,7 +134,7 @@ def run(net, calls=2):
     return found | {f"{i}.{key}": t for i, block in enumerate(net.blocks) for key, t in block.state().items()}
 
 
-@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("used", [pytest.param(True, marks=pytest.mark.long), False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rerun_moves_nothing_again(kind, used):
     """Whether the output depends on it, which would be an error, or does not, which would go unnoticed."""
@@ -290,7 +290,9 @@ GAMMAS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.long) for t in (torch.float64, torch.bfloat16))], ids=str
+)
 @pytest.mark.parametrize("gamma", GAMMAS.values(), ids=GAMMAS)
 @pytest.mark.parametrize("which", [0, 3, 7])
 def test_a_step_that_does_not_repeat_is_an_error_at_every_momentum(which, gamma, dtype):

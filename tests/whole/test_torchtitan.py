@@ -14,6 +14,7 @@ pytest.importorskip("torchtitan")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.long
 def test_the_policy_in_torchtitan(tmp_path):
     """The original for gamma = 0; as stored to the bit, compiled by blocks too; something else is trained at gamma = 0.5."""
     path = tmp_path / "found.pt"
