@@ -47,7 +47,7 @@ class Attributes:
         dicts: pairs of the `__dict__` of a module or object and a copy of it.
         noted: pairs of a container that holds something and a copy of it.
         empty: containers that hold nothing.
-        tables: pairs of a module's table of parameters or buffers and a copy of it.
+        tables: pairs of a module's table of buffers and a copy of it.
         tensors: those that containers and objects hold, and hidden modules; without those with a history.
         generators: of random numbers, wherever they are.
     """
@@ -68,7 +68,7 @@ class Attributes:
         self.dicts = [(space, space.copy()) for space in spaces]
         self.noted = [(container, container.copy()) for container in found.containers if container]
         self.empty = [container for container in found.containers if not container]
-        self.tables = [(table, table.copy()) for module in modules for table in (module._parameters, module._buffers)]
+        self.tables = [(module._buffers, module._buffers.copy()) for module in modules]
         self.tensors = [t for t in found.tensors if t.grad_fn is None]
         self.generators = found.generators
 
@@ -204,7 +204,7 @@ def _set(live: dict[str, Any], then: dict[str, Any]) -> None:
 
 
 def _fill(table: dict[str, Any], then: dict[str, Any]) -> None:
-    """Makes a table of parameters or buffers have those names that it had, and a tensor where it had one: which one is up to others."""
+    """Makes a table of buffers have those names that it had, and a tensor where it had one: which one is up to others."""
     for name in table.keys() - then.keys():
         del table[name]
     table.update({name: value for name, value in then.items() if value is None or table.get(name) is None})

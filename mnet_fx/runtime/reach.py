@@ -98,10 +98,18 @@ class Reached:
 
 def reached(modules: Sequence[nn.Module]) -> Reached:
     """What the attributes of some modules reach, the first of which is the step."""
-    found = Reached(seen={id(module) for module in modules})
+    found = Reached(seen=set(map(id, modules)))
+    further = []
     for module in modules:
-        own = [value for name, value in vars(module).items() if name not in _APART and not isinstance(value, Tensor)]
-        found.go_into(own, modules[0])
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _PLAIN or name in _APART:
+                continue
+            if kind in CONTAINERS and (not value or name == "_modules"):  # most of them; children have their turn
+                found.containers.append(value)
+            elif not isinstance(value, Tensor):
+                further.append(value)
+    found.go_into(further, modules[0])
     return found
 
 
