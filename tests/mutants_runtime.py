@@ -361,7 +361,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/kernels/c.py", "*shlex.split(compiler)", "*compiler.split()"),
     ("mnet_fx/arithmetic/kernels/c.py", "        _HUNG.add(compiler)\n", ""),
     ("mnet_fx/arithmetic/kernels/c.py", ', errors="replace"', ""),
-    ("mnet_fx/arithmetic/kernels/c.py", "if run([sample]) !=", "if not run([sample]) and"),
+    ("mnet_fx/arithmetic/kernels/c.py", "if numbers([ctypes.addressof(buffer)], [len(sample)]) !=", "if not run([sample]) and"),
     ("mnet_fx/arithmetic/kernels/c.py", "except OSError as error:  # nothing", "except ValueError as error:  # nothing"),
     ("mnet_fx/arithmetic/kernels/c.py", "(_Float16)(float)((double)(x) * unit)", "(_Float16)((double)(x) * unit)"),
 ]
