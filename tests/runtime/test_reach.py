@@ -179,6 +179,26 @@ def test_weights_that_change_in_between_are_an_error_wherever_they_are(way, whic
         y.sum().backward()
 
 
+class Counting(nn.Module):
+    """Dynamo finds the weights of what has Python's state by another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x):
+        self.n += 1
+        return x + self.b(torch.tanh(self.a(x)))
+
+
+def test_the_error_names_the_weight():
+    net = mnet_fx.momentumize(made(Counting), gamma=0.5)
+    y = net(torch.randn(3, WIDTH, requires_grad=True))
+    net.blocks[5].a.weight.data = 1.5 * net.blocks[5].a.weight.data
+    with pytest.raises(mnet_fx.InversionError, match=r"parameter 'blocks\.5\.a\.weight' differs"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("now", [True, False])
 @pytest.mark.parametrize("which", ["hidden", "fc"])
 @pytest.mark.parametrize("way", WAYS)

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mnet_fx import MnetError, MomentumNet, momentumize
+from mnet_fx.runtime.float_tape import FloatTape
 
 STEPS, GAMMA = 4, 0.8
 
@@ -225,3 +226,10 @@ def test_where_hooks_for_saved_tensors_are_forbidden(kind):
             KINDS[kind](stack, "reversible")(x)
         stored = KINDS[kind](stack, "stored")(x)
     zoo.assert_identical({"y": stored.detach()}, {"y": KINDS[kind](stack, "reversible")(x).detach()})
+
+
+def test_in_floating_point_a_short_dtype_has_its_velocity_in_float32():
+    x, y = torch.ones(2, dtype=torch.bfloat16), torch.full((2,), 1 / 3, dtype=torch.bfloat16)
+    after, v = FloatTape("chain", ((0.9, 0.1),)).advance(0, x, None, y)
+    assert (after.dtype, v.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(v, 0.1 * y.float())
