@@ -218,7 +218,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ),
     ("mnet_fx/runtime/attributes.py", "id(pair[0]) in own or not any(map(is_historic, pair))", "True"),
     ("mnet_fx/runtime/attributes.py", "        del table[name]\n", "        pass\n"),
-    ("mnet_fx/runtime/attributes.py", "self._restore(_fill)", "self._restore(_set)"),
     ("mnet_fx/runtime/attributes.py", "now._restore(_set)", "now._restore(_fill)"),
     ("mnet_fx/runtime/tape.py", "SMALL = 1 / 32", "SMALL = 0.0"),
     ("mnet_fx/runtime/tape.py", "        if t in self.residuals:\n", "        if False:\n"),

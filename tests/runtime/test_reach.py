@@ -134,13 +134,28 @@ def run(net, calls=2):
     return found | {f"{i}.{key}": t for i, block in enumerate(net.blocks) for key, t in block.state().items()}
 
 
-@pytest.mark.parametrize("used", [pytest.param(True, marks=pytest.mark.long), False])
-@pytest.mark.parametrize("kind", KINDS)
+BUFFERS = ["None buffer", "new buffer"]
+CASES = [(kind, False) for kind in KINDS] + [(kind, True) for kind in BUFFERS]
+CASES += [pytest.param(kind, True, marks=pytest.mark.long) for kind in KINDS if kind not in BUFFERS]
+
+
+@pytest.mark.parametrize(("kind", "used"), CASES)
 def test_a_rerun_moves_nothing_again(kind, used):
     """Whether the output depends on it, which would be an error, or does not, which would go unnoticed."""
     stored, reversible = (run(named(made(Block, kind, used), backward=b)) for b in ("stored", "reversible"))
     zoo.assert_identical(reversible, stored)
     assert any(float(t.abs().max()) > 0 for key, t in stored.items() if key.count(".") == 1 and key[0].isdigit() and key[2:] not in "xy")
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_a_late_rerun_leaves_what_later_calls_came_to(kind):
+    found = []
+    for backward in ("stored", "reversible"):
+        net = named(made(Block, kind, False), backward=backward)
+        first, second = (net(torch.full((3, WIDTH), value, requires_grad=True)) for value in (1.0, 5.0))
+        (first.sum() + second.sum()).backward()
+        found.append({f"{i}.{key}": t for i, block in enumerate(net.blocks) for key, t in block.state().items()})
+    zoo.assert_identical(found[1], found[0])
 
 
 def named(model, gamma=0.5, **options):
