@@ -80,7 +80,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/tape.py", "(isinstance(found[0], Tensor) or found != print_)", "False"),
     ("mnet_fx/runtime/tape.py", "return own.get(name, x) if changed else x", "return x"),
     ("mnet_fx/runtime/tape.py", "None if own else self.drifted", "self.drifted"),
-    ("mnet_fx/runtime/tape.py", "self.prove(self.fingerprint(lambda: prints([y])), self.prints[t], t", "self.prove((), (), t"),
+    ("mnet_fx/runtime/tape.py", "self.prove(self.fingerprint(lambda: prints([y])), noted, t", "self.prove((), (), t"),
     ("mnet_fx/runtime/steps.py", 'x.device, tape.on_drift != "ignore", tape.own', "x.device, False, tape.own"),
     (
         "mnet_fx/runtime/attributes.py",

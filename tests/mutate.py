@@ -389,7 +389,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/named/layers.py", "        del self.owner.compile\n", ""),
     ("mnet_fx/named/layers.py", " or layer._compiled_call_impl is not None:", ":"),
     ("mnet_fx/named/layer_step.py", "if value is x]", "if key == place]"),
-    ("mnet_fx/captured/copies.py", ", *reached([*model.modules()]).hidden]", "]"),
+    ("mnet_fx/captured/copies.py", ", *reached(own).hidden]", "]"),
     (
         "mnet_fx/runtime/start.py",
         "if reversible and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:",

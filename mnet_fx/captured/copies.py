@@ -27,9 +27,10 @@ def copied(model: nn.Module) -> nn.Module:
         MnetError: it cannot be copied, is a ScriptModule, or has lazy parameters.
     """
     check_model(model)
-    modules = [*model.modules(), *reached([*model.modules()]).hidden]
+    own = [*model.modules()]
+    modules = [*own, *reached(own).hidden]
     tensors = [t for module in modules for t in chain(module._parameters.values(), module._buffers.values()) if t is not None]
-    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+    computed = [t for module in own for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
     shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; deepcopy refuses them
     try:
         net = copy.deepcopy(model, shared)

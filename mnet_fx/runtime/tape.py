@@ -61,7 +61,6 @@ from .shear import Enter, Factors, Shear
 
 __all__ = ["PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
 
-
 SMALL = 1 / 32  # momentum that spills so many bits of u that a difference of y may leave with them (with 0 all of it does)
 
 
@@ -158,6 +157,10 @@ class Tape:
         """Reports that `what` differs in a rerun of step t, if it does."""
         self.proofs.compare(found, noted, partial(differed, self.drifted, t, what))
 
+    def prove_residual(self, t: int, y: Tensor, noted: Print) -> None:
+        """The same for what step t gave, y."""
+        self.prove(self.fingerprint(lambda: prints([y])), noted, t, f"the residual of step {t}")
+
 
 class ReversingTape(Tape):
     """Holds (X, U) of one time, and moves it to and fro."""
@@ -213,7 +216,7 @@ class ReversingTape(Tape):
             raise self._lost(lost) from lost
         self.half = False
         if t in self.residuals:
-            self.prove(self.fingerprint(lambda: prints([y])), self.residuals[t], t, f"the residual of step {t}")
+            self.prove_residual(t, y, self.residuals[t])
         self.proofs.compare(
             self.fingerprint(self.state.fingerprint), self.prints[t], partial(_returned, weakref.ref(self), self.drifted, t)
         )
@@ -305,7 +308,7 @@ class StoringTape(Tape):
         return own.get(name, x) if changed else x
 
     def close(self, t: int, y: Tensor) -> None:
-        self.prove(self.fingerprint(lambda: prints([y])), self.prints[t], t, f"the residual of step {t}")
+        self.prove_residual(t, y, self.prints[t])
 
     def _kept(self, x: Tensor) -> Tensor:
         name = f"x[{len(self.inputs)}]"

@@ -160,7 +160,7 @@ def _is_attribute(node: fx.Node) -> bool:
     if "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {}):
         return False
     name = _source_name(node)  # such a type have also inputs that went through mark_static_address
-    return name is None or re.search(_MEMBER, name) is not None
+    return name is None or any(f"{table}['" in name or f"{table}']['" in name for table in ("_buffers", "_parameters"))
 
 
 def _scalars(gm: fx.GraphModule) -> set[fx.Node]:
