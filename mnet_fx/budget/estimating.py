@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -201,7 +200,7 @@ class Request:
             taken_ = self.taken(way.name, None)
             assert taken_ is not None
             deeper = (lambda factor: taken_.deeper(factor, self.owners)) if self.owners else None
-            return replace(way, limits=limits(lambda batch: self._total(way.name, batch), found.batch, way.total_bytes, deeper, memory))
+            return replace(way, limits=limits(partial(self._total, way.name), found.batch, way.total_bytes, deeper, memory, self.said))
 
         plain, momentum = within(found.plain), within(found.momentum)
         assert plain is not None
@@ -210,15 +209,7 @@ class Request:
         return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
 
     def _total(self, name: str, batch: int) -> int:
-        try:
-            found = self.taken(name, batch)
-        except MnetError:
-            raise
-        except Exception as error:  # the model's own, which this batch does not suit, as batch norm a single row
-            self.said.append(
-                f"With a batch of {batch} the model fails ({type(error).__name__}: {str(error)[:100]}); so it counts as too large."
-            )
-            return sys.maxsize
+        found = self.taken(name, batch)
         assert found is not None
         return found.way.total_bytes
 

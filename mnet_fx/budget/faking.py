@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -57,8 +57,13 @@ def batch_of(call: Call) -> int | None:
     return int(first.shape[0]) if first.dim() else None
 
 
-def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_model(model: nn.Module, mode: FakeTensorMode, shared: Sequence[Any] = ()) -> nn.Module:
     """A copy of a model with fake parameters, buffers and other tensors, nothing of which takes memory.
+
+    Args:
+        model: which.
+        mode: of the fake tensors.
+        shared: objects that the model knows and that are not copied, as a trainer.
 
     Raises:
         SettingsError: it is no module.
@@ -66,7 +71,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise SettingsError(f"estimate takes an nn.Module, got {type(model).__name__}")
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(one): one for one in shared}
     for t in _tensors(model):
         if id(t) not in memo:
             memo[id(t)] = _fake_of(t, mode)

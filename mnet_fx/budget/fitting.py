@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
+from ..errors import MnetError
 from .estimates import Limits
 
-__all__ = ["limits"]
+__all__ = ["largest_batch", "limits"]
 
 _LARGEST = 1 << 24  # rows; beyond, memory is no limit
 _DEEPEST = 1e9
 
 
-def limits(total: Callable[[int], int], batch: int | None, now: int, deeper: Callable[[float], float] | None, memory: int) -> Limits:
+def limits(
+    total: Callable[[int], int],
+    batch: int | None,
+    now: int,
+    deeper: Callable[[float], float] | None,
+    memory: int,
+    said: list[str],
+) -> Limits:
     """What fits in a number of bytes.
 
     Args:
@@ -22,9 +31,10 @@ def limits(total: Callable[[int], int], batch: int | None, now: int, deeper: Cal
         now: bytes of a step with it.
         deeper: bytes of a step if chains were so many times as long; None without chains.
         memory: bytes that there are.
+        said: gets a sentence for each batch that the model itself does not bear.
     """
     depth = None if deeper is None else _deepest(deeper, memory)
-    return Limits(0 if batch is None else _largest(total, {batch: now}, memory), depth)
+    return Limits(0 if batch is None else largest_batch(total, {batch: now}, memory, said), depth)
 
 
 def _deepest(deeper: Callable[[float], float], memory: int) -> float:
@@ -40,16 +50,22 @@ def _deepest(deeper: Callable[[float], float], memory: int) -> float:
     return low
 
 
-def _largest(total: Callable[[int], int], known: dict[int, int], memory: int) -> int:
+def largest_batch(total: Callable[[int], int], known: dict[int, int], memory: int, said: list[str]) -> int:
     """The largest batch that fits, by secants: bytes grow almost in proportion to it.
 
     Where they are no monotonous function of the batch, a larger one may fit too.
+
+    Args:
+        total: bytes of a training step with a batch; where the model raises, as batch norm for a single row, it counts as too large.
+        known: what is known of it already, for one batch.
+        memory: bytes that there are.
+        said: gets a sentence for each batch for which the model raised.
     """
     known = dict(known)
 
     def fits(batch: int) -> bool:
         if batch not in known:
-            known[batch] = total(batch)
+            known[batch] = _or_too_large(total, batch, said)
         return known[batch] <= memory
 
     (first,) = known
@@ -69,6 +85,17 @@ def _largest(total: Callable[[int], int], known: dict[int, int], memory: int) ->
         if low + 1 >= _LARGEST:
             break
     return low
+
+
+def _or_too_large(total: Callable[[int], int], batch: int, said: list[str]) -> int:
+    try:
+        return total(batch)
+    except MnetError:
+        raise
+    except Exception as error:  # the model's own
+        text = f"{type(error).__name__}: {str(error)[:100]}"
+        said.append(f"With a batch of {batch} the model fails ({text}); so it counts as too large.")
+        return sys.maxsize
 
 
 def _secant(known: dict[int, int], memory: int) -> int:

@@ -196,6 +196,121 @@ def test_the_callback_in_lightning(attribute, tmp_path):
     assert not torch.equal(values(resumed)["net.transformer.wte.weight"], values(net)["net.transformer.wte.weight"])
 
 
+class Rows(torch.utils.data.DataLoader):
+    """Of 300 random rows, to be learnt."""
+
+    def __init__(self, batch):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(300, 32, 16, generator=generator), torch.randint(10, (300, 32), generator=generator)
+        super().__init__(torch.utils.data.TensorDataset(x, y), batch_size=batch, shuffle=True)
+
+
+def classifier(batch=4, optimizers=1, values=False):
+    import lightning
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.batch_size, self.seen = batch, []
+            layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.net = torch.nn.Sequential(torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.nn.Linear(16, 10))
+
+        def training_step(self, batch, index):
+            x, y = batch
+            self.seen += [len(x)]
+            loss = torch.nn.functional.cross_entropy(self.net(x).flatten(0, 1), y.flatten())
+            self.log("loss", float(loss) if values else loss)
+            return loss
+
+        def train_dataloader(self):
+            return Rows(self.batch_size)
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(self.parameters()) for _ in range(optimizers)]
+
+    return Classifier()
+
+
+def find(model, *callbacks, **options):
+    import lightning
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    torch.manual_seed(0)
+    lightning.Trainer(max_steps=1, accelerator="cpu", callbacks=[*callbacks], **quiet, **options).fit(model)
+    return model
+
+
+def step_bytes(callbacks, batch):
+    """What a training step really takes, with everything that is there besides."""
+    model = classifier()
+    for callback in callbacks:
+        callback.setup(None, model, "fit")
+    model.log = lambda *_: None
+    optimizer = torch.optim.AdamW(model.parameters())
+    data = next(iter(Rows(batch)))
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        model.training_step(data, 0).backward()
+        optimizer.step()
+    there = [*model.parameters(), *(p.grad for p in model.parameters()), *data]
+    there += [t for state in optimizer.state.values() for t in state.values()]
+    return sum(t.nbytes for t in there) + mnet_fx.measure(lambda: model.training_step(data, 0).backward()).peak
+
+
+@pytest.mark.parametrize("options", [None, {"gamma": 0.9}, {"regions": None}], ids=["plain", "layers", "captured"])
+def test_lightning_finds_the_batch_size_by_an_estimate(options):
+    pytest.importorskip("lightning")
+    from mnet_fx.integrations.lightning import EstimatedBatchSizeFinder, MomentumCallback
+
+    def callbacks():
+        return [] if options is None else [MomentumCallback("net", **options)]
+
+    memory = 6 << 20
+    finder = EstimatedBatchSizeFinder(memory, margin=0.0)
+    model = find(classifier(), *callbacks(), finder)
+    found = finder.optimal_batch_size
+    assert model.batch_size == found
+    assert model.seen == [found]
+    assert 8 < found < 300
+    assert step_bytes(callbacks(), found - 1) <= 1.001 * memory < 1.002 * step_bytes(callbacks(), found + 1)
+
+
+def test_the_batch_size_finder_of_lightning_changes_nothing_else():
+    """Data, dropout and weights are those of a run that was given the number; the data are the most, and a margin stays free."""
+    pytest.importorskip("lightning")
+    from mnet_fx.integrations.lightning import EstimatedBatchSizeFinder
+
+    torch.manual_seed(1)
+    model, twin = classifier(), classifier(50)
+    twin.load_state_dict(model.state_dict())
+    find(model, EstimatedBatchSizeFinder("1GiB", max_val=50))
+    find(twin)
+    assert model.batch_size == 50
+    zoo.assert_identical(values(model), values(twin))
+    assert find(classifier(), EstimatedBatchSizeFinder("1GiB")).batch_size == 300
+    whole, half = (find(classifier(), EstimatedBatchSizeFinder("6MiB", margin=part)).batch_size for part in (0.0, 0.5))
+    assert half < 0.55 * whole
+    assert find(classifier(), EstimatedBatchSizeFinder("6MiB", margin=0.0), precision="bf16-mixed").batch_size > whole
+
+
+def test_what_the_batch_size_finder_of_lightning_refuses():
+    pytest.importorskip("lightning")
+    from mnet_fx.integrations.lightning import EstimatedBatchSizeFinder
+
+    with pytest.raises(mnet_fx.SettingsError, match="how much memory is there on cpu"):
+        find(classifier(), EstimatedBatchSizeFinder())
+    with pytest.raises(mnet_fx.MnetError, match=r"not one row fits in 1\.00 KiB: a training step with 4 takes"):
+        find(classifier(), EstimatedBatchSizeFinder(1024, margin=0.0))
+    with pytest.raises(mnet_fx.SettingsError, match="margin"):
+        EstimatedBatchSizeFinder(margin=1.0)
+    with pytest.raises(mnet_fx.MnetError, match=r"asks for the values of tensors[^$]*or use Lightning's BatchSizeFinder"):
+        find(classifier(values=True), EstimatedBatchSizeFinder("1GiB"))
+    several = classifier(optimizers=2)
+    several.automatic_optimization = False
+    with pytest.raises(mnet_fx.SettingsError, match="Classifier has 2, and manual optimization"):
+        find(several, EstimatedBatchSizeFinder("1GiB"))
+
+
 def test_what_the_callback_of_lightning_refuses():
     import lightning
 
