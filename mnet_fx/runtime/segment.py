@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.valueless import valueless
 from ..errors import StreamError
 from .guise import is_ordinary
+from .own_checkpoint import checkpoint
 from .own_copies import Learnt, OwnCopies
 from .proofs import Drift, Print, Proofs, differed, rerunning
 from .replay import Conditions, undisturbed

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .float_tape import FloatTape
 from .guise import is_ordinary, plain
 from .noted import Known, noted
+from .own_checkpoint import CheckpointError, checkpoint
 from .proofs import Print, unseen_write
 from .reads import Reads
 from .replay import Conditions, transformed, undisturbed
