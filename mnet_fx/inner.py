@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import torch.fx as fx
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
+from .arithmetic.valueless import Effects
 from .errors import SettingsError, warn_once
 
-__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner"]
+__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "rereads"]
 
 Inner = str | Callable[..., Any]
 """What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
@@ -78,9 +83,69 @@ class WholeSteps:
     __hash__ = None  # type: ignore[assignment]
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        recorded = [node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"]  # fake, as inputs are not here
+        if rereads(gm, recorded):
+            return gm
         with all_kept(gm):
             found: Callable[..., Any] = self.inner(gm, inputs)
             return found
+
+
+def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a graph overwrites an input of which it also computes something for a gradient, as a counter that it moves and scales by.
+
+    To be run as it is then: AOTAutograd may compute the value again in the backward pass, out of what the input holds by then.
+    torch.compile of 2.14 gives a wrong gradient for `y = x * (1 + 0.5 * self.count); self.count.add_(1)`, over aot_eager and inductor.
+    Of inputs that require gradients autograd itself knows when they were overwritten.
+
+    Args:
+        gm: the graph.
+        inputs: fake tensors and numbers, which keep what they know of gradients. Of other inputs nothing is known, which is False.
+    """
+    fakes = [value for value in inputs if isinstance(value, FakeTensor)]
+    mode = fakes[0].fake_mode if fakes else None
+    if mode is None or not torch.is_grad_enabled() or not any(t.requires_grad for t in fakes):
+        return False
+    run = _Reads(gm)
+    symbols = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
+    try:
+        with mode, enable_python_dispatcher(), symbols, torch.no_grad():
+            run.run(*inputs)
+    except Exception:  # of the model's own, which compiling it meets as well
+        return False
+    return not run.apart.isdisjoint(run.written & _storages([t for t in fakes if not t.requires_grad]))
+
+
+class _Reads(fx.Interpreter):
+    """Runs a graph on fake tensors.
+
+    Attributes:
+        written: the storages that some node overwrites.
+        apart: those that some node reads, does not overwrite, and makes other memory of.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.written: set[int] = set()
+        self.apart: set[int] = set()
+        self.held: list[Any] = []  # as a number is only one storage's while that lives
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "get_attr", "output"):
+            return super().run_node(n)
+        given = _storages(self.fetch_args_kwargs_from_env(n))
+        with (effects := Effects()):
+            result = super().run_node(n)
+        self.held += [result, effects]
+        written = {storage for storage in given if effects.wrote_to(storage)}
+        self.written |= written
+        if not _storages(result) <= given:
+            self.apart |= given - written
+        return result
+
+
+def _storages(values: Any) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout is torch.strided}
 
 
 def _without_graphs() -> Any:

@@ -22,11 +22,12 @@ from passes.rewriting.heads import Head, chunked_heads, heads
 from passes.rewriting.invariants import InvariantError
 from passes.rewriting.rewriter import PassResult, rewrite
 from passes.rewriting.segments import Cost, cutting
-from passes.rewriting.splitting import COST, PROOF, pieces
+from passes.rewriting.splitting import COST, OVERWRITTEN, PROOF, pieces
 
 __all__ = [
     "CODES",
     "COST",
+    "OVERWRITTEN",
     "PROOF",
     "Cost",
     "Form",

@@ -33,6 +33,7 @@ CAPTURED = ["tests/captured/test_captured.py", "tests/captured/test_momentumize.
 PREVIEW = ["tests/passes/test_previewing.py", "tests/passes/test_torch_layers.py"]
 NO_GRAD = "tests/captured/test_no_grad.py"
 REACH = "tests/runtime/test_reach.py"
+OVERWRITTEN = "tests/compiled/test_overwritten.py"
 BACKEND = ["tests/compiled/test_backend.py"]
 EFFECTS = ["tests/passes/test_doubles.py", "tests/passes/test_effects.py", "tests/passes/test_side_outputs.py"]
 TESTS = {
@@ -55,7 +56,7 @@ TESTS = {
     "passes/planning/side_outputs.py": EFFECTS,
     "passes/planning/kept.py": EFFECTS,
     "passes/capturing/checkpointed.py": BACKEND,
-    "passes/rewriting/splitting.py": BACKEND,
+    "passes/rewriting/splitting.py": [OVERWRITTEN, *BACKEND],
     "mnet_fx/captured/calls.py": CAPTURED,
     "mnet_fx/captured/forward.py": CAPTURED,
     "mnet_fx/captured/configured.py": [*CAPTURED, "tests/captured/test_logging.py"],
@@ -73,11 +74,11 @@ TESTS = {
     "mnet_fx/regions/region.py": ["tests/runtime/test_nested.py"],
     "mnet_fx/captured/copies.py": ["tests/captured/test_graph_modules.py", REACH],
     "passes/capturing/dynamo.py": [REACH, *BACKEND],
-    "mnet_fx/inner.py": ["tests/named/test_compiled_layers.py", "tests/compiled/test_budget.py"],
+    "mnet_fx/inner.py": [OVERWRITTEN, "tests/named/test_compiled_layers.py", "tests/compiled/test_budget.py"],
     "mnet_fx/named/layers.py": ["tests/named/test_compiled_layers.py", "tests/named/test_named.py"],
     "mnet_fx/named/layer_step.py": [REACH, "tests/named/test_named.py"],
     "mnet_fx/runtime/start.py": ["tests/runtime/test_transforms.py"],
-    "mnet_fx/compiled/compiler.py": ["tests/runtime/test_transforms.py"],
+    "mnet_fx/compiled/compiler.py": [OVERWRITTEN, "tests/runtime/test_transforms.py"],
     "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],
     **mutants_runtime.TESTS,
 }
@@ -255,6 +256,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/planning/overwritten.py", "last.get(memory, -1) > when", "memory in last"),
     ("passes/planning/overwritten.py", "read |= {span.source: facts.index[span.target] for span in piece[1:]}", "pass"),
     ("passes/rewriting/splitting.py", "if recorded(node) is None}", "}"),
+    ("passes/rewriting/splitting.py", "later |= written_here", "later = written_here"),
+    ("passes/rewriting/splitting.py", "for node in (*read, *nodes))", "for node in nodes)"),
     ("passes/rewriting/rewriter.py", "if name in region.copied else", "if False else"),
     ("passes/planning/side_outputs.py", "self._weight(needed) > left:", "False:"),
     ("passes/planning/side_outputs.py", "return self._useful(self._tensors(found))", "return set()"),
@@ -380,6 +383,13 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/doors.py", "if call is not None and len(call.graphs) == before and", "if False and"),
     ("passes/capturing/dynamo.py", "path if found[path] == 1 else name", "path"),
     ("passes/capturing/dynamo.py", "(?:'\\])?\\['", "\\['"),
+    ("mnet_fx/inner.py", "if mode is None or not torch.is_grad_enabled() or", "if mode is None or"),
+    ("mnet_fx/inner.py", " or not any(t.requires_grad for t in fakes)", ""),
+    ("mnet_fx/inner.py", "        if rereads(gm, recorded):", "        if False:"),
+    ("mnet_fx/inner.py", "for t in fakes if not t.requires_grad]", "for t in fakes]"),
+    ("mnet_fx/inner.py", "self.apart |= given - written", "self.apart |= given"),
+    ("mnet_fx/inner.py", "if not _storages(result) <= given:", "if True:"),
+    ("mnet_fx/inner.py", "symbols, torch.no_grad():", "symbols:"),
     ("mnet_fx/inner.py", "    _forget_budgets(gm)\n    with", "    with"),
     ("mnet_fx/inner.py", "activation_memory_budget=1.0", "activation_memory_budget=0.0"),
     ("mnet_fx/inner.py", "        with all_kept(gm):\n", "        if True:\n"),
@@ -395,6 +405,10 @@ MUTANTS: list[tuple[str, str, str]] = [
         "if reversible and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:",
         "if False:",
     ),
+    ("mnet_fx/compiled/compiler.py", "(gm.meta.get(OVERWRITTEN) or rereads(gm, inputs))", "rereads(gm, inputs)"),
+    ("mnet_fx/compiled/compiler.py", "(gm.meta.get(OVERWRITTEN) or rereads(gm, inputs))", "gm.meta.get(OVERWRITTEN)"),
+    ("mnet_fx/compiled/compiler.py", "if not _of_tracing(error):", "if True:"),
+    ("mnet_fx/compiled/compiler.py", "if not _of_tracing(error):", "if False:"),
     ("mnet_fx/compiled/compiler.py", "if hooked else contextlib.nullcontext()", "if True else contextlib.nullcontext()"),
     ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if True:\n"),
     ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if not lost:\n"),

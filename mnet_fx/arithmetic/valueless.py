@@ -74,7 +74,11 @@ class Effects(TorchDispatchMode):
 
     def wrote(self, t: Tensor) -> bool:
         """Whether the step wrote to the memory of a tensor."""
-        return t.untyped_storage()._cdata in self._written
+        return self.wrote_to(t.untyped_storage()._cdata)
+
+    def wrote_to(self, storage: int) -> bool:
+        """Whether it wrote to a storage, given as its `_cdata`."""
+        return storage in self._written
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from ..inner import Compile, all_kept
+from passes import OVERWRITTEN
+
+from ..errors import MnetError, MnetWarning
+from ..inner import Compile, all_kept, rereads
 
 __all__ = ["Compiler", "faking"]
 
@@ -33,15 +38,36 @@ class Compiler:
 
     def __init__(self, inner: Compile, fake_mode: FakeTensorMode | None) -> None:
         self.inner, self.fake_mode = inner, fake_mode
+        self.traces = inner is not torch._dynamo.lookup_backend("eager")
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compiles a part, of which Dynamo's own tracing context knows nothing."""
+        """Compiles a part, of which Dynamo's own tracing context knows nothing.
+
+        A part that AOTAutograd cannot trace, as when two of its inputs are views of one tensor that it writes to, runs as it is, with a
+        warning: of the whole graph it could have known more. So does, without one, what it could take a wrong gradient of.
+        """
+        if self.traces and (gm.meta.get(OVERWRITTEN) or rereads(gm, inputs)):
+            return gm
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
                 node._dynamo_source = None
         at_once = functorch_config.patch(_of_the_backward())
         with tracing(TracingContext(self.fake_mode)), at_once, all_kept(gm), _only_own_floats(inputs, self.fake_mode):
-            return self.inner(gm, list(inputs))
+            try:
+                return self.inner(gm, list(inputs))
+            except Exception as error:
+                if not _of_tracing(error):
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                warnings.warn(f"AOTAutograd cannot trace a part of the model ({reason}): it runs uncompiled", MnetWarning, stacklevel=2)
+                return gm
+
+
+def _of_tracing(error: Exception) -> bool:
+    """Whether AOTAutograd itself raised an error, not the user's code or the compiler that it calls with what it traced."""
+    places = [frame.f_code.co_filename.replace("\\", "/") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    known = [path for path in places if "/torch/_functorch/" in path or "/torch/_inductor/" in path]
+    return not isinstance(error, MnetError) and bool(known) and "/torch/_functorch/" in known[-1]
 
 
 def _of_the_backward() -> dict[str, Any]:

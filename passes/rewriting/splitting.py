@@ -23,7 +23,7 @@ from passes.graphs.facts import graded, recorded
 from passes.graphs.writes import is_hook, is_unknown, written
 from passes.rewriting.segments import Segment
 
-__all__ = ["COST", "PROOF", "pieces"]
+__all__ = ["COST", "OVERWRITTEN", "PROOF", "pieces"]
 
 Groups = list[list[fx.Node]]
 Segments = list[list[Segment]]
@@ -34,6 +34,10 @@ PROOF = "mnet_fx_proof"
 
 COST = "mnet_fx_cost"
 """In the meta data of such a piece: its `Cost`, or None."""
+
+OVERWRITTEN = "mnet_fx_overwritten"
+"""In the meta data of a piece: whether a later one overwrites what it reads or makes. Of the whole graph a compiler could tell, and keep
+something else for the gradient; of a piece alone it cannot."""
 
 
 def pieces(
@@ -106,9 +110,9 @@ class _Joiner:
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self.graph.node_copy(node)
-        for unit in units:
+        for unit, later in zip(units, _written_after(units), strict=True):
             if isinstance(unit, Segment):
-                self._piece(unit)
+                self._piece(unit, later)
             else:
                 self._copied(unit)
         self._copied(self.gm.graph.output_node())
@@ -124,8 +128,8 @@ class _Joiner:
             if used.op in ("call_module", "get_attr"):
                 self.modules[str(used.target)] = getattr(self.gm, str(used.target))
 
-    def _piece(self, segment: Segment) -> None:
-        """One piece and its call; nothing for no nodes."""
+    def _piece(self, segment: Segment, later: Set[int]) -> None:
+        """One piece and its call; nothing for no nodes. `later`: the storages that later ones overwrite."""
         nodes = segment.nodes
         if not nodes:
             return
@@ -145,6 +149,7 @@ class _Joiner:
         self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
         if segment.proof is not None:
             self.modules[name].meta |= {PROOF: outputs.index(segment.proof), COST: segment.cost}
+        self.modules[name].meta[OVERWRITTEN] = any(not later.isdisjoint(_memory(node)) for node in (*read, *nodes))
         call = self.graph.call_module(name, tuple(self.values[source] for source in read if source.op != "get_attr"))
         for i, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, i))
@@ -155,3 +160,21 @@ class _Joiner:
         if not isinstance(recorded(node), Tensor) or any(user in self.graded for user in node.users if user not in inside):
             return value
         return value.graph.call_method("detach", (value,))
+
+
+def _written_after(units: list[fx.Node | Segment]) -> list[Set[int]]:
+    """For each unit, the storages that those after it overwrite."""
+    found: list[Set[int]] = []
+    later: frozenset[int] = frozenset()
+    for unit in reversed(units):
+        found.append(later)
+        nodes = unit.nodes if isinstance(unit, Segment) else [unit]
+        written_here = {storage for node in nodes if (effect := noted(node)) is not None for storage in effect.written}
+        later |= written_here
+    return found[::-1]
+
+
+def _memory(node: fx.Node) -> Set[int]:
+    """The storages that a value lies in, as far as that is known."""
+    effect = noted(node)
+    return frozenset(() if effect is None else effect.memory)

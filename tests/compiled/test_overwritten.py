@@ -1,0 +1,162 @@
+"""Parts that AOTAutograd would get wrong, or cannot trace, run as they are."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mnet_fx
+from mnet_fx.compiled.compiler import Compiler
+from mnet_fx.inner import rereads
+
+WIDTH = 4
+
+
+class Layer(nn.Module):
+    def __init__(self, counts, residual):
+        super().__init__()
+        self.linear, self.counts, self.residual = nn.Linear(WIDTH, WIDTH), counts, residual
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x))
+        if self.counts:
+            y = y * (1 + 0.5 * self.count)
+            self.count.add_(1)
+        return x + y if self.residual else y
+
+
+class Net(nn.Module):
+    """A counter is used and moved: in the steps, before and after the chain (the same one), or all before it."""
+
+    def __init__(self, where, residual=False):
+        super().__init__()
+        self.residual, self.where, self.stem, self.head = residual, where, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Layer(where == "steps", residual) for _ in range(4))
+        self.register_buffer("count", torch.ones(()))
+
+    def scaled(self, x):
+        return x if self.where == "steps" else x * (1 + 0.5 * self.count)
+
+    def forward(self, x):
+        x = self.scaled(self.stem(x))
+        if self.where == "stem":
+            self.count.mul_(3)
+        for layer in self.layers:
+            x = layer(x) if self.residual else x + layer(x)
+        if self.where == "around":
+            self.count += 1
+        return self.head(self.scaled(x) if self.where == "around" else x)
+
+
+def outcome(net, x):
+    found = []
+    for _ in range(2):
+        y = net(x)
+        found += [y.detach(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])]
+    return [*found, *(b.clone() for b in net.buffers())]
+
+
+WAYS = {
+    "captured": lambda model, inner, **o: mnet_fx.momentumize(model, inner=inner, **o),
+    "rest": lambda model, inner, **o: mnet_fx.momentumize(model, inner=inner, rest="checkpoint", **o),
+    "backend": lambda model, inner, **o: torch.compile(model, backend=mnet_fx.backend(inner=inner, **o)),
+    "named": lambda model, inner, **o: mnet_fx.momentumize(model, regions=["layers"], inner=inner, **o),
+}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", ["steps", "stem", "around"])
+def test_gradients_are_those_of_the_original(where, way, inner):
+    torch.manual_seed(0)
+    model, x = Net(where, way == "named").double(), torch.randn(3, WIDTH, dtype=torch.float64)
+    expected = outcome(copy.deepcopy(model), x)
+    for a, b in zip(outcome(WAYS[way](copy.deepcopy(model), inner, gamma=0.0), x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    nets = [WAYS[way](copy.deepcopy(model), inner, gamma=0.9, backward=b) for b in ("reversible", "stored")]
+    assert all(map(torch.equal, *(outcome(net, x) for net in nets)))
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    torch._dynamo.reset()
+
+
+def both(x, part):
+    x.mul_(2)
+    part.add_(1)
+    return (part,)
+
+
+def test_what_cannot_be_traced_runs_as_it_is():
+    """As where a part is given a value and what `detach` made of it, and writes to both."""
+    mode = FakeTensorMode()
+    with mode:
+        value = torch.randn(3, 4, requires_grad=True) * 2
+    gm = torch.fx.symbolic_trace(both)
+    with pytest.warns(mnet_fx.MnetWarning, match="AOTAutograd cannot trace a part of the model .*: it runs uncompiled"):
+        run = Compiler(torch._dynamo.lookup_backend("aot_eager"), mode)(gm, [value, value.detach()])
+    x = torch.ones(3, 4)
+    assert torch.equal(run(x, x)[0], torch.full((3, 4), 3.0))
+
+
+def broken(gm, inputs):
+    raise RuntimeError("no such device")
+
+
+def test_errors_of_the_inner_compiler_are_its_own():
+    net = mnet_fx.momentumize(Net("stem"), inner=broken)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such device"):
+        net(torch.randn(3, WIDTH))
+
+
+def moved(x, buffer):
+    y = x * buffer
+    buffer.add_(1)
+    return y
+
+
+def moved_by_a_view(x, buffer):
+    buffer.view(2, 2)[0].add_(1)
+    return x + buffer.sum()
+
+
+def normed(x, mean):
+    return torch.nn.functional.batch_norm(x, mean, torch.ones(4), training=True)
+
+
+def only_moved(x, buffer):
+    buffer.add_(x.detach().sum())
+    return x * 2
+
+
+def local(x, buffer):
+    y = x * buffer
+    z = y + 1
+    y.relu_()
+    return z, y
+
+
+def a_graded_one(x, buffer):
+    y = x * 2
+    x.add_(1)
+    return y * buffer
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(moved, True), (moved_by_a_view, True), (normed, False), (only_moved, False), (local, False), (a_graded_one, False)],
+)
+def test_what_rereads(function, expected):
+    mode = FakeTensorMode()
+    x, buffer = mode.from_tensor(torch.randn(3, 4, requires_grad=True)), mode.from_tensor(torch.zeros(4))
+    gm = torch.fx.symbolic_trace(function)
+    assert rereads(gm, [x, buffer]) is expected
+    assert not buffer.requires_grad
+    assert not rereads(gm, [torch.randn(3, 4), torch.zeros(4)])
+    assert not rereads(gm, [x.detach(), buffer])
+    with torch.no_grad():
+        assert not rereads(gm, [x, buffer])
