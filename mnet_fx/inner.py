@@ -121,7 +121,7 @@ class _Reads(fx.Interpreter):
 
     Attributes:
         written: the storages that some node overwrites.
-        apart: those that some node reads, does not overwrite, and makes other memory of.
+        apart: those that some node reads, does not overwrite, and fills other memory from.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -139,7 +139,7 @@ class _Reads(fx.Interpreter):
         self.held += [result, effects]
         written = {storage for storage in given if effects.wrote_to(storage)}
         self.written |= written
-        if not _storages(result) <= given:
+        if written or not _storages(result) <= given:
             self.apart |= given - written
         return result
 

@@ -14,6 +14,7 @@ import torch._inductor.config as inductor_config
 import torch.fx as fx
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -64,10 +65,12 @@ class Compiler:
 
 
 def _of_tracing(error: Exception) -> bool:
-    """Whether AOTAutograd itself raised an error, not the user's code or the compiler that it calls with what it traced."""
+    """Whether AOTAutograd itself raised an error; not the user's code, not the compiler that it calls with what it traced, and not Dynamo,
+    which has exceptions of its own to begin anew.
+    """
     places = [frame.f_code.co_filename.replace("\\", "/") for frame, _ in traceback.walk_tb(error.__traceback__)]
     known = [path for path in places if "/torch/_functorch/" in path or "/torch/_inductor/" in path]
-    return not isinstance(error, MnetError) and bool(known) and "/torch/_functorch/" in known[-1]
+    return not isinstance(error, (MnetError, TorchDynamoException)) and bool(known) and "/torch/_functorch/" in known[-1]
 
 
 def _of_the_backward() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
@@ -77,13 +78,20 @@ class Filler(FakeRun):
 
     def _piece(self, n: fx.Node) -> Any:
         piece, (args, _) = getattr(self.module, str(n.target)), self.fetch_args_kwargs_from_env(n)
+        before = [_form(value) for value in args]
         with faking(self.fake_mode):
             result = piece(*args)
         if any(isinstance(value, Tensor) for value in (*args, *result)):
-            run = self.compiler(piece, args)
+            # A piece that changes the form of its arguments, as by `unsqueeze_`, has changed these: it will be called with others.
+            run = self.compiler(piece, args) if before == [_form(value) for value in args] else piece
             segment = self.segment if PROOF in piece.meta else None
             setattr(self.module, str(n.target), _Piece(run) if segment is None else segment(piece, run))
         return result
+
+
+def _form(value: Any) -> Any:
+    """Shape, strides and need of a gradient of a tensor, which operations in place change."""
+    return (value.shape, value.stride(), value.requires_grad) if isinstance(value, Tensor) and value.layout is torch.strided else None
 
 
 class Unseen(nn.Module):

@@ -1,6 +1,7 @@
 """Parts that AOTAutograd would get wrong, or cannot trace, run as they are."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -29,7 +30,9 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """A counter is used and moved: in the steps, before and after the chain (the same one), or all before it."""
+    """A counter is used and moved: in the steps; before and after the chain; all before it, also out of what took it over. Or the form of a
+    value from before the chain is changed after it.
+    """
 
     def __init__(self, where, residual=False):
         super().__init__()
@@ -38,17 +41,21 @@ class Net(nn.Module):
         self.register_buffer("count", torch.ones(()))
 
     def scaled(self, x):
-        return x if self.where == "steps" else x * (1 + 0.5 * self.count)
+        if self.where == "taken over":
+            return x * (1 + 0.5 * torch.ones(WIDTH, dtype=x.dtype).mul_(self.count))
+        return x if self.where in ("steps", "form") else x * (1 + 0.5 * self.count)
 
     def forward(self, x):
         x = self.scaled(self.stem(x))
-        if self.where == "stem":
+        side = torch.sin(x)
+        if self.where in ("stem", "taken over"):
             self.count.mul_(3)
         for layer in self.layers:
             x = layer(x) if self.residual else x + layer(x)
         if self.where == "around":
             self.count += 1
-        return self.head(self.scaled(x) if self.where == "around" else x)
+        x = self.head(self.scaled(x) if self.where == "around" else x)
+        return x * side.unsqueeze_(0).transpose_(1, 2).mul(2)[0].t() if self.where == "form" else x
 
 
 def outcome(net, x):
@@ -69,7 +76,7 @@ WAYS = {
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("where", ["steps", "stem", "around"])
+@pytest.mark.parametrize("where", ["steps", "stem", "around", "taken over", "form"])
 def test_gradients_are_those_of_the_original(where, way, inner):
     torch.manual_seed(0)
     model, x = Net(where, way == "named").double(), torch.randn(3, WIDTH, dtype=torch.float64)
@@ -101,6 +108,25 @@ def test_what_cannot_be_traced_runs_as_it_is():
         run = Compiler(torch._dynamo.lookup_backend("aot_eager"), mode)(gm, [value, value.detach()])
     x = torch.ones(3, 4)
     assert torch.equal(run(x, x)[0], torch.full((3, 4), 3.0))
+
+
+def test_what_dynamo_begins_anew_for_is_no_failure():
+    """A number in float64 that lies outside of the chain: AOTAutograd has Dynamo take it for a constant."""
+
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__("steps")
+            self.register_buffer("scale", torch.full((), 0.5, dtype=torch.float64))
+
+        def scaled(self, x):
+            return x * self.scale
+
+    model, x = Scaled().double(), torch.randn(3, WIDTH, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mnet_fx.MnetWarning)
+        found = outcome(mnet_fx.momentumize(copy.deepcopy(model), gamma=0.0, inner="aot_eager"), x)
+    for a, b in zip(found, outcome(model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 def broken(gm, inputs):
