@@ -149,7 +149,7 @@ class _Joiner:
         self.modules[name] = fx.GraphModule({target: getattr(self.gm, target) for target in targets}, graph)
         if segment.proof is not None:
             self.modules[name].meta |= {PROOF: outputs.index(segment.proof), COST: segment.cost}
-        self.modules[name].meta[OVERWRITTEN] = any(not later.isdisjoint(_memory(node)) for node in (*read, *nodes))
+        self.modules[name].meta[OVERWRITTEN] = any(not later.isdisjoint(_held(node)) for node in nodes)
         call = self.graph.call_module(name, tuple(self.values[source] for source in read if source.op != "get_attr"))
         for i, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, i))
@@ -174,7 +174,8 @@ def _written_after(units: list[fx.Node | Segment]) -> list[Set[int]]:
     return found[::-1]
 
 
-def _memory(node: fx.Node) -> Set[int]:
-    """The storages that a value lies in, as far as that is known."""
-    effect = noted(node)
-    return frozenset(() if effect is None else effect.memory)
+def _held(node: fx.Node) -> Set[int]:
+    """The storages that a node reads or makes, but for those that it overwrites itself, as a batch norm its statistics."""
+    effects = [effect for one in (node, *node.all_input_nodes) if (effect := noted(one)) is not None]
+    own = noted(node)
+    return {storage for effect in effects for storage in effect.memory} - set(() if own is None else own.written)
