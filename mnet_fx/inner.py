@@ -92,11 +92,11 @@ class WholeSteps:
 
 
 def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether a graph overwrites an input of which it also computes something for a gradient, as a counter that it moves and scales by.
+    """Whether a graph overwrites an input that it also returns, or computes with, as a counter that it moves and scales by.
 
-    To be run as it is then: AOTAutograd may compute the value again in the backward pass, out of what the input holds by then.
-    torch.compile of 2.14 gives a wrong gradient for `y = x * (1 + 0.5 * self.count); self.count.add_(1)`, over aot_eager and inductor.
-    Of inputs that require gradients autograd itself knows when they were overwritten.
+    To be run as it is then, as AOTAutograd gets such graphs wrong. It may compute a value again in the backward pass, out of what the input
+    holds by then: torch.compile of 2.14 gives a wrong gradient for `y = x * (1 + 0.5 * self.count); self.count.add_(1)`. It may give the
+    caller one overwritten input for another. Where an input requires gradients, autograd knows that it was overwritten, and raises.
 
     Args:
         gm: the graph.
@@ -104,16 +104,19 @@ def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """
     fakes = [value for value in inputs if isinstance(value, FakeTensor)]
     mode = fakes[0].fake_mode if fakes else None
-    if mode is None or not torch.is_grad_enabled() or not any(t.requires_grad for t in fakes):
+    if mode is None:
         return False
     run = _Reads(gm)
     symbols = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
     try:
         with mode, enable_python_dispatcher(), symbols, torch.no_grad():
-            run.run(*inputs)
+            risky = _storages(run.run(*inputs))
     except Exception:  # of the model's own, which compiling it meets as well
         return False
-    return not run.apart.isdisjoint(run.written & _storages([t for t in fakes if not t.requires_grad]))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in fakes):
+        graded = _storages([t for t in fakes if t.requires_grad])
+        risky |= run.early | (run.apart - graded)
+    return not run.written.isdisjoint(risky & _storages(fakes))
 
 
 class _Reads(fx.Interpreter):
@@ -128,6 +131,7 @@ class _Reads(fx.Interpreter):
         super().__init__(gm)
         self.written: set[int] = set()
         self.apart: set[int] = set()
+        self.early: set[int] = set()
         self.held: list[Any] = []  # as a number is only one storage's while that lives
 
     def run_node(self, n: fx.Node) -> Any:
@@ -138,9 +142,10 @@ class _Reads(fx.Interpreter):
             result = super().run_node(n)
         self.held += [result, effects]
         written = {storage for storage in given if effects.wrote_to(storage)}
-        self.written |= written
         if written or not _storages(result) <= given:
             self.apart |= given - written
+            self.early |= given - written - self.written
+        self.written |= written
         return result
 
 

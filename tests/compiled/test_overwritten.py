@@ -31,7 +31,8 @@ class Layer(nn.Module):
 
 class Net(nn.Module):
     """A counter is used and moved: in the steps; before and after the chain; all before it, also out of what took it over. Or the form of a
-    value from before the chain is changed after it; or one batch norm is before and after it.
+    value from before the chain is changed after it; or one batch norm is before and after it; or the end of the chain and
+    the counter are overwritten and returned.
     """
 
     def __init__(self, where, residual=False):
@@ -44,7 +45,7 @@ class Net(nn.Module):
     def scaled(self, x):
         if self.where == "taken over":
             return x * (1 + 0.5 * torch.ones(WIDTH, dtype=x.dtype).mul_(self.count))
-        return x if self.where in ("steps", "form", "norm") else x * (1 + 0.5 * self.count)
+        return x if self.where in ("steps", "form", "norm", "returned") else x * (1 + 0.5 * self.count)
 
     def forward(self, x):
         x = self.norm(self.scaled(self.stem(x)))
@@ -53,8 +54,11 @@ class Net(nn.Module):
             self.count.mul_(3)
         for layer in self.layers:
             x = layer(x) if self.residual else x + layer(x)
-        if self.where == "around":
+        if self.where in ("around", "returned"):
             self.count += 1
+        if self.where == "returned":
+            x += side
+            return x, self.head(x * 2)
         x = self.norm(self.head(self.scaled(x) if self.where == "around" else x))
         return x * side.unsqueeze_(0).transpose_(1, 2).mul(2)[0].t() if self.where == "form" else x
 
@@ -62,8 +66,8 @@ class Net(nn.Module):
 def outcome(net, x):
     found = []
     for _ in range(2):
-        y = net(x)
-        found += [y.detach(), *torch.autograd.grad(y.square().sum(), [*net.parameters()])]
+        ys = (y,) if isinstance(y := net(x), torch.Tensor) else y
+        found += [*(y.detach() for y in ys), *torch.autograd.grad(sum(y.square().sum() for y in ys), [*net.parameters()])]
     return [*found, *(b.clone() for b in net.buffers())]
 
 
@@ -77,7 +81,7 @@ WAYS = {
 
 @pytest.mark.parametrize("inner", ["aot", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("where", ["steps", "stem", "around", "taken over", "form", "norm"])
+@pytest.mark.parametrize("where", ["steps", "stem", "around", "taken over", "form", "norm", "returned"])
 def test_gradients_are_those_of_the_original(where, way, inner):
     torch.manual_seed(0)
     inner = {"aot": "aot_eager"}.get(inner, inner)
@@ -97,7 +101,7 @@ def _anew():
 def both(x, part):
     x.mul_(2)
     part.add_(1)
-    return (part,)
+    return (torch.ones(2),)
 
 
 def test_what_cannot_be_traced_runs_as_it_is():
@@ -109,7 +113,8 @@ def test_what_cannot_be_traced_runs_as_it_is():
     with pytest.warns(mnet_fx.MnetWarning, match="AOTAutograd cannot trace a part of the model .*: it runs uncompiled"):
         run = Compiler(torch._dynamo.lookup_backend("aot_eager"), mode)(gm, [value, value.detach()])
     x = torch.ones(3, 4)
-    assert torch.equal(run(x, x)[0], torch.full((3, 4), 3.0))
+    run(x, x)
+    assert torch.equal(x, torch.full((3, 4), 3.0))
 
 
 def test_what_dynamo_begins_anew_for_is_no_failure():
@@ -174,10 +179,29 @@ def a_graded_one(x, buffer):
     return y * buffer
 
 
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [(moved, True), (moved_by_a_view, True), (normed, False), (only_moved, False), (local, False), (a_graded_one, False)],
-)
+def a_graded_one_at_once(x, buffer):
+    x.relu_()
+    return x * buffer
+
+
+def returned(x, buffer):
+    buffer.add_(1)
+    return x * 2, buffer
+
+
+REREAD = {
+    moved: True,
+    moved_by_a_view: True,
+    normed: False,
+    only_moved: False,
+    local: False,
+    a_graded_one: True,
+    a_graded_one_at_once: False,
+    returned: True,
+}
+
+
+@pytest.mark.parametrize(("function", "expected"), REREAD.items())
 def test_what_rereads(function, expected):
     mode = FakeTensorMode()
     x, buffer = mode.from_tensor(torch.randn(3, 4, requires_grad=True)), mode.from_tensor(torch.zeros(4))
@@ -185,6 +209,6 @@ def test_what_rereads(function, expected):
     assert rereads(gm, [x, buffer]) is expected
     assert not buffer.requires_grad
     assert not rereads(gm, [torch.randn(3, 4), torch.zeros(4)])
-    assert not rereads(gm, [x.detach(), buffer])
+    assert rereads(gm, [x.detach(), buffer]) is (function is returned)
     with torch.no_grad():
-        assert not rereads(gm, [x, buffer])
+        assert rereads(gm, [x, buffer]) is (function is returned)
