@@ -19,6 +19,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .api import momentumize
 from .checkpoints import CHAINS, KEY, compare, record_of
+from .compiled.backend import check_compiled
 from .errors import MnetError, SettingsError
 from .named.momentum_net import MomentumNet, transform_to_momentumnet
 
@@ -37,8 +38,10 @@ def save(net: nn.Module, path: str | Path) -> None:
         path: a file; one that ends in .safetensors is of that format, with the options in its header; any other is of `torch.save`.
 
     Raises:
+        SettingsError: the model is compiled by `torch.compile(model, backend="mnet_fx")`, which leaves no options with it.
         MnetError: the package safetensors is not installed, or read maps of more than 60 MB do not fit its header.
     """
+    check_compiled(net)
     if Path(path).suffix != ".safetensors":
         torch.save(net.state_dict(), path)
         return

@@ -23,6 +23,10 @@ CODES: dict[str, Code] = {
         "The skip of the sum is a projection or other function of the input, not the input or a multiple of it.",
         "Nothing needs to be done: blocks that change the shape stay as they are, between two regions.",
     ),
+    "two_streams": Code(
+        "The sum carries a second stream beside that of a chain, as nodes beside edges; a captured chain has one.",
+        "Name the list of layers, momentumize(model, regions=[...]): what a layer hands on besides its first output goes along.",
+    ),
     "shape_changed": Code(
         "The step returns another shape than it takes.",
         "Keep the shape of the stream within a chain.",
@@ -49,7 +53,7 @@ CODES: dict[str, Code] = {
     ),
     "side_from_inside": Code(
         "The step reads a value from inside an earlier step, which a region does not keep; the chain was cut there.",
-        "Nothing needs to be done, or compute the value before the chain.",
+        "Compute the value before the chain; or name the list of layers, momentumize(model, regions=[...]), whose layers hand values on.",
     ),
     "interleaved": Code(
         "Something outside the chain has to run between its steps, so the chain cannot become one call.",

@@ -18,10 +18,10 @@ def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
     way = estimate.momentum
     found = [_what_dominates(way)]
     fixed = sum(way.parts[part] for part in _FIXED)
-    if fixed > way.total_bytes / 2:
+    if fixed > estimate.plain.total_bytes / 2:
         found.append(
-            "Activations are the smaller part, so no way of recomputing them saves much: shard parameters and optimizer state (FSDP2), "
-            "train fewer of them (LoRA), or hold them in fewer bits."
+            "Activations are the smaller part of plain training, so no way of recomputing them saves much: shard parameters and optimizer "
+            "state (FSDP2), train fewer of them (LoRA), or hold them in fewer bits."
         )
     found += _outside(estimate, report)
     if not report.regions:
@@ -29,8 +29,8 @@ def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
     elif any(region.storage == "inputs" for region in report.regions):
         short = sum(region.storage == "inputs" for region in report.regions)
         found.append(
-            f"{short} of {len(report.regions)} chains are so short that their inputs are kept, as a checkpoint does: longer runs of blocks "
-            "of one shape, or gamma nearer to 1, gain more."
+            f"{short} of {len(report.regions)} chains are so short that their inputs are kept, as a checkpoint does, whatever gamma is: "
+            "longer runs of blocks of one shape gain more."
         )
     if way.parts["spilled bits"] > way.total_bytes / 10:
         found.append("Much of it is spilled bits, log2(1/gamma) for each element and step: gamma nearer to 1 keeps fewer.")

@@ -13,10 +13,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from ..arguments import Call
 from ..captured.copies import copied
 from ..captured.graph_modules import original
+from ..compiled.backend import check_compiled
 from ..errors import MnetError, MnetWarning, SettingsError
 from ..named.layers import NamedLayer
 from ..reporting.build import REPORT, TRANSFORMED, report_of
@@ -103,6 +105,7 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise SettingsError(f"estimate takes an nn.Module, got {type(self.model).__name__}")
+        check_compiled(self.model)
         if TRANSFORMED in self.model.__dict__ and REPORT not in self.model.__dict__:
             raise MnetError("transform_to_momentumnet changed this model in place: estimate the original, with regions=[...]")
         if self.rewritten and self.options:
@@ -194,6 +197,8 @@ class Request:
     def limited(self, found: Estimate, memory: int) -> Estimate:
         """The estimate with what fits."""
 
+        self.said += _unscaled(self.call)
+
         def within(way: Way | None) -> Way | None:
             if way is None:
                 return None
@@ -240,6 +245,16 @@ class _Noted(warnings.catch_warnings):
                 self.said.append(str(warning.message))
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _unscaled(call: Call) -> list[str]:
+    """A sentence about the inputs that do not grow with the batch, if there are any."""
+    batch = batch_of(call)
+    shapes = [tuple(t.shape) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()]
+    others = dict.fromkeys(" x ".join(map(str, shape)) for shape in shapes if shape[0] != batch)
+    if batch is None or not others:
+        return []
+    return [f"The largest batch scales inputs whose first dimension is {batch}, and no others ({', '.join(others)})."]
 
 
 def _related(found: Taken, plain: Taken) -> Way:

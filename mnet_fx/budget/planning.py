@@ -206,7 +206,7 @@ def _size(memory: str | float, plain: Way) -> int:
 def _too_little(name: str, size: int, least: Way, plain: Way) -> str:
     part, most = max(least.parts.items(), key=lambda item: item[1])
     return (
-        f"{name} does not fit in {shown(size)}: with the least kept, a training step takes {shown(least.total_bytes)}, most of it "
+        f"{name} does not fit in {shown(size)}: with the least kept, a training step takes {shown(least.total_bytes)}, of which most are "
         f"{part} ({shown(most)}); plain training takes {shown(plain.total_bytes)}. A smaller batch takes less, and a gamma nearer to 1 if "
         "states of chains are much; print(mnet_fx.estimate(...)) shows where it goes"
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.utils import detect_fake_mode, to_fake_tensor
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -93,6 +94,21 @@ def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> 
 def mnet_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Any:
     """The backend by its registered name, `torch.compile(model, backend="mnet_fx", options={...})`; options are those of `backend`."""
     return backend(**(options or {}))(gm, example_inputs, mode=mode)
+
+
+def check_compiled(model: nn.Module) -> None:
+    """
+    Raises:
+        SettingsError: the model, or a part of it, is compiled by torch.compile with this backend.
+    """
+    for path, module in model.named_modules():
+        callback: Any = module.dynamo_ctx.callback if isinstance(module, OptimizedModule) else None
+        wrapper = innermost_backend(callback) if callable(callback) else None
+        if getattr(getattr(wrapper, "compiler_fn", None), "__name__", None) == "mnet_fx":
+            raise SettingsError(
+                f"{path or 'the model'} is compiled by torch.compile(backend='mnet_fx'), which leaves no options in it: give the original "
+                "model, or make the net by momentumize(model, inner='inductor'), which compiles the same way"
+            )
 
 
 def _check_call(mode: str | None, options: Any) -> None:

@@ -21,6 +21,7 @@ from passes.planning.overwritten import overwritten, with_attributes_handed
 from passes.planning.rules import check, refuse, refuse_projection
 from passes.planning.side_outputs import with_side_outputs
 from passes.planning.spans import Span, common_path, dead_ends_of, spans_of
+from passes.planning.streams import second_streams
 from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 
 __all__ = ["plan"]
@@ -69,9 +70,10 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     nest = _with_sides(nest, graph)
     copied = {i: overwritten(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
-    refusals = {add: refuse_projection(found) for add, found in projections.items()} | illegal | lost | disordered
+    seconds = second_streams(facts, sums, projections)
+    refusals = {add: refuse_projection(found) for add, found in projections.items()} | seconds | illegal | lost | disordered
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
-    adds = sorted({*sums, *projections}, key=facts.index.__getitem__)
+    adds = sorted({*sums, *projections, *seconds}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
         regions=_regions(nest, copied, _names(gm), facts),

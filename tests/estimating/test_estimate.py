@@ -310,3 +310,30 @@ def test_every_model_of_the_benchmark(name):
 @pytest.mark.parametrize("model", [UNet((16, 32), 3), WaveNet(16)], ids=["U-Net", "WaveNet"])
 def test_models_whose_checkpoints_are_lists(model):
     assert block_paths(model, ["down.0.0", "down.0.1"] if isinstance(model, UNet) else ["layers.3"])
+
+
+def test_inputs_that_do_not_grow_with_the_batch_are_named():
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x, source, target):
+            for layer in self.layers:
+                x = x + torch.zeros_like(x).index_add(0, target, layer(x)[source])
+            return x
+
+    edges = torch.zeros(30, dtype=torch.int64), torch.zeros(30, dtype=torch.int64)
+    found = mnet_fx.estimate(Graph(), (torch.randn(7, 4), *edges), memory="1MiB")
+    assert "The largest batch scales inputs whose first dimension is 7, and no others (30)." in found.notes
+    assert not any("scales inputs" in note for note in mnet_fx.estimate(Graph(), (torch.randn(7, 4), *edges)).notes)
+
+
+def test_what_torch_compile_has_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    for backend in ("mnet_fx", mnet_fx.backend(gamma=0.5)):
+        compiled = torch.nn.ModuleDict({"part": torch.compile(model, backend=backend)})
+        with pytest.raises(mnet_fx.SettingsError, match=r"part is compiled by torch.compile\(backend='mnet_fx'\).*: give the original"):
+            mnet_fx.estimate(compiled, (torch.randn(2, 2),))
+        with pytest.raises(mnet_fx.SettingsError, match="leaves no options in it"):
+            mnet_fx.save(compiled, "nowhere.pt")

@@ -87,6 +87,12 @@ def written_between(self, x, y):
     return x + self.f[1](x) * y
 
 
+def nodes_and_edges(self, x, y):
+    y = y + self.f[0](x * y)
+    x = x + self.g[0](x * y)
+    return y + self.f[1](x * y), x
+
+
 def single(self, x):
     return x + self.f[0](x)
 
@@ -132,6 +138,7 @@ def in_a_report(forward):
 
 TRIGGERS = {
     "projection_shortcut": lambda: traced(projection_shortcut),
+    "two_streams": lambda: traced(nodes_and_edges),
     "shape_changed": lambda: captured(widened_before_a_link, torch.randn(1, 4), torch.randn(2, 4)),
     "broadcast": lambda: captured(widened, torch.randn(1, 4), torch.randn(2, 4)),
     "dtype_changed": lambda: captured(narrowed, torch.randn(2, 4)),

@@ -1,0 +1,69 @@
+"""Two streams side by side: the adds of the second are in the report, too."""
+
+import pytest
+import torch
+from torch import nn
+
+import mnet_fx
+import passes
+
+
+class Layer(nn.Module):
+    """Edges, then nodes, as in a mesh network."""
+
+    def __init__(self, direct=True, mixes=True):
+        super().__init__()
+        self.edges, self.nodes = nn.Linear(8, 4), nn.Linear(8 if direct else 4, 4)
+        self.direct, self.mixes = direct, mixes
+
+    def forward(self, x, e):
+        e = e + torch.tanh(self.edges(torch.cat([x, e], -1)))
+        if not self.mixes:
+            return x + torch.tanh(x) * e, e
+        return x + torch.tanh(self.nodes(torch.cat([x, e], -1) if self.direct else e)), e
+
+
+class Mesh(nn.Module):
+    def __init__(self, **kind):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(**kind) for _ in range(4))
+
+    def forward(self, x, e):
+        for layer in self.layers:
+            x, e = layer(x, e)
+        return x, e
+
+
+class Masked(nn.Module):
+    """A bias that the model computes is added to the scores of each layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.layers = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        bias = self.bias(x)
+        for layer in self.layers:
+            x = x + layer(torch.softmax(x @ x.mT + bias, -1) @ x)
+        return x
+
+
+def codes(model):
+    return [refusal.code for refusal in passes.plan(torch.fx.symbolic_trace(model)).refusals]
+
+
+def test_each_add_of_both_is_there():
+    inputs = torch.randn(3, 4), torch.randn(3, 4)
+    report = mnet_fx.report(Mesh(), inputs)
+    assert len(report.adds) == report.residual_adds == 8
+    left = [add for add in report.adds if add.code == "two_streams"]
+    assert len(left) == 4
+    assert all("regions=[...]" in add.hint for add in left)
+    named = mnet_fx.momentumize(Mesh(), regions=["layers"])
+    named(*inputs)
+    assert named.report.rewritten_adds == 4
+
+
+@pytest.mark.parametrize("model", [Mesh(direct=False), Mesh(mixes=False), Masked()], ids=["only e", "a product", "a mask"])
+def test_other_sums_are_none(model):
+    assert "two_streams" not in codes(model)
