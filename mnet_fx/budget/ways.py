@@ -50,8 +50,9 @@ class Taken:
         inside = tuple(f"{path}." if path else "" for path in owners)
         growing = sum(size for (part, path), size in self.kept.items() if part in _OF_STEPS)
         growing += sum(size for (part, path), size in self.kept.items() if part in _OF_MODULES and f"{path}.".startswith(inside))
-        stored = sum(chain.kept(factor) - chain.kept(1.0) for chain in self.chains)
-        return self.way.total_bytes + (factor - 1) * growing + stored
+        more = (factor - 1) * growing + sum(chain.kept(factor) - chain.kept(1.0) for chain in self.chains)
+        ends = (chain.live + (factor - 1) * chain.handed for chain in self.chains)
+        return max([self.way.total_bytes, *ends]) + more
 
 
 _STORED = "stored inputs"  # of checkpoints, until the parts are named
@@ -61,17 +62,25 @@ _OF_MODULES = frozenset(["parameters", "buffers", "gradients", "optimizer state"
 
 @dataclass(frozen=True)
 class ChainTaken:
-    """A chain that ran on a tape: its momenta, elements and dtype of its stream, and bytes of an element's state."""
+    """A chain that ran on a tape: its momenta, elements and dtype of its stream, and bytes of an element's state.
+
+    Attributes:
+        handed: bytes of what its steps gave to the outside and that is still there as it ends, as skip outputs that are summed later.
+        live: all bytes as it ends.
+    """
 
     gammas: tuple[float, ...]
     elements: int
     dtype: torch.dtype
     state: float
+    handed: float
+    live: int
 
     @classmethod
-    def of(cls, tape: ReversingTape | StoringTape, x: Tensor) -> ChainTaken:
+    def of(cls, tape: ReversingTape | StoringTape, x: Tensor, handed: int, live: int) -> ChainTaken:
         gammas = tuple(gamma for gamma, _ in tape.factors)
-        return cls(gammas, x.numel(), x.dtype, state_bytes(gammas, x.dtype))
+        steps = len(gammas)
+        return cls(gammas, x.numel(), x.dtype, state_bytes(gammas, x.dtype), handed * steps / max(1, steps - 1), live)
 
     def kept(self, factor: float) -> float:
         """Bytes kept if it were so many times as long: the fewer of states and stored inputs."""
@@ -111,12 +120,13 @@ def taken(
         MnetError: the model or the loss needs the values of tensors.
         SettingsError: the loss is no scalar that depends on the parameters.
     """
-    places, work, chains = Places(net), Work(gpu), list[ChainTaken]()
+    places, work = Places(net), Work(gpu)
     count = Count(places, work)
+    chains = _Chains(count)
     with mode, torch.enable_grad(), torch._dynamo.config.patch(_config()), _explained(net):
         _hold_what_stays(count, net, call, stepper := _stepped(net, optimizer))
         base = count.peak = count.live
-        with count, watched(lambda tape, t, x: _noted(chains, tape, t, x)):
+        with count, watched(chains.note):
             value = _checked(loss(net(*call[0], **call[1])), loss)
             count.retag(_after_forward(name))
             kept, tags = count.live - base, count.by_tag.copy()
@@ -124,17 +134,30 @@ def taken(
             value.backward()
             del value
             if all(p.device.type == "cpu" for p in net.parameters()):  # elsewhere, that are operations as others
-                work.move(sum(chain.moved * len(chain.gammas) for chain in chains))
+                work.move(sum(chain.moved * len(chain.gammas) for chain in chains.found))
             peak, flops, seconds = count.peak - base, work.flops, work.seconds
             if stepper is not None:
                 stepper.step()
     way = Way(name, kept, peak, count.peak, _parts(count.at_peak), _outside(tags), 1.0, None if gpu is None else seconds)
-    return Taken(way, flops, tags, tuple(chains))
+    return Taken(way, flops, tags, tuple(chains.found))
 
 
-def _noted(chains: list[ChainTaken], tape: Tape, t: int, x: Tensor) -> None:
-    if isinstance(tape, (ReversingTape, StoringTape)) and t == len(tape.factors):
-        chains.append(ChainTaken.of(tape, x))
+class _Chains:
+    """Notes the chains that run on tapes, and what their steps hand to the outside."""
+
+    def __init__(self, count: Count) -> None:
+        self.count, self.found = count, list[ChainTaken]()
+        self.first: dict[int, int] = {}  # bytes of activations after the first step, by tape
+
+    def note(self, tape: Tape, t: int, x: Tensor) -> None:
+        """To be called after each step of each tape."""
+        if not isinstance(tape, (ReversingTape, StoringTape)):
+            return
+        now = sum(size for (part, _), size in self.count.by_tag.items() if part == ACTIVATIONS)
+        first = self.first.setdefault(id(tape), now)
+        if t == len(tape.factors):
+            self.found.append(ChainTaken.of(tape, x, now - first, self.count.live))
+            del self.first[id(tape)]
 
 
 def _config() -> dict[str, Any]:

@@ -337,3 +337,22 @@ def test_what_torch_compile_has_is_refused():
             mnet_fx.estimate(compiled, (torch.randn(2, 2),))
         with pytest.raises(mnet_fx.SettingsError, match="leaves no options in it"):
             mnet_fx.save(compiled, "nowhere.pt")
+
+
+def test_the_depth_factor_counts_what_steps_hand_to_the_outside():
+    class Skips(torch.nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.blocks, self.skips = (torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(depth)) for _ in range(2))
+
+        def forward(self, x):
+            total = 0
+            for block, skip in zip(self.blocks, self.skips, strict=True):
+                y = torch.tanh(block(x))
+                x, total = x + y, total + skip(y)
+            return total
+
+    inputs = (torch.randn(1000, 16),)
+    factor = mnet_fx.estimate(Skips(8), inputs, memory="4MiB").momentum.largest_depth_factor
+    assert 3 < factor < 10
+    assert mnet_fx.estimate(Skips(round(8 * factor)), inputs).momentum.total_bytes == pytest.approx(4 * 2**20, rel=0.06)
