@@ -82,9 +82,10 @@ class Filler(FakeRun):
         with faking(self.fake_mode):
             result = piece(*args)
         if any(isinstance(value, Tensor) for value in (*args, *result)):
-            # A piece that changes the form of its arguments, as by `unsqueeze_`, has changed these: it will be called with others.
-            run = self.compiler(piece, args) if before == [_form(value) for value in args] else piece
-            segment = self.segment if PROOF in piece.meta else None
+            # A piece that changes the form of its arguments, as by `unsqueeze_`, has changed these: it will be called with others, once.
+            changed = before != [_form(value) for value in args]
+            run = piece if changed else self.compiler(piece, args)
+            segment = self.segment if PROOF in piece.meta and not changed else None
             setattr(self.module, str(n.target), _Piece(run) if segment is None else segment(piece, run))
         return result
 

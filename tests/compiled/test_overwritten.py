@@ -32,7 +32,7 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """A counter is used and moved: in the steps; before and after the chain; all before it, also out of what took it over. Or the form of a
     value from before the chain is changed after it; or one batch norm is before and after it; or the end of the chain and
-    the counter are overwritten and returned.
+    the counter are overwritten and returned; or the counter takes a value with a gradient.
     """
 
     def __init__(self, where, residual=False):
@@ -45,10 +45,14 @@ class Net(nn.Module):
     def scaled(self, x):
         if self.where == "taken over":
             return x * (1 + 0.5 * torch.ones(WIDTH, dtype=x.dtype).mul_(self.count))
-        return x if self.where in ("steps", "form", "norm", "returned") else x * (1 + 0.5 * self.count)
+        return x if self.where in ("steps", "form", "norm", "returned", "graded") else x * (1 + 0.5 * self.count)
 
     def forward(self, x):
         x = self.norm(self.scaled(self.stem(x)))
+        if self.where == "graded":  # the buffer has a gradient from here on
+            self.count.detach_()
+            self.count.mul_(0.5).add_(x.mean())
+            x = x * (1 + self.count)
         side = torch.sin(x)
         if self.where in ("stem", "taken over"):
             self.count.mul_(3)
@@ -68,7 +72,7 @@ def outcome(net, x):
     for _ in range(2):
         ys = (y,) if isinstance(y := net(x), torch.Tensor) else y
         found += [*(y.detach() for y in ys), *torch.autograd.grad(sum(y.square().sum() for y in ys), [*net.parameters()])]
-    return [*found, *(b.clone() for b in net.buffers())]
+    return [*found, *(b.detach().clone() for b in net.buffers())]
 
 
 WAYS = {
@@ -81,7 +85,7 @@ WAYS = {
 
 @pytest.mark.parametrize("inner", ["aot", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("where", ["steps", "stem", "around", "taken over", "form", "norm", "returned"])
+@pytest.mark.parametrize("where", ["steps", "stem", "around", "taken over", "form", "norm", "returned", "graded"])
 def test_gradients_are_those_of_the_original(where, way, inner):
     torch.manual_seed(0)
     inner = {"aot": "aot_eager"}.get(inner, inner)
