@@ -538,7 +538,7 @@ def _run_tests(copy: Path, tests: list[str]) -> NoReturn:
     sys.dont_write_bytecode = True
     os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     torch.set_num_threads(1)
-    os._exit(pytest.main(["-x", "-q", "-n", "0", "-k", SLOW, "-p", "no:cacheprovider", *tests]))
+    os._exit(pytest.main(["-x", "-q", "-n", "0", "-m", "not slow", "-k", SLOW, "-p", "no:cacheprovider", *tests]))
 
 
 if __name__ == "__main__":
