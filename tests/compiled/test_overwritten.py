@@ -19,7 +19,7 @@ class Layer(nn.Module):
     def __init__(self, counts, residual):
         super().__init__()
         self.linear, self.counts, self.residual = nn.Linear(WIDTH, WIDTH), counts, residual
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(1))
 
     def forward(self, x):
         y = torch.tanh(self.linear(x))
@@ -39,7 +39,7 @@ class Net(nn.Module):
         super().__init__()
         self.residual, self.where, self.stem, self.head = residual, where, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.layers = nn.ModuleList(Layer(where == "steps", residual) for _ in range(4))
-        self.register_buffer("count", torch.ones(()))
+        self.register_buffer("count", torch.ones(1))
         self.norm = nn.BatchNorm1d(WIDTH) if where == "norm" else nn.Identity()
 
     def scaled(self, x):
