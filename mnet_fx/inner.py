@@ -125,6 +125,7 @@ class _Reads(fx.Interpreter):
     Attributes:
         written: the storages that some node overwrites.
         apart: those that some node reads, does not overwrite, and fills other memory from.
+        early: those of them that it reads before any node has overwritten them.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:

@@ -139,10 +139,10 @@ def said(breaks: Sequence[Any]) -> str:
 
 
 def _warning(owner: nn.Module, where: str, told: str, listed: str | None) -> str:
-    regions = "T" if listed is None else f"Use momentumize(model, regions=[{listed!r}]), which needs no capture; or t"
+    regions = "" if listed is None else f"Use momentumize(model, regions=[{listed!r}]), which needs no capture. Or: "
     return (
         f"{type(owner).__name__}: Dynamo breaks its graph {where}{told}, so what follows is no part of the chain before. "
-        f"{regions}ake that operation out of the blocks"
+        f"{regions}Take that operation out of the blocks"
     )
 
 

@@ -158,7 +158,7 @@ class _Step:
             raise MnetError(f"a batch of the dataloader is {batch!r:.80}, whose first tensor has no dimension that could be the batch")
         self.batch = rows
         self.net = _Called(fake_model(module, self.mode, [trainer]), batch, trainer.precision_plugin.train_step_context)
-        self.optimizer = partial(_twin, optimizers[0], module)
+        self.optimizer = partial(fake_optimizer, optimizers[0], module)
 
     def bytes_with(self, batch: int) -> int:
         """The most that a step with so many rows allocates, parameters, gradients and the optimizer's state included."""
@@ -167,10 +167,6 @@ class _Step:
             return taken("momentum", self.net, call, self.mode, default_loss, self.optimizer, None).way.total_bytes
         except MnetError as error:
             raise MnetError(f"{error}; or use Lightning's BatchSizeFinder, which runs the step") from error
-
-
-def _twin(optimizer: torch.optim.Optimizer, module: LightningModule, net: nn.Module) -> torch.optim.Optimizer | None:
-    return fake_optimizer(optimizer, module, net)
 
 
 class _Called(nn.Module):
