@@ -27,7 +27,7 @@ class Refusal:
     """Why one residual-looking add, or one module, was not rewritten. Falsy, so that a failed match can be returned as a value.
 
     Attributes:
-        code: one of the fixed codes of `passes.planning.rules.CODES`, such as "projection_shortcut".
+        code: one of the fixed codes of `passes.CODES`, such as "projection_shortcut".
         node: name of the add in the captured graph; empty where a whole module is refused.
         path: path of the module that owns the add, such as "layer1.0".
         explanation: what was found, in one sentence.

@@ -16,6 +16,7 @@ from ..compiled.backend import Backend, Found
 from ..compiled.keeping import Keeping
 from ..inner import Inner
 from ..regions.region import ChainRegion
+from ..reporting.build import relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .calls import PREFIX
@@ -116,16 +117,19 @@ class Capture(Backend):
         return _warning(self.forward.owner, "inside of a chain", said([reason]), listed)
 
 
-def cut(owner: nn.Module, graphs: Sequence[Graph], breaks: Sequence[Any]) -> str | None:
-    """The warning that graph breaks left each layer of a list to a graph of its own; None if that is not so."""
-    found: dict[str, int] = {}
+def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
+    """The warning that graph breaks left each layer of a list to a graph of its own; None if that is not so. Their reports say it then."""
+    among: dict[str, list[Graph]] = {}
     for graph in graphs:
-        listed = {_list_of(owner, refusal.path) for refusal in graph.report.refusals if refusal.code == "too_short"}
-        for path in (path for path in listed if path is not None):
-            found[path] = found.get(path, 0) + 1
-            if found[path] > 1:
-                return _warning(owner, "between the layers of a list", said(breaks), path)
-    return None
+        for path in {_list_of(owner, refusal.path) for refusal in graph.report.refusals if refusal.code == "too_short"}:
+            among.setdefault(path or "", []).append(graph)
+    listed = next((path for path, found in among.items() if path and len(found) > 1), None)
+    if listed is None:
+        return None
+    why = f"Dynamo breaks its graph between the layers of {listed}{told}"
+    for graph in among[listed]:
+        graph.report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
+    return _warning(owner, "between the layers of a list", told, listed)
 
 
 def said(breaks: Sequence[Any]) -> str:

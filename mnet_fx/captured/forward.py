@@ -49,7 +49,7 @@ from .capturing import Capture, cut, said
 from .configured import CONFIG, configured
 from .doors import MODULES, close, install
 from .network import Network
-from .previewed import Previewed, previewed
+from .previewed import Previewed, behind_a_break, previewed
 from .stand_ins import stand_ins
 
 __all__ = ["CapturedForward"]
@@ -74,6 +74,7 @@ class CapturedForward:
         self.network = Network()
         self.inside = {path: module for path, module in owner.named_modules() if path}
         self.logged = self.warned = False
+        self.broken_at = ""  # where Dynamo broke its graph first in the last capture in which it did
         self._prepare()
 
     def _prepare(self) -> None:
@@ -201,7 +202,7 @@ class CapturedForward:
 
     def previewed_report(self) -> Report:
         """What a capture will probably make of the model."""
-        return self.previewed.report
+        return behind_a_break(self.previewed.report, self.broken_at)
 
     def _finish(self, call: Call) -> None:
         """Looks back at a call that went through."""
@@ -215,6 +216,10 @@ class CapturedForward:
 
     def _take_in(self, call: Call, complete: bool = True) -> None:
         shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
+        self.broken_at = said(call.breaks) or self.broken_at
+        broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
+        if complete and not broken and (between := cut(self.owner, call.graphs, self.broken_at)) is not None:
+            broken = [between]
         self.network.add(call.graphs, self.owner.training, complete, call.entered)
         if self.network.reports:
             self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
@@ -222,9 +227,6 @@ class CapturedForward:
         if seconds > _SLOW and call.new and not self.logged:
             self.logged = True
             log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
-        broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
-        if complete and not broken and (between := cut(self.owner, call.graphs, call.breaks)) is not None:
-            broken = [between]
         for text in broken:
             warnings.warn(text, MnetWarning, stacklevel=4)
         if complete and not any(graph.chains for graph in call.graphs) and (call.new or not self.network.chains):

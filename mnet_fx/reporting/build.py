@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from passes import Plan, PlannedRegion, Refusal, Stretch, joined
+from passes import CODES, Plan, PlannedRegion, Refusal, Stretch, joined
 
 from ..arithmetic.cost import storage
 from ..arithmetic.formats import Format
@@ -23,7 +23,7 @@ TRANSFORMED = "_mnet_fx_transform_report"  # where one that transform_to_momentu
 
 Named = tuple[str, int, Mapping[str, int]]
 
-__all__ = ["REPORT", "add_reports", "graph_report", "named_report", "note_transform", "region_report", "report_of", "row"]
+__all__ = ["REPORT", "add_reports", "graph_report", "named_report", "note_transform", "region_report", "relabelled", "report_of", "row"]
 
 
 def region_report(region: PlannedRegion, path: str, settings: Settings, dtype: torch.dtype) -> RegionReport:
@@ -91,6 +91,24 @@ def add_reports(plan: Plan, refusals: Sequence[Refusal], path: str = "") -> tupl
     left = {r.node: AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint) for r in refusals}
     at = {add: i for i, stretch in enumerate(plan.stretches) for add in stretch.adds}
     return tuple(replace(rewritten.get(add) or left[add], stretch=at.get(add)) for add in plan.residual_adds)
+
+
+def relabelled(report: Report, which: Callable[[str], bool] = lambda path: True, **codes: tuple[str, str]) -> Report:
+    """A report with other reasons.
+
+    Args:
+        report: it.
+        which: tells of a path whether its refusals change.
+        codes: for each code that changes, the new one and the explanation; the hint is that of the new code.
+    """
+
+    def relabel(found: Any) -> Any:
+        if found.code not in codes or not which(found.path):
+            return found
+        code, explanation = codes[found.code]
+        return replace(found, code=code, explanation=explanation, hint=CODES[code].hint)
+
+    return replace(report, refusals=tuple(map(relabel, report.refusals)), adds=tuple(map(relabel, report.adds)))
 
 
 def _shares(region: RegionReport, dtype: torch.dtype) -> list[int | None]:

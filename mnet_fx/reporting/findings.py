@@ -95,7 +95,7 @@ class AddReport:
         path: path of the module that owns it, "" for the whole model.
         region: name of the region it was rewritten into; empty where it was left as it is.
         step: index of the step of that region; None where it was left.
-        code: why it was left: a code of `passes.planning.rules.CODES`; empty where it was rewritten.
+        code: why it was left: a code of `passes.CODES`; empty where it was rewritten.
         explanation, hint: what was found, and what can be done about it, one sentence each; empty where it was rewritten.
         stretch: index of the stretch it lies in; None where there is none.
     """

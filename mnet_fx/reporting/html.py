@@ -6,7 +6,7 @@ from html import escape
 
 from .findings import AddReport, Findings, RegionReport
 from .svg import COLOURS, road
-from .text import gamma_text, rows, shape_text, size_text, summary
+from .text import gamma_text, of_a_preview, rows, shape_text, size_text, summary
 
 __all__ = ["fragment", "page"]
 
@@ -70,8 +70,8 @@ def _figures(findings: Findings) -> str:
 
 def _notes(findings: Findings) -> str:
     notes = []
-    if any(part.front_end == "preview" for part in findings.captured):
-        notes.append("A preview, read without inputs: bytes are not known. The first call, or example_inputs, makes it final.")
+    if of_a_preview(findings):
+        notes.append(f"A preview, read without inputs: bytes are not known. {of_a_preview(findings)}")
     elif findings.saved is None:
         notes.append("Bytes are not known: the model was not captured as a graph with sizes.")
     else:

@@ -15,7 +15,7 @@ from ..budget.sizes import shown
 from ..errors import SettingsError
 from .findings import CapturedPart, Findings, RegionReport
 
-__all__ = ["Row", "gamma_text", "rows", "shape_text", "size_text", "summary", "table", "text"]
+__all__ = ["Row", "gamma_text", "of_a_preview", "rows", "shape_text", "size_text", "summary", "table", "text"]
 
 HEADERS = ("part", "modules", "adds", "becomes", "saved", "kept")
 
@@ -116,6 +116,14 @@ def summary(findings: Findings) -> str:
     return f"{findings.rewritten_adds} of {findings.residual_adds} residual adds rewritten, in {len(findings.regions)} region(s)"
 
 
+def of_a_preview(findings: Findings) -> str:
+    """What makes a preview final; nothing for the report of a capture."""
+    if all(part.front_end != "preview" for part in findings.captured):
+        return ""
+    broken = any(refusal.code == "graph_break" for refusal in findings.refusals)  # which example inputs do not help over
+    return "The first call makes it final." if broken else "The first call, or example_inputs, makes it final."
+
+
 def text(findings: Findings) -> str:
     """What `print(net.report)` prints."""
     parts = [summary(findings)]
@@ -123,8 +131,8 @@ def text(findings: Findings) -> str:
         parts.append(_table("region path steps adds kind gamma shape storage bytes/element", map(_region_row, findings.regions)))
     parts += [_copies(region) for region in findings.regions if region.all_copied]
     parts += _outside(findings)
-    if any(part.front_end == "preview" for part in findings.captured):
-        parts.append("A preview, read without inputs; the first call, or example_inputs, makes it final.")
+    if of_a_preview(findings):
+        parts.append(f"A preview, read without inputs. {of_a_preview(findings)}")
     if len(findings.captured) > 1 or any(part.front_end == "named" for part in findings.captured):
         parts.append(_table("path captured-by adds rewritten", map(_captured_row, findings.captured)))
     if left := _left(findings):

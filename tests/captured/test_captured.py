@@ -940,6 +940,48 @@ def test_a_break_between_layers_is_named_with_its_line_and_the_regions_to_give(m
     assert is_momentum(momentumize(make(), regions=["blocks"])(x), net)
 
 
+class ReadsValue(Stack):
+    """Python asks for a value of the stream, before the blocks or between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+
+    def forward(self, x):
+        if not self.between and x.mean().item() > 1e9:
+            x = x + 1
+        for block in self.blocks:
+            x = block(x)
+            if self.between and x.mean().item() > 1e9:
+                x = x + 1
+        return x
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["before", "between"])
+def test_a_report_names_the_break_that_it_cannot_see_beyond(between):
+    with pytest.warns(MnetWarning, match="breaks its graph"):
+        net = momentumize(ReadsValue(between), (points(),))
+    assert {refusal.code for refusal in net.report.refusals} == {add.code for add in net.report.adds} == {"graph_break"}
+    assert all(f"{Path(__file__).name}:" in refusal.explanation for refusal in net.report.refusals)
+    assert "The first call makes it final" in str(net.report)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net(points())
+    if not between:
+        assert (len(net.report.regions), net.report.refusals) == (1, ())
+        return
+    assert {refusal.code for refusal in net.report.refusals} == {add.code for add in net.report.adds} == {"graph_break"}
+    assert all("between the layers of blocks, at " in refusal.explanation for refusal in net.report.refusals)
+    assert f"{Path(__file__).name}:" in net.report.refusals[0].explanation
+    assert any("regions=['blocks']" in str(warning.message) for warning in caught)
+
+
+def test_a_step_that_a_preview_reads_by_itself_is_not_said_to_be_too_short():
+    report = momentumize(ReadsValue(False)).report
+    assert {refusal.code for refusal in report.refusals} == {"untraceable"}
+    assert "The first call, or example_inputs, makes it final" in str(report)
+
+
 def test_a_break_elsewhere_is_none_of_our_business():
     class Before(Stack):
         def forward(self, x):
