@@ -53,7 +53,10 @@ class LayerCall:
         items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         place = next((key for key, value in items if isinstance(value, Tensor)), None)
         if place is None:
-            raise StreamError(f"{name} was called without a tensor among its arguments, so there is no stream to carry")
+            raise StreamError(
+                f"{name} was called without a tensor among its arguments, so there is no stream to carry: give it one by itself, and not "
+                "in a dictionary or list; or leave regions out, so that the model is captured, which looks inside of them"
+            )
         self.place: int | str = place
         x = self.stream(args, kwargs)
         self.places = [key for key, value in items if value is x]

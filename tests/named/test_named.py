@@ -242,6 +242,35 @@ def test_a_layer_called_twice_on_one_tensor_is_an_error():
         net.layers[1](x)
 
 
+class TakesDictionary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, given):
+        return {"x": given["x"] + torch.tanh(self.lin(given["x"]))}
+
+
+class Dictionaries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(TakesDictionary() for _ in range(3))
+
+    def forward(self, x):
+        given = {"x": x}
+        for layer in self.layers:
+            given = layer(given)
+        return given["x"]
+
+
+def test_layers_that_take_a_dictionary_are_for_a_capture():
+    named = mnet_fx.momentumize(Dictionaries(), regions=["layers"])
+    with pytest.raises(mnet_fx.StreamError, match=r"without a tensor among its arguments.* leave regions out"):
+        named(torch.randn(2, 4))
+    captured = mnet_fx.momentumize(Dictionaries(), (torch.randn(2, 4),))
+    assert [region.steps for region in captured.report.regions] == [3]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reentrant):
     class Checkpointed(Model):
