@@ -32,8 +32,8 @@ CODES: dict[str, Code] = {
         "Keep the shape of the stream within a chain.",
     ),
     "dtype_changed": Code(
-        "The step returns a narrower dtype than it takes.",
-        "Cast inside the branch, so that the stream keeps its dtype.",
+        "The step returns a narrower dtype than it takes, or casts the stream on its way around the branch.",
+        "Cast inside the branch, or before the first block, so that the stream keeps its dtype.",
     ),
     "not_real": Code(
         "The stream is not of a real floating dtype, so that no momentum chain can carry it.",

@@ -223,7 +223,9 @@ def _gradients(subject: Subject) -> Check:
         return Check(
             "gradients", False, f"{len(wrong)} differ from those of stored activations, by up to {worst:.1e}: {_listed(wrong)}", where
         )
-    return Check("gradients", True, f"{len(stored.gradients)} gradients equal those of stored activations, bit for bit")
+    there = sum(gradient is not None for gradient in stored.gradients.values())
+    none = f"; {len(stored.gradients) - there} parameters have none" if there < len(stored.gradients) else ""
+    return Check("gradients", True, f"{there} gradients equal those of stored activations, bit for bit{none}")
 
 
 def _unlike(a: Outcome, b: Outcome) -> list[str]:

@@ -82,7 +82,7 @@ class Facts:
         facts = cls(tuple(gm.graph.nodes), dict(gm.named_modules(remove_duplicate=False)))
         for position, node in enumerate(facts.nodes):
             facts.named[node.name], facts.index[node] = node, position
-            facts.kinds[node] = kind(node, facts.modules)
+            facts.kinds[node] = "identity" if _repeats(node, found := kind(node, facts.modules)) else found
         _find_memory(facts, observed(gm))
         _find_edges(facts)
         return facts
@@ -99,6 +99,14 @@ class Facts:
     def users_outside(self, node: fx.Node, inside: Container[fx.Node]) -> bool:
         """True if anything that is not `inside` reads the node."""
         return any(user not in inside for user in node.users)
+
+
+def _repeats(node: fx.Node, kind: str) -> bool:
+    """Whether a cast is to what its operand is already."""
+    if kind != "cast" or not node.all_input_nodes:
+        return False
+    before, after = recorded(node.all_input_nodes[0]), recorded(node)
+    return isinstance(after, torch.Tensor) and all(getattr(before, of, None) == getattr(after, of) for of in ("dtype", "device", "shape"))
 
 
 def graded(nodes: Iterable[fx.Node]) -> set[fx.Node]:

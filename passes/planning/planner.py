@@ -71,7 +71,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
     copied = {i: overwritten(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
     seconds = second_streams(facts, sums, projections)
-    refusals = {add: refuse_projection(found) for add, found in projections.items()} | seconds | illegal | lost | disordered
+    refusals = {add: refuse_projection(found, facts) for add, found in projections.items()} | seconds | illegal | lost | disordered
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
     adds = sorted({*sums, *projections, *seconds}, key=facts.index.__getitem__)
     return Plan(

@@ -26,8 +26,11 @@ def refuse(code: str, add: fx.Node, explanation: str) -> Refusal:
     return Refusal(code, add.name, owner_path(add), explanation, CODES[code].hint)
 
 
-def refuse_projection(found: Projection) -> Refusal:
+def refuse_projection(found: Projection, facts: Facts) -> Refusal:
     """A refusal for a sum whose short side is not the identity."""
+    before, after = dtype_of(found.common), dtype_of(found.short[0])
+    if before != after and all(facts.kinds[node] in ("cast", "identity") for node in found.short):
+        return refuse("dtype_changed", found.add, f"the skip of %{found.add.name} is %{found.common.name}, of {before}, cast to {after}")
     through = ", ".join(f"%{node.name}" for node in reversed(found.short))
     return refuse(
         "projection_shortcut", found.add, f"the skip of %{found.add.name} is not %{found.common.name} itself: it passes through {through}"

@@ -181,6 +181,34 @@ def test_a_stream_that_a_step_narrows_is_an_error_that_says_so():
     assert momentumize(Narrowing(), gamma=0.0)(torch.randn(5, 4).bfloat16()).dtype is torch.bfloat16
 
 
+class KeptInFloat32(nn.Module):
+    """The stream goes around each branch in float32, as in Mamba with `residual_in_fp32`."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.cast = cast
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.cast(x) + block(x.to(block[1].weight.dtype))
+        return x
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.to(torch.float32), torch.Tensor.float, lambda x: x.to(x.device).type(torch.float32)])
+def test_a_cast_to_what_the_stream_is_already_is_the_stream(cast):
+    model, x = KeptInFloat32(cast), torch.randn(5, 4)
+    net = momentumize(model, (x,), gamma=0.0)
+    assert [region.steps for region in net.report.regions] == [4]
+    torch.testing.assert_close(net(x), model(x))
+    half = momentumize(model.bfloat16(), (x.bfloat16(),), gamma=0.0)
+    assert [region.steps for region in half.report.regions] == [3]
+    (refusal,) = half.report.refusals  # the first block, which makes float32 of it
+    assert refusal.code == "dtype_changed"
+    assert refusal.explanation.endswith("of bfloat16, cast to float32")
+    torch.testing.assert_close(half(x.bfloat16()), model(x.bfloat16()), rtol=2e-2, atol=2e-2)
+
+
 def test_what_the_dtype_cannot_hold_comes_out_as_nan_also_when_it_would_come_back():
 
     class Residual(nn.Module):
