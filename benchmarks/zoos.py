@@ -244,6 +244,7 @@ _TEXT = [
     "rwkv",
     "mamba",
     "mamba2",
+    "falcon_mamba",
     "smollm3",
     "nemotron",
     "glm",
@@ -315,6 +316,7 @@ def _transformers(name: str, kind: str) -> Built:
     transformers.logging.set_verbosity_error()
     config = transformers.CONFIG_MAPPING[name]()
     skipped = {"hidden_size", "num_heads", "num_attention_heads"} if kind == "vision" and not hasattr(config, "image_size") else set()
+    skipped |= {"num_hidden_layers"} if hasattr(config, "num_stages") else set()  # which it stands for
     for key, value in _TINY.items():
         present = getattr(config, key, None)
         if present is not None and key not in skipped and not (isinstance(present, (list, tuple)) and not isinstance(value, tuple)):
@@ -324,8 +326,12 @@ def _transformers(name: str, kind: str) -> Built:
                 continue
     if kind == "vision" and isinstance(getattr(config, "depths", None), (list, tuple)):
         config.depths = [2] * len(config.depths)
-    if hasattr(config, "layer_types") and config.layer_types is not None:
+    if "layer_types" in vars(config) and config.layer_types is not None:
         config.layer_types = config.layer_types[:3]
+    if getattr(config, "num_key_value_heads", 2) is None:
+        config.num_key_value_heads = 2
+    if name == "mamba2":
+        config.num_heads, config.head_dim, config.n_groups = 4, 16, 1
     if hasattr(config, "attention_types"):
         config.attention_types, config.attention_layers = [[["global", "local"], 1], [["global"], 1]], ["global", "local", "global"]
     if name == "xmod":
@@ -338,7 +344,7 @@ def _transformers(name: str, kind: str) -> Built:
     ids = torch.randint(3, 60, _TOKENS)
     if kind in ("text", "translator"):
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if name in ("rwkv", "mamba", "mamba2", "fnet"):
+        if name in ("rwkv", "mamba", "mamba2", "falcon_mamba", "fnet"):
             del call["attention_mask"]
         if kind == "translator":
             call["decoder_input_ids"] = ids

@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 from .arithmetic.valueless import Effects
 from .errors import SettingsError, warn_once
 
-__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "rereads"]
+__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "mistaken", "recurrent", "rereads"]
 
 Inner = str | Callable[..., Any]
 """What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
 
 
@@ -84,11 +85,26 @@ class WholeSteps:
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         recorded = [node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"]  # fake, as inputs are not here
-        if rereads(gm, recorded):
+        if mistaken(gm, recorded):
             return gm
         with all_kept(gm):
             found: Callable[..., Any] = self.inner(gm, inputs)
             return found
+
+
+def mistaken(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether AOTAutograd would get a graph wrong, so that it is to be run as it is; arguments as for `rereads`."""
+    return recurrent(gm) or rereads(gm, inputs)
+
+
+def recurrent(gm: fx.GraphModule) -> bool:
+    """Whether a graph calls an LSTM, GRU or RNN, or a graph in it does.
+
+    AOTAutograd writes them out without their dropout (torch 2.14: `_rnn_helper` compares the number of layers with the index of one), and
+    cannot save what an LSTM on the CPU saves. Dynamo, unless it is told otherwise, leaves them to Python.
+    """
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    return any(str(getattr(node.target, "__name__", "")).partition(".")[0] in _RECURRENT for graph in graphs for node in graph.nodes)
 
 
 def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch.fx as fx
 from torch import nn
 
-from passes import Refusal, joined, modules_run, owner_stack
+from passes import CODES, Refusal, joined, modules_run, owner_stack
 
 from ..compiled.backend import Backend, Found
 from ..compiled.keeping import Keeping
@@ -93,6 +93,8 @@ class Capture(Backend):
         if getattr(reason, "graph_break", False):
             graph.complete = False
             graph.broken = self._broken(reason, found, report, prefix)
+            if graph.broken is not None and all(refusal.code != "graph_break" for refusal in report.refusals):
+                graph.report = dataclasses.replace(graph.report, refusals=(*graph.report.refusals, _unseen(self.forward.owner, reason)))
         return graph
 
     def _prefix(self, found: Found, example_inputs: list[Any]) -> str:
@@ -130,6 +132,11 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
     for graph in among[listed]:
         graph.report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
     return _warning(owner, "between the layers of a list", told, listed)
+
+
+def _unseen(owner: nn.Module, reason: Any) -> Refusal:
+    """For a graph that ends among the layers of a list, so that adds may be half in it, which nobody sees."""
+    return Refusal("graph_break", "", "", f"Dynamo breaks its graph of {type(owner).__name__}{said([reason])}", CODES["graph_break"].hint)
 
 
 def said(breaks: Sequence[Any]) -> str:

@@ -218,8 +218,8 @@ class CapturedForward:
         shown = self.owner.__dict__.get(REPORT) is self.owner.__dict__.get("report")
         self.broken_at = said(call.breaks) or self.broken_at
         broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
-        if complete and not broken and (between := cut(self.owner, call.graphs, self.broken_at)) is not None:
-            broken = [between]
+        between = cut(self.owner, call.graphs, self.broken_at) if complete else None
+        broken = broken or ([] if between is None else [between])
         self.network.add(call.graphs, self.owner.training, complete, call.entered)
         if self.network.reports:
             self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})

@@ -21,6 +21,7 @@ import passes
 from passes import StepCode
 
 from ..arithmetic.valueless import Effects
+from ..inner import recurrent
 from ..regions.region import ChainRegion, expanded, sum_dtype
 from .compiler import Compiler
 from .filling import FakeRun, Filler
@@ -101,7 +102,8 @@ class Artifacts:
         y, *_ = FakeRun(body, self.compiler, self.fill).run(*inputs)
         with fake_mode, enable_python_dispatcher():
             _finish(body, code, inputs[0], y)
-        effects = Effects() if all(map(_is_plain, body.graph.nodes)) else None
+        seen = all(map(_is_plain, body.graph.nodes)) and not recurrent(body)  # fake tensors have an LSTM written out, without its dropout
+        effects = Effects() if seen else None
         outputs = FakeRun(body, self.compiler, self.fill, effects).run(*inputs)
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         regions = [name for name, module in fixed.items() if isinstance(module, ChainRegion)]

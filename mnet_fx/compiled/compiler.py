@@ -24,7 +24,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from passes import OVERWRITTEN
 
 from ..errors import MnetError, MnetWarning
-from ..inner import Compile, all_kept, rereads
+from ..inner import Compile, all_kept, mistaken
 
 __all__ = ["Compiler", "faking"]
 
@@ -47,7 +47,7 @@ class Compiler:
         A part that AOTAutograd cannot trace, as when two of its inputs are views of one tensor that it writes to, runs as it is, with a
         warning: of the whole graph it could have known more. So does, without one, what it could take a wrong gradient of.
         """
-        if self.traces and (gm.meta.get(OVERWRITTEN) or rereads(gm, inputs)):
+        if self.traces and (gm.meta.get(OVERWRITTEN) or mistaken(gm, inputs)):
             return gm
         for node in gm.graph.nodes:
             if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):

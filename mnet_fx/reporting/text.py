@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -134,7 +134,7 @@ def text(findings: Findings) -> str:
     if of_a_preview(findings):
         parts.append(f"A preview, read without inputs. {of_a_preview(findings)}")
     if len(findings.captured) > 1 or any(part.front_end == "named" for part in findings.captured):
-        parts.append(_table("path captured-by adds rewritten", map(_captured_row, findings.captured)))
+        parts += _parts(findings.captured)
     if left := _left(findings):
         alike: dict[tuple[str, str], list[Refusal]] = {}
         for refusal in left:
@@ -181,6 +181,14 @@ def _left(findings: Findings) -> list[Refusal]:
 def _table(headers: str, lines: Iterable[tuple[str, ...]]) -> str:
     cells: Callable[..., Any] = tabulate
     return str(cells(list(lines), headers=headers.split(), tablefmt="simple", disable_numparse=True, maxcolwidths=60))
+
+
+def _parts(captured: Sequence[CapturedPart]) -> list[str]:
+    """What was captured of the model, where that was not one graph."""
+    found = [part for part in captured if part.residual_adds]
+    left = len(captured) - len(found)
+    lines = [f"Captured in {len(captured)} parts, {left} of them without residual adds."] if left else []
+    return [*lines, _table("path captured-by adds rewritten", map(_captured_row, found))] if found else lines
 
 
 def _captured_row(part: CapturedPart) -> tuple[str, ...]:
