@@ -36,6 +36,7 @@ class Call:
         graphs: those that ran so far.
         new: those captured in it.
         entered: paths of the modules inside that Python, and not Dynamo, called.
+        within: those of them that it is in now, outermost first.
         left: whether Python ran the model's function.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
     """
@@ -44,6 +45,7 @@ class Call:
         self.graphs: list[Graph] = []
         self.new: list[Graph] = []
         self.entered: set[str] = set()
+        self.within: list[str] = []
         self.left = False
         self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
 
@@ -53,12 +55,18 @@ class Call:
         return graph_break_reasons[self.breaks_before :]
 
     @property
+    def place(self) -> str:
+        """Path of the module that Python is in, "" for the model itself."""
+        return self.within[-1] if self.within else ""
+
+    @property
     def course(self) -> tuple[frozenset[int], frozenset[str]]:
         """What ran in it: graphs, by their numbers, and what Python called."""
         return frozenset(graph.number for graph in self.graphs), frozenset(self.entered)
 
     def ran(self, graph: Graph) -> None:
         """A graph is about to run."""
+        graph = graph.at(self.place)
         if graph.refused is not None:
             raise MnetError(graph.refused)
         self.graphs.append(graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch.fx as fx
@@ -20,7 +21,7 @@ from ..reporting.build import relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .calls import PREFIX
-from .network import Graph, graph_of
+from .network import Chain, Graph, graph_of, with_paths
 
 __all__ = ["Capture", "cut", "said"]
 
@@ -63,6 +64,7 @@ class Capture(Backend):
             before = {id(graph): graph for graph in (*call.graphs, *call.new)} if call is not None else {}
             found = self._named(found, sum(len(graph.chains) for graph in before.values()))
         graph = self._noted(gm, found, self.report(gm, found), example_inputs)
+        graph.entered = call.place if call is not None else ""
         run = self.compiled(gm, found, example_inputs)
         self.forward.regions += getattr(run, "regions", [])
         self.forward.keepings += [run.keeping] if hasattr(run, "keeping") else []
@@ -123,7 +125,8 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
     """The warning that graph breaks left each layer of a list to a graph of its own; None if that is not so. Their reports say it then."""
     among: dict[str, list[Graph]] = {}
     for graph in graphs:
-        for path in {_list_of(owner, refusal.path) for refusal in graph.report.refusals if refusal.code == "too_short"}:
+        alone = {refusal.path for refusal in graph.report.refusals if refusal.code == "too_short"}
+        for path in {_list_of(owner, path) for path in alone} | {_list_around(owner, chain) for chain in graph.chains}:
             among.setdefault(path or "", []).append(graph)
     listed = next((path for path, found in among.items() if path and len(found) > 1), None)
     if listed is None:
@@ -131,7 +134,18 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
     why = f"Dynamo breaks its graph between the layers of {listed}{told}"
     for graph in among[listed]:
         graph.report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
+        if all(refusal.code != "graph_break" for refusal in graph.report.refusals):
+            found = Refusal("graph_break", "", listed, f"{why}: each is a chain of its own", CODES["graph_break"].hint)
+            graph.report = dataclasses.replace(graph.report, refusals=(*graph.report.refusals, found))
     return _warning(owner, "between the layers of a list", told, listed)
+
+
+def _list_around(owner: nn.Module, chain: Chain) -> str | None:
+    """Path of the list of which one layer holds a whole chain."""
+    lists = {_list_of(owner, path) for path in chain}
+    listed = lists.pop()
+    layers = {path[len(listed or "") :].lstrip(".").partition(".")[0] for path in chain}
+    return listed if not lists and len(layers) == 1 else None
 
 
 def _unseen(owner: nn.Module, reason: Any) -> Refusal:
@@ -177,11 +191,5 @@ def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _from(prefix: str, report: Report) -> Report:
     """A report with paths from the model, captured as part of it."""
-    return dataclasses.replace(
-        report,
-        regions=tuple(dataclasses.replace(region, path=joined(prefix, region.path)) for region in report.regions),
-        refusals=tuple(dataclasses.replace(refusal, path=joined(prefix, refusal.path)) for refusal in report.refusals),
-        adds=tuple(dataclasses.replace(add, path=joined(prefix, add.path)) for add in report.adds),
-        stretches=tuple(dataclasses.replace(stretch, path=joined(prefix, stretch.path)) for stretch in report.stretches),
-        captured=tuple(dataclasses.replace(part, path=joined(prefix, part.path), front_end="Dynamo") for part in report.captured),
-    )
+    found = with_paths(report, partial(joined, prefix))
+    return dataclasses.replace(found, captured=tuple(dataclasses.replace(part, front_end="Dynamo") for part in found.captured))

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import MnetError
 
-__all__ = ["MODULES", "Door", "close", "install"]
+__all__ = ["MODULES", "Door", "close", "install", "passed_by"]
 
 MODULES = nn.Module._call_impl.__code__.co_filename  # the file of the frames between who calls a module and its forward
 
@@ -60,11 +60,16 @@ class Door:
                 "compute the original network: call the rewritten model itself; the model that was given to momentumize shares its "
                 "weights and computes the original; or rewrite what you call, as in momentumize(model.encoder)"
             )
-        if call is not None:
-            call.entered.add(self.path)
-        before = 0 if call is None else len(call.graphs)
-        result = self.module._call_impl(*args, **kwargs)
-        if call is not None and len(call.graphs) == before and self.path in self.keeper.closed():
+        if call is None:
+            return self.module._call_impl(*args, **kwargs)
+        call.entered.add(self.path)
+        call.within.append(self.path)
+        before = len(call.graphs)
+        try:
+            result = self.module._call_impl(*args, **kwargs)
+        finally:
+            call.within.pop()
+        if len(call.graphs) == before and self.path in self.keeper.closed():
             raise MnetError(
                 f"{self.path} is part of a momentum chain, but Dynamo left it to Python in this call, where it computed the original "
                 "network (TORCH_LOGS=graph_breaks says why): name its list of layers with regions=[...], which needs no capture"
@@ -102,6 +107,14 @@ def install(modules: dict[str, nn.Module], keeper: Keeper) -> None:
     """Gives each module, by its path, a door."""
     for path, module in modules.items():
         module.__dict__[_SLOT] = Door(module, path, keeper)
+
+
+def passed_by(modules: dict[str, nn.Module], entered: Collection[str]) -> set[str]:
+    """Of modules by path, those without modules inside that lie in one that Python entered: called by the name of `forward`, they would run
+    unseen.
+    """
+    single = (path for path, module in modules.items() if not any(module.children()))
+    return {path for path in single if any(not outer or path.startswith(f"{outer}.") for outer in entered)}
 
 
 def close(net: nn.Module) -> None:

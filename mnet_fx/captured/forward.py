@@ -47,7 +47,7 @@ from ..settings import Settings
 from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
 from .configured import CONFIG, configured
-from .doors import MODULES, close, install
+from .doors import MODULES, close, install, passed_by
 from .network import Network
 from .previewed import Previewed, behind_a_break, previewed
 from .stand_ins import stand_ins
@@ -74,6 +74,7 @@ class CapturedForward:
         self.network = Network()
         self.inside = {path: module for path, module in owner.named_modules() if path}
         self.logged = self.warned = False
+        self.told: set[str] = set()
         self.broken_at = ""  # where Dynamo broke its graph first in the last capture in which it did
         self._prepare()
 
@@ -206,7 +207,7 @@ class CapturedForward:
 
     def _finish(self, call: Call) -> None:
         """Looks back at a call that went through."""
-        if not call.graphs:
+        if not call.graphs and not self.network.none_ran(call.entered, passed_by(self.inside, [""])):
             self._without_graphs(self.compiled[0], call)
             if not self.network.reports and not self.previewed.report.regions:
                 self._warn_of_nothing(call)
@@ -220,15 +221,16 @@ class CapturedForward:
         broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
         between = cut(self.owner, call.graphs, self.broken_at) if complete else None
         broken = broken or ([] if between is None else [between])
-        self.network.add(call.graphs, self.owner.training, complete, call.entered)
+        self.network.add(call.graphs, self.owner.training, complete, call.entered, passed_by(self.inside, call.entered))
         if self.network.reports:
             self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
         seconds = time.perf_counter() - call.began
         if seconds > _SLOW and call.new and not self.logged:
             self.logged = True
             log.warning("%s was captured in %.1f s; later calls of this kind need no capture", type(self.owner).__name__, seconds)
-        for text in broken:
+        for text in set(broken) - self.told:
             warnings.warn(text, MnetWarning, stacklevel=4)
+        self.told |= set(broken)
         if complete and not any(graph.chains for graph in call.graphs) and (call.new or not self.network.chains):
             self._warn_of_nothing(call)
 

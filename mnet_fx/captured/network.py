@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.fx as fx
 
@@ -19,10 +20,13 @@ from passes import Plan, Step, joined, owner_stack
 from ..errors import MnetError
 from ..reporting.report import AddReport, Report, Stretch
 
-__all__ = ["Chain", "Graph", "Network", "graph_of"]
+__all__ = ["Chain", "Graph", "Network", "graph_of", "with_paths"]
 
 Chain = tuple[str, ...]
 """The paths of the modules that own the steps of a chain, in order."""
+
+
+_numbers = itertools.count()
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Graph:
         broken: where it ends in a graph break, the warning that this deserves; else None.
         complete: whether it does not end in a graph break.
         refused: why a call that runs it is an error, or None.
+        entered: path of the module that Python was in when it was captured, "" for the model itself.
         number: its own.
     """
 
@@ -50,7 +55,38 @@ class Graph:
     broken: str | None = None
     complete: bool = True
     refused: str | None = None
-    number: int = field(default_factory=itertools.count().__next__)
+    entered: str = ""
+    number: int = field(default_factory=_numbers.__next__)
+
+    def __post_init__(self) -> None:
+        self._elsewhere: dict[str, Graph] = {}
+
+    def at(self, entered: str) -> Graph:
+        """The graph as it runs for another module than it was captured for: Dynamo has one for the layers of a list that are alike."""
+        if entered == self.entered:
+            return self
+        if entered not in self._elsewhere:
+            self._elsewhere[entered] = self._moved(entered)
+        return self._elsewhere[entered]
+
+    def _moved(self, entered: str) -> Graph:
+        def moved(path: str) -> str:
+            inside = path == self.entered or path.startswith(f"{self.entered}.") or not self.entered
+            return joined(entered, path[len(self.entered) :].removeprefix(".")) if inside else path
+
+        def chains(found: Iterable[Chain]) -> Iterable[Chain]:
+            return (tuple(map(moved, chain)) for chain in found)
+
+        return replace(
+            self,
+            report=with_paths(self.report, moved),
+            chains=tuple(chains(self.chains)),
+            ran=frozenset(map(moved, self.ran)),
+            closed=frozenset(map(moved, self.closed)),
+            left=frozenset(chains(self.left)),
+            entered=entered,
+            number=next(_numbers),
+        )
 
 
 def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: Iterable[str] = (), bodies: Iterable[Plan] = ()) -> Graph:
@@ -109,8 +145,8 @@ class Network:
     Attributes:
         chains: those of all captures so far.
         left: as in `Graph`, of all captures.
-        ran: paths of the modules that ran in a capture.
-        entered: paths of the modules that Python called in one, of which all that is inside may have run.
+        ran: paths of the modules that ran in a capture, or may have.
+        entered: paths of the modules that Python called in one.
         closed: as in `Graph`, of all captures.
         reports: by the training flag of the model, the report of the first call of that kind, if possible of one that ran a chain.
     """
@@ -142,7 +178,14 @@ class Network:
         """The report of the first call in train mode, or if there was none, in eval mode."""
         return self.reports[max(self.reports)]
 
-    def add(self, graphs: Sequence[Graph], training: bool, complete: bool = True, entered: Collection[str] = ()) -> None:
+    def add(
+        self,
+        graphs: Sequence[Graph],
+        training: bool,
+        complete: bool = True,
+        entered: Collection[str] = (),
+        unseen: Collection[str] = (),
+    ) -> None:
         """Takes in the graphs of one call, of which some are new.
 
         Args:
@@ -150,13 +193,14 @@ class Network:
             training: the training flag of the model.
             complete: False if the call was stopped after its first graph and that ended in a graph break, so that nothing is known yet.
             entered: paths of the modules that Python called.
+            unseen: of those that may have run without anybody seeing it.
 
         Raises:
             MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
         """
         with self.lock:
             chains = {chain for graph in graphs for chain in graph.chains}
-            ran = {path for graph in graphs for path in graph.ran}
+            ran = {path for graph in graphs for path in graph.ran}.union(unseen)
             left = {chain for graph in graphs for chain in graph.left}
             if complete and (reason := self._contradiction(chains, ran, entered) or self._both(chains, left)) is not None:
                 for graph in graphs:
@@ -172,6 +216,10 @@ class Network:
             known, found = self.reports.get(training), merged([graph.report for graph in graphs])
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
+
+    def none_ran(self, entered: Collection[str], unseen: Collection[str]) -> bool:
+        """Whether a call without graphs surely ran no step of the chains that there are, as where each layer was dropped."""
+        return bool(self.chains) and not any(_meets(chain, {"", *unseen}, entered) for chain in self.chains)
 
     def _both(self, chains: set[Chain], left: set[Chain]) -> str | None:
         """Why the same layers are two networks."""
@@ -200,8 +248,8 @@ class Network:
 
 
 def _meets(chain: Chain, ran: Collection[str], entered: Collection[str]) -> bool:
-    """Whether a module of a chain is among those that ran, or lies in one that Python called."""
-    return any(path in ran or any(f"{path}.".startswith(f"{outer}.") for outer in entered) for path in chain)
+    """Whether a module of a chain is among those that ran, or Python called it or one inside of it."""
+    return any(path in ran or any(f"{inner}.".startswith(f"{path}.") for inner in entered) for path in chain)
 
 
 def _described(chain: Chain) -> str:
@@ -223,6 +271,13 @@ def merged(reports: Iterable[Report]) -> Report:
         "checkpoint" if any(report.rest == "checkpoint" for report in found) else "store",
         tuple(head for report in found for head in report.heads),
     )
+
+
+def with_paths(report: Report, renamed: Callable[[str], str]) -> Report:
+    """A report with other paths."""
+    parts = ("regions", "refusals", "adds", "stretches", "captured")
+    found: dict[str, Any] = {part: tuple(replace(row, path=renamed(row.path)) for row in getattr(report, part)) for part in parts}
+    return replace(report, **found)
 
 
 def _numbered(reports: Sequence[Report]) -> tuple[AddReport, ...]:

@@ -35,6 +35,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, errors, momentumize
+from mnet_fx.captured.doors import passed_by
 from mnet_fx.captured.network import Graph, Network
 from mnet_fx.reporting import Report
 
@@ -635,14 +636,21 @@ def test_what_lies_in_a_module_that_python_called_has_run():
     empty, chain = Report(0, 0, (), ()), ("blocks.0.add", "blocks.1.add")
     there, nothing = Graph(empty, (chain,), frozenset(chain), frozenset(chain)), Graph(empty, (), frozenset({""}), frozenset())
     network = Network()
-    network.add([nothing], training=True, entered=["blocks.0", "block"])
+    network.add([nothing], training=True, entered=["blocks.0", "block"], unseen=["blocks.0.add"])
     with pytest.raises(MnetError, match=r"another momentum network .* chains of 2 steps .*, where there were none there"):
         network.add([there], training=False)
     network = Network()
-    network.add([nothing], training=True, entered=["block"])
+    network.add([nothing], training=True, entered=["block", "blocks", "blocks.0"])  # which call what they have through its own door
     network.add([there], training=False)
-    with pytest.raises(MnetError, match=r"another momentum network .* chains of none there, where there were 2 steps"):
-        network.add([nothing], training=False, entered=["blocks.1"])
+    for path in ("blocks.1.add", "blocks.1.add.inner"):
+        with pytest.raises(MnetError, match=r"another momentum network .* chains of none there, where there were 2 steps"):
+            network.add([nothing], training=False, entered=[path])
+
+
+def test_what_may_run_unseen_where_python_entered():
+    modules = dict(nn.ModuleDict({"a": nn.Sequential(nn.Tanh(), nn.Sequential(nn.ReLU())), "b": nn.Tanh()}).named_modules())
+    assert passed_by(modules, ["a"]) == {"a.0", "a.1.0"}
+    assert passed_by(modules, ["a.1", "b"]) == {"a.1.0"}
 
 
 def test_tensors_that_no_chain_can_carry_are_another_network():
@@ -938,6 +946,57 @@ def test_a_break_between_layers_is_named_with_its_line_and_the_regions_to_give(m
     assert Path(__file__).name in text
     assert "regions=['blocks']" in text
     assert is_momentum(momentumize(make(), regions=["blocks"])(x), net)
+
+
+class Drops(nn.Module):
+    """LayerDrop, as transformers write it, over layers of two adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Twice(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < 0.4):
+                x = layer(x)
+        return x
+
+
+class Twice(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        x = x + torch.tanh(self.first(x))
+        return x + torch.tanh(self.second(x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_that_are_dropped_at_random_train_on_and_a_warning_names_the_list(seed):
+    torch.manual_seed(seed)
+    model = Drops()
+    nets = [momentumize(model, gamma=0.5, backward=way) for way in ("reversible", "stored")]
+    zero = momentumize(model, gamma=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in range(12):
+            found = []
+            for net in (*nets, zero, model):
+                torch.manual_seed(100 * seed + call)
+                y = net(points())
+                found.append(
+                    [y.detach(), *torch.autograd.grad(y.sum() + 0 * sum(map(torch.sum, net.parameters())), list(net.parameters()))]
+                )
+            assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+            zoo.assert_agree(found[2], found[3])
+    told = [str(warning.message) for warning in caught if "between the layers of a list" in str(warning.message)]
+    assert len(told) <= len(nets) + 1  # one for each
+    assert told
+    assert all("regions=['layers']" in text and Path(__file__).name in text for text in told)
+    paths = [region.path for region in nets[0].report.regions]
+    assert len(set(paths)) == len(paths)  # each layer under its own name, though Dynamo has one graph for several
+    assert "graph_break" in {refusal.code for refusal in nets[0].report.refusals} or len(paths) < 2
 
 
 class ReadsValue(Stack):
