@@ -46,9 +46,11 @@ class InversionError(MnetError, RuntimeError):
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
             "(optimizer.step(), .data, load_state_dict; or the model itself, which writes to it after the chain: give the layers a clone "
             "of it); state that is no attribute of the step's modules (Python's random, a global "
-            "variable, what an object holds, a cache that the step appends to: use_cache=False); on CUDA, another algorithm for the same "
-            "convolution (torch.backends.cudnn.benchmark, which each thread tunes by itself; memory so low that a workspace no longer "
-            "fits: torch.backends.cudnn.deterministic = True leaves fewer to choose from). Make the step repeatable, or use "
+            "variable, what an object holds, a cache that the step appends to: use_cache=False); a compiled layer of which another form "
+            "ran, for a mode or stance around one of the passes, or a compilation in between (then the next call is right); on CUDA, "
+            "another algorithm for the same convolution (torch.backends.cudnn.benchmark, which each thread tunes by itself; memory so low "
+            "that a workspace no longer fits: torch.backends.cudnn.deterministic = True leaves fewer to choose from). Make the step "
+            "repeatable, or use "
             f"{instead}."
         )
 

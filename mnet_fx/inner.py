@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import torch.fx as fx
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from .arithmetic.valueless import Effects
 from .errors import SettingsError, warn_once
 
-__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "mistaken", "recurrent", "rereads"]
+__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "faking", "mistaken", "recurrent", "rereads", "with_hook_guards"]
 
 Inner = str | Callable[..., Any]
 """What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
@@ -92,6 +94,20 @@ class WholeSteps:
             return found
 
 
+def with_hook_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that asks at each call which hooks the modules inside have; else the code of one layer runs for all, without."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        before = dynamo_config.skip_nnmodule_hook_guards
+        dynamo_config.skip_nnmodule_hook_guards = False
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            dynamo_config.skip_nnmodule_hook_guards = before
+
+    return guarded
+
+
 def mistaken(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether AOTAutograd would get a graph wrong, so that it is to be run as it is; arguments as for `rereads`."""
     return recurrent(gm) or rereads(gm, inputs)
@@ -105,6 +121,18 @@ def recurrent(gm: fx.GraphModule) -> bool:
     """
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     return any(str(getattr(node.target, "__name__", "")).partition(".")[0] in _RECURRENT for graph in graphs for node in graph.nodes)
+
+
+@contextlib.contextmanager
+def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Where operations on fake tensors give fake tensors with the strides and the need for gradients that the true ones will have."""
+    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
+    # Hidden from a checkpoint around the call that is being compiled, which counts. Detached, as an operation that saved its own result
+    # would else be kept by it, in a cycle that the garbage collector does not see.
+    hooked = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+    hidden = saved_tensors_hooks(Tensor.detach, lambda t: t) if hooked else contextlib.nullcontext()
+    with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
+        yield
 
 
 def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -123,9 +151,8 @@ def rereads(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     if mode is None:
         return False
     run = _Reads(gm)
-    symbols = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
     try:
-        with mode, enable_python_dispatcher(), symbols, torch.no_grad():
+        with faking(mode), torch.no_grad():
             risky = _storages(run.run(*inputs))
     except Exception:  # of the model's own, which compiling it meets as well
         return False

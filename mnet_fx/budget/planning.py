@@ -199,7 +199,7 @@ class _Tries:
 
 def _size(memory: str | float, plain: Way) -> int:
     if isinstance(memory, float):
-        return int(memory * plain.total_bytes) if 0 < memory < 1 else parsed(f"{memory:.0f}")
+        return int(memory * plain.total_bytes) if 0 < memory <= 1 else parsed(f"{memory:.0f}")
     return parsed(memory)
 
 

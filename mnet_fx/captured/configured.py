@@ -12,7 +12,7 @@ from torch._dynamo.variables.misc import DebuggingVariable
 
 from ..errors import warn_once
 
-__all__ = ["CONFIG", "configured", "warn_of_old_dynamo"]
+__all__ = ["CONFIG", "configured", "stance", "switched_off", "warn_of_old_dynamo"]
 
 _MANY = 10**6
 CONFIG: dict[str, Any] = {
@@ -30,19 +30,27 @@ CONFIG: dict[str, Any] = {
     "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
 }
 CONFIG = {name: value for name, value in CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
+_UNSIZED = CONFIG | {"capture_dynamic_output_shape_ops": False}
 _LOGGING = "reorderable_logging_functions"  # run after the graph that they are in, and do not cut it, if given text, numbers and tensors
 _LEVELS = {"debug", "info", "warning", "warn", "error", "critical", "fatal", "log"}
 
 
 class configured:
-    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each."""
+    """Dynamo's settings for the time of a call, as `torch._dynamo.config.patch` does, which makes a class at each.
+
+    Args:
+        sized: whether sizes that depend on values go into graphs.
+    """
+
+    def __init__(self, sized: bool = True) -> None:
+        self.settings = CONFIG if sized else _UNSIZED
 
     def __enter__(self) -> None:
         _CALLS.depth = getattr(_CALLS, "depth", 0) + 1
         config = torch._dynamo.config
-        self.before = {name: known for name, value in CONFIG.items() if (known := getattr(config, name)) != value}
+        self.before = {name: known for name, value in self.settings.items() if (known := getattr(config, name)) != value}
         for name in self.before:
-            setattr(config, name, CONFIG[name])
+            setattr(config, name, self.settings[name])
         known, loggers = getattr(config, _LOGGING), _loggers(tuple(vars(logging.Logger).items()))
         if not loggers <= known:
             self.before[_LOGGING] = known
@@ -88,3 +96,15 @@ def _call_and_keep(self: DebuggingVariable, tx: Any, args: Any, kwargs: Any) -> 
 
 
 DebuggingVariable.call_function = _call_and_keep  # type: ignore[method-assign]
+
+
+def switched_off() -> str | None:
+    """Why Dynamo does nothing at all; None if it does."""
+    if torch._dynamo.config.disable:
+        return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
+    return stance() if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_then_compile") else None
+
+
+def stance() -> str | None:
+    stance = torch._dynamo.eval_frame._stance.stance
+    return None if stance == "default" else f"Dynamo was told not to capture (torch.compiler.set_stance({stance!r}))"

@@ -21,9 +21,9 @@ from torch import nn
 
 from ..errors import MnetError
 
-__all__ = ["MODULES", "Door", "close", "install", "passed_by"]
+__all__ = ["Door", "check_caller", "close", "install", "passed_by"]
 
-MODULES = nn.Module._call_impl.__code__.co_filename  # the file of the frames between who calls a module and its forward
+_MODULES = nn.Module._call_impl.__code__.co_filename  # the file of the frames between who calls a module and its forward
 
 _SLOT = "_compiled_call_impl"
 
@@ -82,7 +82,7 @@ class Door:
         closed = self.keeper.closed(probably=True)
         if self.path in closed:
             return self.path
-        while frame is not None and frame.f_code.co_filename == MODULES:
+        while frame is not None and frame.f_code.co_filename == _MODULES:
             frame = frame.f_back
         caller = None if frame is None else frame.f_locals.get(frame.f_code.co_varnames[0] if frame.f_code.co_argcount else "")
         door = caller.__dict__.get(_SLOT) if isinstance(caller, nn.Module) else None
@@ -101,6 +101,17 @@ def _code(function: Any) -> types.CodeType | None:
 
 
 torch._dynamo.eval_frame.skip_code(Door.__call__.__code__)  # Dynamo is to capture the module, not the door
+
+
+def check_caller(owner: nn.Module) -> None:
+    """An error if a module that merely shares the attributes of the model was called."""
+    frame = sys._getframe(3)  # over this function, __call__ and what torch.compiler.disable makes of it
+    caller = frame.f_locals.get("self") if frame.f_code.co_filename == _MODULES else None
+    if isinstance(caller, nn.Module) and caller is not owner:
+        raise MnetError(
+            f"this {type(caller).__name__} is a shallow copy of a rewritten model, whose forward would run the model it was copied from: "
+            "use copy.deepcopy, or copy the original and momentumize the copy"
+        )
 
 
 def install(modules: dict[str, nn.Module], keeper: Keeper) -> None:

@@ -16,7 +16,6 @@ import copy
 import dis
 import inspect
 import logging
-import sys
 import threading
 import time
 import types
@@ -33,6 +32,7 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import cached_backends, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..arithmetic.valueless import valueless
@@ -46,8 +46,8 @@ from ..runtime.replay import exported, transformed
 from ..settings import Settings
 from .calls import Call, Stopped, function_of
 from .capturing import Capture, cut, said
-from .configured import CONFIG, configured
-from .doors import MODULES, close, install, passed_by
+from .configured import CONFIG, configured, stance, switched_off
+from .doors import check_caller, close, install, passed_by
 from .network import Network
 from .previewed import Previewed, behind_a_break, previewed
 from .stand_ins import stand_ins
@@ -74,6 +74,7 @@ class CapturedForward:
         self.network = Network()
         self.inside = {path: module for path, module in owner.named_modules() if path}
         self.logged = self.warned = False
+        self.sized = True  # whether sizes that depend on values go into graphs
         self.told: set[str] = set()
         self.broken_at = ""  # where Dynamo broke its graph first in the last capture in which it did
         self._prepare()
@@ -109,16 +110,34 @@ class CapturedForward:
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _check_caller(self.owner)
+        check_caller(self.owner)
         if transformed() or exported() or _get_current_dispatch_mode_stack() or valueless(*args, *kwargs.values()):
             return self._program(args, kwargs)(self.owner, *args, **kwargs)
         if self.spoilt:
             self._renew()
         with self.call() as call:
             with self._spoiling():
-                result = self.compiled[1](self.owner, *args, **kwargs)
+                result = self._run(call, False, args, kwargs)
             self._finish(call)
         return result
+
+    def _run(self, call: Call, plain: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call, as Dynamo makes it. Where that cannot do with sizes that depend on values, as `x[mask].tolist()`, they end graphs."""
+        try:
+            return (self.plain if plain else self.compiled)[1](self.owner, *args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            if call.graphs or call.entered or call.left or not self.sized:
+                raise MnetError(
+                    f"{type(self.owner).__name__}: Dynamo cannot capture what a size decides that depends on values "
+                    f"({' '.join(str(error).split())[:200]}): keep it out of the model, or name its list of layers with regions=[...], "
+                    "which needs no capture"
+                ) from error
+        self.sized = False
+        self._renew()
+        function, compiled = self.plain if plain else self.compiled
+        call.dry = call.dry and function.__code__.co_name
+        with configured(sized=False):
+            return compiled(self.owner, *args, **kwargs)
 
     @contextmanager
     def _spoiling(self) -> Iterator[None]:
@@ -151,11 +170,11 @@ class CapturedForward:
         Returns:
             The code that Dynamo made of the model's function for this kind of call; None if it begins with a graph break.
         """
-        function, compiled = self.plain if plain else self.compiled
         try:
-            with self.call(function.__code__.co_name) as call:
-                compiled(self.owner, *args, **kwargs)
+            with self.call((self.plain if plain else self.compiled)[0].__code__.co_name) as call:
+                self._run(call, plain, args, kwargs)
         except Stopped as stopped:
+            function = (self.plain if plain else self.compiled)[0]
             whole = stopped.code not in (None, function.__code__) and all(graph.complete for graph in call.graphs)
             self._take_in(call, complete=whole)
             if not whole and not plain:
@@ -166,17 +185,17 @@ class CapturedForward:
                     stacklevel=4,
                 )
             return stopped.code if whole else None
-        return self._without_graphs(function, call)
+        return self._without_graphs((self.plain if plain else self.compiled)[0], call)
 
     @contextmanager
     def call(self, dry: str | None = None) -> Iterator[Call]:
         """A call of the model in this thread."""
-        if (reason := _switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
+        if (reason := switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
             raise MnetError(self._left(reason, "would run"))
         call, outer = Call(dry), self.running()
         self.calls.now = call
         try:
-            with configured():
+            with configured(self.sized):
                 yield call
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, MnetError):
@@ -274,7 +293,7 @@ class CapturedForward:
         seen = previewed(self.owner, self.settings).report  # anew: what the model's attributes are by now decides
         if not seen.residual_adds and not seen.refusals:
             return None
-        reason = _stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
+        reason = stance() or f"Dynamo left the whole forward to Python{said(call.breaks) or ' (TORCH_LOGS=graph_breaks may say why)'}"
         raise MnetError(self._left(reason))
 
     def _left(self, reason: str, ran: str = "ran") -> str:
@@ -324,26 +343,3 @@ class CapturedForward:
 
 for _function_of_ours in (CapturedForward.running, CapturedForward.closed):  # called between graphs, where Dynamo looks at every frame
     torch._dynamo.eval_frame.skip_code(_function_of_ours.__code__)
-
-
-def _check_caller(owner: nn.Module) -> None:
-    """An error if a module that merely shares the attributes of the model was called."""
-    frame = sys._getframe(3)  # over this function, __call__ and what torch.compiler.disable makes of it
-    caller = frame.f_locals.get("self") if frame.f_code.co_filename == MODULES else None
-    if isinstance(caller, nn.Module) and caller is not owner:
-        raise MnetError(
-            f"this {type(caller).__name__} is a shallow copy of a rewritten model, whose forward would run the model it was copied from: "
-            "use copy.deepcopy, or copy the original and momentumize the copy"
-        )
-
-
-def _switched_off() -> str | None:
-    """Why Dynamo does nothing at all; None if it does."""
-    if torch._dynamo.config.disable:
-        return "Dynamo is switched off (TORCHDYNAMO_DISABLE)"
-    return _stance() if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_then_compile") else None
-
-
-def _stance() -> str | None:
-    stance = torch._dynamo.eval_frame._stance.stance
-    return None if stance == "default" else f"Dynamo was told not to capture (torch.compiler.set_stance({stance!r}))"

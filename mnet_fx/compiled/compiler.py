@@ -12,13 +12,10 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import torch.fx as fx
-from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from passes import OVERWRITTEN
@@ -26,7 +23,7 @@ from passes import OVERWRITTEN
 from ..errors import MnetError, MnetWarning
 from ..inner import Compile, all_kept, mistaken
 
-__all__ = ["Compiler", "faking"]
+__all__ = ["Compiler"]
 
 
 class Compiler:
@@ -101,15 +98,3 @@ def _only_own_floats(inputs: Sequence[Any], fake_mode: FakeTensorMode | None) ->
         yield
     finally:
         TensorifyState.force_specializations -= others
-
-
-@contextlib.contextmanager
-def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
-    """Where operations on fake tensors give fake tensors with the strides and the need for gradients that the true ones will have."""
-    sizes = contextlib.nullcontext() if fake_mode.shape_env is None else fake_mode.shape_env.ignore_fresh_unbacked_symbols()
-    # Hidden from a checkpoint around the call that is being compiled, which counts. Detached, as an operation that saved its own result
-    # would else be kept by it, in a cycle that the garbage collector does not see.
-    hooked = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
-    hidden = saved_tensors_hooks(Tensor.detach, lambda t: t) if hooked else contextlib.nullcontext()
-    with fake_mode, enable_python_dispatcher(), sizes, hidden:  # the dispatcher for operations on symbolic sizes
-        yield

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from passes import PROOF, is_hook
 
 from ..arithmetic.valueless import Effects
+from ..inner import faking
 from ..regions.region import ChainRegion
-from .compiler import Compiler, faking
+from .compiler import Compiler
 
 __all__ = ["FakeRun", "Filler", "Unseen"]
 

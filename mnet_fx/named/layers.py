@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..arithmetic.device_planes import Reserve
 from ..errors import UNCOMPILED, MnetError, MnetWarning, SettingsError, StreamError
-from ..inner import Inner, WholeSteps, checked_inner
+from ..inner import Inner, WholeSteps, checked_inner, with_hook_guards
 from ..runtime.own_copies import Learnt
 from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
@@ -208,7 +208,7 @@ class NamedLayer(OwnForward):
         if self.how is None:
             return self.original
         if self.compiled is None:
-            self.compiled = torch.compile(self.original, **self.how)
+            self.compiled = with_hook_guards(torch.compile(self.original, **self.how))
         return self.compiled
 
     def compile(

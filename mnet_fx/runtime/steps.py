@@ -129,24 +129,32 @@ def unwritten_saves(where: str) -> Iterator[None]:
             )
 
 
+class _Noted(list[tuple[Tensor, int]]):
+    """Tensors, each with its version then."""
+
+    pack: Callable[[Tensor], Any]
+
+    def note(self, t: Tensor) -> Any:
+        self.append((t, t._version))
+        return self.pack(t)
+
+
+torch._dynamo.eval_frame.skip_code(_Noted.note.__code__)  # autograd may call it where Dynamo looks at every frame
+
+
 @contextmanager
 def noted_saves() -> Iterator[list[tuple[Tensor, int]]]:
     """The tensors that autograd saves meanwhile, each with its version then; they are packed as the hooks around say."""
-    hooks, noted = torch._C._autograd._top_saved_tensors_default_hooks(False), list[tuple[Tensor, int]]()
-
-    def note(t: Tensor) -> Any:
-        noted.append((t, t._version))
-        return pack(t)
-
+    hooks, noted = torch._C._autograd._top_saved_tensors_default_hooks(False), _Noted()
     if hooks is None:
         yield noted
         return
-    pack, unpack = hooks
+    noted.pack, unpack = hooks
     try:
-        with torch.autograd.graph.saved_tensors_hooks(note, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(noted.note, unpack):
             yield noted
     finally:
-        noted.clear()  # what autograd saved holds `note`, and so would be held by itself
+        noted.clear()  # what autograd saved holds its method, and so would be held by itself
 
 
 def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ...], print_: Print, tape: Tape, t: int) -> tuple[Any, ...]:

@@ -6,7 +6,9 @@ after     n = s0 * 4;  m = n // 2                      where a is known to have 
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -31,7 +33,7 @@ class Sizes:
     def __init__(self, placeholders: list[fx.Node], values: dict[fx.Node, fx.Node]) -> None:
         self.inputs = {expr: node for node in placeholders if isinstance(expr := _expression(node), sympy.Symbol)}
         self.values = values
-        self.known: dict[sympy.Expr, fx.Node] = {}
+        self.known: dict[sympy.Expr, fx.Node | None] = {}
 
     def of(self, node: fx.Node) -> fx.Node | int | None:
         """What a node that reads a number from the shape of a tensor gives; None if it is no such node, or not of the inputs' sizes."""
@@ -47,12 +49,27 @@ class Sizes:
             self.known[expression] = self._written(expression, node)
         return self.known[expression]
 
-    def _written(self, expression: sympy.Expr, node: fx.Node) -> fx.Node:
+    def _written(self, expression: sympy.Expr, node: fx.Node) -> fx.Node | None:
         symbols = {symbol: fx.Proxy(self.values[self.inputs[symbol]]) for symbol in expression.free_symbols}
-        found: Any = sympy_interp(PythonReferenceAnalysis, symbols, expression)
+        try:
+            found: Any = sympy_interp(_OfProxies, symbols, expression)
+        except Exception:  # of Python, about an operation that only numbers have
+            return None
         found.node.meta.setdefault("example_value", node.meta["example_value"])
         node_found: fx.Node = found.node
         return node_found
+
+
+def _calling(function: Callable[..., Any]) -> Any:
+    return staticmethod(lambda x, dtype: x.tracer.create_proxy("call_function", function, (x,), {}))
+
+
+class _OfProxies(PythonReferenceAnalysis):
+    """With what Python asks a number for, and not a proxy."""
+
+    ceil_to_int, floor_to_int = _calling(math.ceil), _calling(math.floor)
+    trunc_to_int, round_to_int = _calling(math.trunc), _calling(round)
+    int_truediv = staticmethod(operator.truediv)
 
 
 def is_unread_size(node: fx.Node) -> bool:

@@ -1056,6 +1056,38 @@ def test_a_break_elsewhere_is_none_of_our_business():
     zoo.assert_agree(zero(points()), model(points()))
 
 
+class Counts(Stack):
+    """Python goes through a tensor of which only values tell the size, before the blocks or behind another break."""
+
+    def __init__(self, late=False):
+        super().__init__()
+        self.late = late
+
+    def forward(self, x, numbers):
+        if self.late:
+            x = super().forward(x)
+            breaks()
+        x = x + 0.01 * sum(torch.repeat_interleave(numbers, numbers).tolist())
+        return x if self.late else super().forward(x)
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_python_goes_through_a_tensor_of_which_values_tell_the_size(example):
+    model, calls = Counts(), [(points(), torch.tensor(numbers)) for numbers in ([3, 5], [1, 2, 3])]
+    net, zero = momentumize(model, calls[0] if example else None), momentumize(model, gamma=0)
+    for x, numbers in calls:
+        zoo.assert_agree(zero(x, numbers), model(x, numbers))
+        alone = Stack()
+        alone.load_state_dict(model.state_dict())
+        assert torch.equal(net(x, numbers), momentumize(alone)(x + 0.01 * int((numbers**2).sum())))
+    assert [region.steps for region in net.report.regions] == [3]
+
+
+def test_such_a_tensor_behind_a_break_is_an_error_that_says_so():
+    with pytest.raises(MnetError, match=r"a size decides that depends on values.*regions="):
+        momentumize(Counts(late=True))(points(), torch.tensor([3, 5]))
+
+
 # ---- example_inputs
 
 

@@ -134,3 +134,23 @@ def test_sizes_are_computed_from_those_of_the_inputs():
     x = torch.randn(5, 7)
     for ours, theirs in zip(result(5, 7, x), gm(5, 7, x), strict=True):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+class OfARange(Net):
+    """A size that is the ceiling of a number, as that of the coordinates of patches."""
+
+    def read(self, y):
+        return y.size(0), torch.arange(0.5, y.size(1)).shape[0] * 0.1 + torch.arange(0.25, y.size(1) / 2).shape[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_size_that_is_rounded_is_computed_from_those_of_the_inputs(known, monkeypatch):
+    if not known:  # as with an operation that only numbers have: then it is read where it was
+        monkeypatch.delattr("passes.capturing.sizes._OfProxies.ceil_to_int")
+    torch.manual_seed(0)
+    model = OfARange()
+    net = mnet_fx.momentumize(model, gamma=0)
+    for length in (8, 12, 10):
+        x = torch.randn(3, length, WIDTH)
+        torch.testing.assert_close(net(x), model(x))
+    assert [region.steps for region in net.report.regions] == [4]

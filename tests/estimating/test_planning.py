@@ -56,6 +56,11 @@ def test_what_is_predicted_is_measured_and_fits(plans):
         assert peak + plan.predicted.total_bytes - plan.predicted.peak_bytes <= 1.01 * plan.memory
 
 
+def test_a_share_of_plain_training_may_be_all_of_it(plans):
+    model, inputs, found = plans
+    assert mnet_fx.plan(model, inputs, memory=1.0, gamma=0.9).memory == found[0].plain.total_bytes
+
+
 def test_more_memory_keeps_more_and_runs_less_again(plans):
     _, _, found = plans
     peaks, works = [p.predicted.total_bytes for p in found], [p.predicted.flops_ratio for p in found]

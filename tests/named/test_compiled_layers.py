@@ -170,3 +170,65 @@ def test_restored_layers_compile_as_before():
     assert not {"forward", "compile"} & set(vars(model.blocks[0]))
     model.blocks[0].compile(backend="eager")
     assert model.blocks[0]._compiled_call_impl is not None
+
+
+class WithoutGradient(nn.Module):
+    """A scale that is computed without gradients, as a norm of weights by power iteration is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.linear.weight.norm()
+        return x + torch.tanh(self.linear(x)) / scale
+
+
+class Around(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def gradients(net):
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(3, 8).requires_grad_()
+    y = net(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])]
+
+
+@pytest.mark.parametrize("inner", ["aot", "inductor", "own"])
+@pytest.mark.parametrize("layer", [WithoutGradient, lambda: nn.utils.spectral_norm(nn.Linear(8, 8))], ids=["no_grad", "spectral"])
+def test_a_layer_that_switches_gradients_off_and_on_is_right_in_the_call_that_compiles_it(layer, inner):
+    torch.manual_seed(0)
+    model = Around(layer).double()
+    net = mnet_fx.momentumize(model, gamma=0, regions=["layers"], inner={"aot": "aot_eager", "own": "eager"}.get(inner, inner))
+    if inner == "own":
+        for one in net.layers:
+            one.compile(backend="aot_eager")
+    reference = copy.deepcopy(model)
+    for found, expected in zip(gradients(net), gradients(reference), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot"])
+def test_hooks_inside_of_a_compiled_layer_have_their_effect(inner):
+    model = Blocks().double()
+    model.blocks[1].a.register_forward_hook(lambda module, args, result: 1.5 * result)
+    net = mnet_fx.momentumize(model.eval(), gamma=0, regions=["blocks"], inner="aot_eager" if inner == "aot" else inner)
+
+    def check():
+        for found, expected in zip(gradients(net), gradients(model), strict=True):
+            torch.testing.assert_close(found, expected)
+
+    check()
+    later = [one.blocks[2].b.register_forward_pre_hook(lambda module, args: (2 * args[0],)) for one in (net, model)]
+    check()
+    for handle in later:
+        handle.remove()
+    check()
