@@ -65,7 +65,7 @@ CODES: dict[str, Code] = {
     ),
     "nested": Code(
         "The add lies inside a step of another region and is in no chain of its own there, or around longer chains.",
-        "Nothing needs to be done: the memory inside the step is freed by the region that contains it.",
+        "Inside of a step nothing needs to be done: its region frees that memory; around longer chains, rest='checkpoint' runs it again.",
     ),
     "untraceable": Code(
         "The preview could not read the module, so what is inside it is not seen.",

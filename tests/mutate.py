@@ -399,7 +399,11 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/inner.py", "if written or not _storages(result) <= given:", "if True:"),
     ("mnet_fx/inner.py", "with faking(mode), torch.no_grad():", "with faking(mode):"),
     ("mnet_fx/inner.py", "return recurrent(gm) or rereads", "return rereads"),
-    ("mnet_fx/inner.py", "with fake_mode, enable_python_dispatcher(), sizes, hidden:", "with fake_mode, enable_python_dispatcher(), sizes:"),
+    (
+        "mnet_fx/inner.py",
+        "with fake_mode, enable_python_dispatcher(), sizes, hidden:",
+        "with fake_mode, enable_python_dispatcher(), sizes:",
+    ),
     ("mnet_fx/inner.py", "dynamo_config.skip_nnmodule_hook_guards = False", "pass"),
     ("mnet_fx/compiled/artifacts.py", " and not recurrent(body)", ""),
     ("mnet_fx/compiled/backend.py", 'return gm if self.inner != "eager" and recurrent(gm) else inner', "return inner"),

@@ -212,6 +212,7 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 def _module_path(name: str) -> str:
     name = name.replace(".forward.args[0]", "")  # where the forward is a partial of the module's
+    name = name.replace("._compiled_call_impl.module", "")  # where the module has a door (`captured.doors`)
     while name != (name := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", name)):  # where a name is no identifier
         pass
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", name)

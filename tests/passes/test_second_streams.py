@@ -48,6 +48,21 @@ class Masked(nn.Module):
         return x
 
 
+class Pairs(nn.Module):
+    """As in an Evoformer: the second stream gets what the first one makes, and goes on by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_m, self.to_z, self.own = (nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(3))
+
+    def forward(self, m, z):
+        for to_m, to_z, own in zip(self.to_m, self.to_z, self.own, strict=True):
+            m = m + torch.sigmoid(z) * to_m(m)
+            z = z + to_z(m)
+            z = z + torch.tanh(own(z))
+        return m, z
+
+
 def codes(model):
     return [refusal.code for refusal in passes.plan(torch.fx.symbolic_trace(model)).refusals]
 
@@ -62,6 +77,12 @@ def test_each_add_of_both_is_there():
     named = mnet_fx.momentumize(Mesh(), regions=["layers"])
     named(*inputs)
     assert named.report.rewritten_adds == 4
+
+
+def test_a_sum_that_knows_of_its_stream_through_the_other_is_there():
+    report = mnet_fx.report(Pairs(), (torch.randn(3, 4), torch.randn(3, 4)))
+    assert [add.code for add in report.adds].count("two_streams") == 3
+    assert len(report.adds) == report.residual_adds == 9
 
 
 @pytest.mark.parametrize("model", [Mesh(direct=False), Mesh(mixes=False), Masked()], ids=["only e", "a product", "a mask"])
