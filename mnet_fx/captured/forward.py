@@ -57,6 +57,7 @@ __all__ = ["CapturedForward"]
 log = logging.getLogger("mnet_fx")
 
 _SLOW = 2.0  # seconds of a capture that are worth a line in the log
+_COURSES = 1000  # that are remembered at most; where layers are dropped at random, nearly each call takes another
 
 
 class CapturedForward:
@@ -232,6 +233,8 @@ class CapturedForward:
                 self._warn_of_nothing(call)
         if call.new or (call.graphs and call.course not in self.taken_in):  # also of what was captured in a call that raised
             self._take_in(call)
+            if len(self.taken_in) >= _COURSES:
+                self.taken_in.clear()
             self.taken_in.add(call.course)
 
     def _take_in(self, call: Call, complete: bool = True) -> None:

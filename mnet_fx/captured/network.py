@@ -62,8 +62,11 @@ class Graph:
         self._elsewhere: dict[str, Graph] = {}
 
     def at(self, entered: str) -> Graph:
-        """The graph as it runs for another module than it was captured for: Dynamo has one for the layers of a list that are alike."""
-        if entered == self.entered:
+        """The graph as it runs for another module than it was captured for: Dynamo has one for the layers of a list that are alike.
+
+        What is captured or run outside of any module is a function's, and whose tensors it gets is not known.
+        """
+        if entered == self.entered or not entered or not self.entered:
             return self
         if entered not in self._elsewhere:
             self._elsewhere[entered] = self._moved(entered)
@@ -71,8 +74,7 @@ class Graph:
 
     def _moved(self, entered: str) -> Graph:
         def moved(path: str) -> str:
-            inside = path == self.entered or path.startswith(f"{self.entered}.") or not self.entered
-            return joined(entered, path[len(self.entered) :].removeprefix(".")) if inside else path
+            return f"{entered}{path[len(self.entered) :]}" if f"{path}.".startswith(f"{self.entered}.") else path
 
         def chains(found: Iterable[Chain]) -> Iterable[Chain]:
             return (tuple(map(moved, chain)) for chain in found)
