@@ -406,7 +406,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ),
     ("mnet_fx/inner.py", "dynamo_config.skip_nnmodule_hook_guards = False", "pass"),
     ("mnet_fx/compiled/artifacts.py", " and not recurrent(body)", ""),
-    ("mnet_fx/compiled/backend.py", 'return gm if self.inner != "eager" and recurrent(gm) else inner', "return inner"),
+    ("mnet_fx/compiled/backend.py", "return gm if recurrent(gm) else inner", "return inner"),
     ("mnet_fx/captured/forward.py", "        self.sized = False\n", ""),
     ("passes/capturing/sizes.py", "int_truediv = staticmethod(operator.truediv)", "pass"),
     ("passes/graphs/facts.py", '"identity" if _repeats', '"identity" if False and _repeats'),

@@ -95,8 +95,8 @@ class Capture(Backend):
         if getattr(reason, "graph_break", False):
             graph.complete = False
             graph.broken = self._broken(reason, found, report, prefix)
-            if graph.broken is not None and all(refusal.code != "graph_break" for refusal in report.refusals):
-                graph.report = dataclasses.replace(graph.report, refusals=(*graph.report.refusals, _unseen(self.forward.owner, reason)))
+            if graph.broken is not None:  # adds may be half in it, which nobody sees
+                graph.report = _with_break(report, "", f"Dynamo breaks its graph of {type(self.forward.owner).__name__}{said([reason])}")
         return graph
 
     def _prefix(self, found: Found, example_inputs: list[Any]) -> str:
@@ -133,10 +133,8 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
         return None
     why = f"Dynamo breaks its graph between the layers of {listed}{told}"
     for graph in among[listed]:
-        graph.report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
-        if all(refusal.code != "graph_break" for refusal in graph.report.refusals):
-            found = Refusal("graph_break", "", listed, f"{why}: each is a chain of its own", CODES["graph_break"].hint)
-            graph.report = dataclasses.replace(graph.report, refusals=(*graph.report.refusals, found))
+        report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
+        graph.report = _with_break(report, listed, f"{why}: each is a chain of its own")
     return _warning(owner, "between the layers of a list", told, listed)
 
 
@@ -148,9 +146,12 @@ def _list_around(owner: nn.Module, chain: Chain) -> str | None:
     return listed if not lists and len(layers) == 1 else None
 
 
-def _unseen(owner: nn.Module, reason: Any) -> Refusal:
-    """For a graph that ends among the layers of a list, so that adds may be half in it, which nobody sees."""
-    return Refusal("graph_break", "", "", f"Dynamo breaks its graph of {type(owner).__name__}{said([reason])}", CODES["graph_break"].hint)
+def _with_break(report: Report, path: str, explanation: str) -> Report:
+    """A report that tells of a graph break, if it does not already."""
+    if any(refusal.code == "graph_break" for refusal in report.refusals):
+        return report
+    found = Refusal("graph_break", "", path, explanation, CODES["graph_break"].hint)
+    return dataclasses.replace(report, refusals=(*report.refusals, found))
 
 
 def said(breaks: Sequence[Any]) -> str:

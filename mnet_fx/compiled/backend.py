@@ -159,7 +159,7 @@ class Backend:
         """A planned graph with its regions, and everything else compiled by the inner compiler."""
         inner: Compile = torch._dynamo.lookup_backend(self.inner)
         if isinstance(found, Refusal) or not found.plan.regions:
-            return gm if self.inner != "eager" and recurrent(gm) else inner(gm, example_inputs)
+            return gm if recurrent(gm) else inner(gm, example_inputs)
         return _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
 
     def _fuses(self) -> bool:
