@@ -130,6 +130,12 @@ with torch.no_grad(): {x} = {x} + {e}
 with torch.no_grad(): {v} = {x}.detach() + {e}; {x} = {x} + {v}
 {x} = {x} + {e} if self.training else {x} + {e2}
 {x} = {x}.where({x} > 9, {x} + {e})
+{x} = ({x} + {e}) * (s > 0)
+{x} = ({x} + {e}).masked_fill(s > 1, 0.5)
+{x} = torch.where(s > 0, {x} + {e}, s)
+{x} = ({x} + {e}) + s.tanh()
+{x} = self.norm({x} + {e}) * {b}.sigmoid()
+{x} = {x} + {e}; {x} = {x}.mul_(s.tanh())
 """.strip().splitlines()
 WRITING_STEPS = """
 {x} += {e}

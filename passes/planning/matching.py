@@ -15,15 +15,13 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from passes.graphs.facts import Facts, owner_path, shape_of
-from passes.graphs.ops import LINKS, MIXING, is_add, is_other_sum, operands, word_of
+from passes.graphs.facts import Facts, owner_path
+from passes.graphs.ops import MIXING, is_add, is_other_sum, operands
+from passes.planning.links import Link, link_of, made_of, tail_of
 from passes.regions import ResidualAdd
 
-__all__ = ["Chain", "Link", "Projection", "ResidualSum", "chains", "link_of", "match"]
+__all__ = ["Chain", "Projection", "ResidualSum", "chains", "match"]
 
-Link = tuple[fx.Node, ...]
-_WIDE = LINKS | {"scale", "add", "elementwise", "reduce", "layout"}
-_WIDEST = 40  # most nodes of a link that branches
 _SHORT_SIDE = 24  # longest projection that is looked for: the walk back along the short side of a sum
 
 
@@ -55,6 +53,7 @@ class Chain:
 
     sums: tuple[ResidualSum, ...]
     links: tuple[Link, ...]
+    tail: Link  # after the last sum, where all links are alike
 
 
 @dataclass(frozen=True)
@@ -129,13 +128,9 @@ def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
 
 def _unscaled(term: fx.Node, facts: Facts) -> fx.Node:
     """The value behind multiplications by numbers."""
-    while (facts.kinds[term] == "identity" or _is_scale(term, facts)) and len(term.all_input_nodes) == 1:
+    while facts.kinds[term] in ("identity", "scale") and len(term.all_input_nodes) == 1:
         term = term.all_input_nodes[0]
     return term
-
-
-def _is_scale(node: fx.Node, facts: Facts) -> bool:
-    return facts.kinds[node] == "scale" and len(node.all_input_nodes) == 1
 
 
 def _plain_terms(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -259,64 +254,6 @@ def _short_side(start: fx.Node, facts: Facts) -> list[fx.Node]:
     return path
 
 
-def link_of(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[fx.Node, Link] | None:
-    """Follow a skip back through link operations to a residual add.
-
-    Args:
-        start: the skip.
-        ends: residual sums by add.
-        facts: facts of the graph.
-
-    Returns:
-        The add and the nodes between it and the skip, the skip included, in graph order; None if the skip starts a chain.
-    """
-    path: list[fx.Node] = []
-    node = start
-    while node not in ends:
-        if not is_link(node, facts):
-            return _wide_link(start, ends, facts)
-        path.append(node)
-        node = _linked(node, facts)
-    return node, tuple(reversed(path))
-
-
-def _wide_link(start: fx.Node, ends: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[fx.Node, Link] | None:
-    """A link that branches, such as a norm in single operations, or one between two changes of layout.
-
-    The skip must be computed from one residual add alone, without mixing, and have its shape; so only where shapes are recorded.
-    """
-    seen, stack, found = {start}, [start], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if facts.kinds[node] not in _WIDE or shape_of(node) is None or node in facts.writes or len(seen) > _WIDEST:
-            return None
-        if word_of(node.target) == "detach":
-            return None
-        for source in facts.flow[node]:
-            if source in ends:
-                found.add(source)
-            elif source in facts.varies and source not in seen:
-                seen.add(source)
-                stack.append(source)
-    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):
-        return None
-    return end, tuple(sorted(seen, key=facts.index.__getitem__))
-
-
-def is_link(node: fx.Node, facts: Facts) -> bool:
-    """True for an operation on one varying value that keeps its shape, and through which gradients pass."""
-    if word_of(node.target) == "detach":  # gradients end there
-        return False
-    varying = [source for source in facts.flow[node] if source in facts.varies]
-    if len(varying) != 1 or (varying[0] is not (operands(node) or (None,))[0] and not _is_scale(node, facts)):
-        return False
-    return facts.kinds[node] in LINKS or _is_scale(node, facts)
-
-
-def _linked(node: fx.Node, facts: Facts) -> fx.Node:
-    return next(source for source in facts.flow[node] if source in facts.varies)
-
-
 def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
     """Join residual sums into chains; where several continue the same one, the longest continuation wins, and the
     last of equally long ones, which is the outer one if they are nested.
@@ -328,7 +265,8 @@ def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
     Returns:
         Chains that hold each sum exactly once, some of them of a single sum, ordered by their first add.
     """
-    before = {add: link for add, found in sums.items() if (link := link_of(found.skip, sums, facts)) is not None}
+    descended = made_of(sums, facts)
+    before = {add: link for add, found in sums.items() if (link := link_of(found.skip, sums, descended, facts)) is not None}
     successor: dict[fx.Node, fx.Node] = {}
     length = dict.fromkeys(sums, 1)
     for add in reversed(sums):
@@ -337,13 +275,13 @@ def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
             if previous not in successor or length[add] > length[successor[previous]]:
                 successor[previous] = add
                 length[previous] = length[add] + 1
-    return tuple(_chain(add, sums, before, successor) for add in sums if add not in before or successor[before[add][0]] is not add)
-
-
-def _chain(
-    add: fx.Node, sums: dict[fx.Node, ResidualSum], before: dict[fx.Node, tuple[fx.Node, Link]], successor: dict[fx.Node, fx.Node]
-) -> Chain:
-    adds = [add]
-    while adds[-1] in successor:
-        adds.append(successor[adds[-1]])
-    return Chain(tuple(sums[node] for node in adds), ((), *(before[node][1] for node in adds[1:])))
+    found = []
+    for add in sums:
+        if add not in before or successor[before[add][0]] is not add:
+            adds = [add]
+            while adds[-1] in successor:
+                adds.append(successor[adds[-1]])
+            links = [before[node][1] for node in adds[1:]]
+            tail = tail_of(adds[-1], links, descended, facts)
+            found.append(Chain(tuple(sums[node] for node in adds), ((), *links), tail))
+    return tuple(found)

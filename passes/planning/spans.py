@@ -18,7 +18,7 @@ import torch.fx as fx
 
 from passes.graphs.facts import Facts, owner_keys, owner_path, recorded, shape_of
 from passes.graphs.ops import OUT_OF_PLACE, operands
-from passes.planning.matching import Chain, ResidualSum, is_link
+from passes.planning.matching import Chain, ResidualSum
 from passes.regions import Form, Granularity, Step
 
 __all__ = ["Span", "common_path", "dead_ends_of", "spans_of"]
@@ -107,9 +107,8 @@ def spans_of(
     Returns:
         Steps in order, each beginning where the one before ends.
     """
-    tail = _tail(chain, facts)
-    ends = [*(found.skip for found in chain.sums[1:]), tail[-1] if tail else chain.sums[-1].add]
-    links = [*chain.links[1:], tail]
+    ends = [*(found.skip for found in chain.sums[1:]), [chain.sums[-1].add, *chain.tail][-1]]
+    links = [*chain.links[1:], chain.tail]
     spans: list[Span] = []
     for group in _groups(chain, granularity):
         source, target = chain.sums[group[0]].skip, ends[group[-1]]
@@ -129,22 +128,6 @@ def _groups(chain: Chain, granularity: Granularity) -> list[list[int]]:
         same += 1
     block = [key[: same + 1] if len(key) > same else t for t, key in enumerate(keys)]
     return [list(group) for _, group in groupby(range(len(keys)), key=block.__getitem__)]
-
-
-def _tail(chain: Chain, facts: Facts) -> tuple[fx.Node, ...]:
-    """The link operations after the last add, where every link of the chain has the same and they follow here too."""
-    kinds = {tuple(facts.kinds[node] for node in link) for link in chain.links[1:]}
-    if len(kinds) != 1:
-        return ()
-    tail: list[fx.Node] = []
-    node = chain.sums[-1].add
-    for kind in kinds.pop():
-        following = [user for user in node.users if facts.kinds[user] == kind and is_link(user, facts) and node in user.all_input_nodes]
-        if not following:
-            return ()
-        node = following[0]
-        tail.append(node)
-    return tuple(tail)
 
 
 def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], first: bool) -> set[fx.Node]:

@@ -147,6 +147,62 @@ def test_links_that_branch(link, chains):
         assert_exact(model, (x,), x)
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda self, x, m: x * m,
+        lambda self, x, m: x.masked_fill(m < 0, 0.5),
+        lambda self, x, m: torch.where(m > 0, x, self.norm.bias),
+        lambda self, x, m: self.norm(x) * m.sigmoid().mean(-1, keepdim=True),
+        lambda self, x, m: (x.mT * m.mT).mT,
+        lambda self, x, m: x.mul_(m),
+        lambda self, x, m: x.mul_(2).masked_fill_(m < 0, 0.5),
+    ],
+)
+def test_links_with_side_inputs(link):
+    """As a mask of padding after each block; the side input has gradients, and all links are steps' ends, the last one too."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fcs, self.norm = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(8)
+
+        def forward(self, x, m):
+            x = x.tanh()
+            m = 2 * m
+            for fc in self.fcs:
+                x = link(self, x + torch.tanh(fc(x)), m)
+            return x
+
+    model, x, m = Masked(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    m[0, 0] = 0.0
+    plan = passes.plan(levelled(model, x, m))
+    assert [len(region.steps) for region in plan.regions] == [3]
+    assert [step.form for step in plan.regions[0].steps] == ["block"] * 3
+    assert_same_model(model, mnet_fx.momentumize(model, (x, m), gamma=0), x, m)
+    assert_exact(model, (x, m), x, m)
+
+
+def test_what_a_residual_sum_went_into_is_no_side_input_of_a_link():
+    """A gate from the first block: it would be a side input from inside."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fcs = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            gate = x = x + torch.tanh(self.fcs[0](x))
+            for fc in self.fcs[1:3]:
+                x = x + torch.tanh(fc(x))
+            x = x * gate.sigmoid()
+            return x + torch.tanh(self.fcs[3](x))
+
+    model, x = Gated(), torch.randn(2, 8)
+    assert [len(region.steps) for region in passes.plan(levelled(model, x)).regions] == [3]
+    assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
+
+
 class TwoAdds(nn.Module):
     """Two single adds with something between them."""
 
