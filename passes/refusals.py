@@ -63,6 +63,14 @@ CODES: dict[str, Code] = {
         "Fewer consecutive steps than a region must have.",
         "Nothing needs to be done: a single step saves no memory.",
     ),
+    "interrupted": Code(
+        "Between two sums the stream passes through more than norms, activations, scales and masks, and the chains there are too short.",
+        "Put it into a branch; or, where it belongs to a layer, name the list of layers, momentumize(model, regions=[...]).",
+    ),
+    "left_before": Code(
+        "The first call of the model left the add as it is, and all calls are one network.",
+        "See what that call says of it, in train mode or eval mode; or name the list of layers, momentumize(model, regions=[...]).",
+    ),
     "nested": Code(
         "The add lies inside a step of another region and is in no chain of its own there, or around longer chains.",
         "Inside of a step nothing needs to be done: its region frees that memory; around longer chains, rest='checkpoint' runs it again.",

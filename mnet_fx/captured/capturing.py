@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 import torch.fx as fx
 from torch import nn
 
@@ -21,7 +22,7 @@ from ..reporting.build import relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .calls import PREFIX
-from .network import Chain, Graph, graph_of, with_paths
+from .network import Chain, Graph, Network, chains_of, graph_of, with_paths
 
 __all__ = ["Capture", "cut", "said"]
 
@@ -31,6 +32,7 @@ class Caller(Protocol):
 
     owner: nn.Module
     settings: Settings
+    network: Network
     regions: list[ChainRegion]
     keepings: list[Keeping]
 
@@ -61,9 +63,14 @@ class Capture(Backend):
         call = self.forward.running()
         found = self.planned(gm)
         if isinstance(found, Found):
+            found = self._as_before(found, example_inputs)
             before = {id(graph): graph for graph in (*call.graphs, *call.new)} if call is not None else {}
             found = self._named(found, sum(len(graph.chains) for graph in before.values()))
         graph = self._noted(gm, found, self.report(gm, found), example_inputs)
+        left = sum(refusal.code == "left_before" for refusal in graph.report.refusals)
+        if left and torch.is_grad_enabled():
+            name = type(self.forward.owner).__name__
+            graph.broken = graph.broken or f"{name}: {left} residual adds stay as they are, as the first call of the model left them"
         graph.entered = call.place if call is not None else ""
         run = self.compiled(gm, found, example_inputs)
         self.forward.regions += getattr(run, "regions", [])
@@ -77,6 +84,19 @@ class Capture(Backend):
             return run(*inputs)
 
         return counted
+
+    def _as_before(self, found: Found, example_inputs: list[Any]) -> Found:
+        """The plan with the chains that the captures before found in these modules, as far as it can have them."""
+        prefix, network = self._prefix(found, example_inputs), self.forward.network
+        parts = {chain: network.divided(chain) for chain in chains_of(found.plan, prefix)}
+        if all(part is None or part == (range(len(chain)),) for chain, part in parts.items()):
+            return found
+
+        def divided(paths: Sequence[str]) -> Sequence[range]:
+            part = network.divided(tuple(joined(prefix, path) for path in paths))
+            return (range(len(paths)),) if part is None else part
+
+        return found.divided(self.settings, divided)
 
     def _named(self, found: Found, before: int) -> Found:
         """The plan with names that no region of another graph of this call has."""
@@ -96,7 +116,8 @@ class Capture(Backend):
             graph.complete = False
             graph.broken = self._broken(reason, found, report, prefix)
             if graph.broken is not None:  # adds may be half in it, which nobody sees
-                graph.report = _with_break(report, "", f"Dynamo breaks its graph of {type(self.forward.owner).__name__}{said([reason])}")
+                where = f"Dynamo breaks its graph of {type(self.forward.owner).__name__}{said([reason])}"
+                graph.report = _with_break(graph.report, "", where)
         return graph
 
     def _prefix(self, found: Found, example_inputs: list[Any]) -> str:

@@ -20,7 +20,7 @@ from passes import Plan, Step, joined, owner_stack
 from ..errors import MnetError
 from ..reporting.report import AddReport, Report, Stretch
 
-__all__ = ["Chain", "Graph", "Network", "graph_of", "with_paths"]
+__all__ = ["Chain", "Graph", "Network", "chains_of", "graph_of", "with_paths"]
 
 Chain = tuple[str, ...]
 """The paths of the modules that own the steps of a chain, in order."""
@@ -40,7 +40,7 @@ class Graph:
         ran: paths of the modules whose code it holds.
         closed: paths of the modules that plain Python must not run: those that own steps, and those called in the steps of a module that
             owns several.
-        broken: where it ends in a graph break, the warning that this deserves; else None.
+        broken: the warning that it deserves, where it ends in a graph break, or leaves adds as a call before did; else None.
         complete: whether it does not end in a graph break.
         refused: why a call that runs it is an error, or None.
         entered: path of the module that Python was in when it was captured, "" for the model itself.
@@ -105,7 +105,7 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
     named = {node.name: node for node in gm.graph.nodes}
     computed = [node for node in named.values() if node.op not in ("placeholder", "get_attr", "output")]
     ran = {joined(prefix, path) for node in computed for path in ("", *owner_stack(node))} | {joined(prefix, path) for path in run}
-    chains = _chains(plan, prefix)
+    chains = chains_of(plan, prefix)
     owned = [path for chain in chains for path in chain]
     closed = set(owned)
     for step in (step for region in plan.regions for step in region.steps):
@@ -113,11 +113,11 @@ def graph_of(gm: fx.GraphModule, plan: Plan, report: Report, prefix: str, run: I
         if owned.count(owner) > 1 or not owner:
             for node in _leading(step, named):
                 closed |= set(_below(owner, [joined(prefix, path) for path in owner_stack(node)]))
-    left = frozenset(chain for body in bodies for chain in _chains(body, prefix))
+    left = frozenset(chain for body in bodies for chain in chains_of(body, prefix))
     return Graph(report, tuple(chains), frozenset(ran), frozenset(closed - {""}), left)
 
 
-def _chains(plan: Plan, prefix: str) -> list[Chain]:
+def chains_of(plan: Plan, prefix: str) -> list[Chain]:
     return [tuple(joined(prefix, step.path) for step in region.steps) for region in plan.regions]
 
 
@@ -219,6 +219,27 @@ class Network:
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
 
+    def divided(self, chain: Chain) -> Sequence[range] | None:
+        """The steps of a chain that are chains of this network, or lie in modules that never ran; None where these and others are one."""
+        if chain in self.chains or not _meets(chain, self.ran, self.entered):
+            return (range(len(chain)),)
+        found, loose, t = list[range](), list[int](), 0
+        owners = [set(known) for known in self.chains]
+        if len(set().union(*owners)) < sum(map(len, owners)):
+            return None  # chains of one module, which its path does not tell apart
+        while t < len(chain):
+            known = next((known for known in self.chains if chain[t : t + len(known)] == known), None)
+            found += [range(t, t + len(known))] if known else []
+            loose += [] if known else [t]
+            t += len(known) if known else 1
+        twice = len({chain[part.start] for part in found}) < len(found)
+        if twice or any(_overlap(chain[t], owner) for t in loose for owner in set().union(*owners)):
+            return None
+        fresh = [t for t in loose if not _meets((chain[t],), self.ran, self.entered)]
+        starts = [t for t in fresh if t - 1 not in fresh]
+        found += [range(t, next(end for end in itertools.count(t) if end not in fresh)) for t in starts]
+        return sorted(found, key=lambda part: part.start)
+
     def none_ran(self, entered: Collection[str], unseen: Collection[str]) -> bool:
         """Whether a call without graphs surely ran no step of the chains that there are, as where each layer was dropped."""
         return bool(self.chains) and not any(_meets(chain, {"", *unseen}, entered) for chain in self.chains)
@@ -252,6 +273,11 @@ class Network:
 def _meets(chain: Chain, ran: Collection[str], entered: Collection[str]) -> bool:
     """Whether a module of a chain is among those that ran, or Python called it or one inside of it."""
     return any(path in ran or any(f"{inner}.".startswith(f"{path}.") for inner in entered) for path in chain)
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one of two modules is the other or lies in it."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _described(chain: Chain) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -173,6 +173,11 @@ class Found:
     unlifted: Unlifted
     plan: Plan
     bodies: Bodies
+
+    def divided(self, settings: Settings, divided: Callable[[Sequence[str]], Sequence[range]]) -> Found:
+        """The same with other chains, see `passes.plan`."""
+        plan = passes.plan(self.unlifted.graph_module, **_how(settings), divided=divided)
+        return dataclasses.replace(self, plan=with_reversed(self.unlifted.graph_module, plan, settings))
 
 
 def _plan(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence, Set
 
 import torch.fx as fx
+import torch.utils._pytree as pytree
 
 from passes.graphs.facts import Facts, shape_of
 from passes.graphs.ops import LINKS, operands, word_of
 
-__all__ = ["Link", "link_of", "made_of", "tail_of"]
+__all__ = ["Link", "interruption_of", "link_of", "made_of", "tail_of"]
 
 Link = tuple[fx.Node, ...]
 _WIDE = LINKS | {"scale", "add", "elementwise", "reduce", "layout"}
 _WIDEST = 40  # most nodes of a link that branches
+_LARGE = 1e3
 
 
 def made_of(sums: Collection[fx.Node], facts: Facts) -> Set[fx.Node]:
@@ -71,7 +73,7 @@ def _wide_link(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node
     seen, stack, found = {start}, [start], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if facts.kinds[node] not in _WIDE or shape_of(node) is None or len(seen) > _WIDEST or word_of(node.target) == "detach":
+        if not _fits(node, facts) or shape_of(node) is None or len(seen) > _WIDEST:
             return None
         for source in facts.flow[node]:
             if source in sums:
@@ -79,7 +81,7 @@ def _wide_link(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node
             elif source in descended and source not in seen:
                 seen.add(source)
                 stack.append(source)
-    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start):
+    if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start) or not _gradients_come(start, end, seen, facts):
         return None
     memory = {facts.base[node] for node in (end, *seen)}
     if any(not memory.issuperset(facts.writes.get(node, ())) for node in seen):  # such as buffers
@@ -87,17 +89,68 @@ def _wide_link(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node
     return end, tuple(sorted(seen, key=facts.index.__getitem__))
 
 
+def _gradients_come(start: fx.Node, end: fx.Node, inside: Set[fx.Node], facts: Facts) -> bool:
+    """Whether a way from the skip back to the sum passes no `detach`."""
+    seen, queue = {start}, [start]
+    for node in queue:
+        if node is end:
+            return True
+        if word_of(node.target) != "detach":
+            new = [source for source in facts.flow[node] if (source in inside or source is end) and source not in seen]
+            seen.update(new)
+            queue += new
+    return False
+
+
+def _fits(node: fx.Node, facts: Facts) -> bool:
+    """Whether the values of a node are a stream's, which has one grid for all of them: none is -inf or -1e9, as before a maximum."""
+    if facts.kinds[node] not in _WIDE or word_of(node.target) not in ("masked_fill", "where"):
+        return facts.kinds[node] in _WIDE
+    made = [source for source in node.all_input_nodes if facts.kinds[source] == "create"]  # such as torch.full(...)
+    numbers = (value for one in (node, *made) for value in pytree.tree_leaves((one.args, one.kwargs)) if isinstance(value, (int, float)))
+    return all(abs(value) < _LARGE for value in numbers)
+
+
+def interruption_of(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node], facts: Facts) -> tuple[fx.Node, fx.Node] | None:
+    """Of a skip without a link, the residual sum of its shape from which it is computed, and what stands between that a link may not be."""
+    seen, queue, ends, barred = {start}, [start], list[fx.Node](), list[fx.Node]()
+    for node in queue:
+        if node in sums:
+            ends.append(node)
+            continue
+        if not _fits(node, facts) or word_of(node.target) == "detach":
+            barred.append(node)
+        new = [source for source in facts.flow[node] if source in descended and source not in seen]
+        seen.update(new)
+        queue += new
+    end = max(ends, key=facts.index.__getitem__, default=start)
+    alike = end is not start and shape_of(end) == shape_of(start) is not None
+    return (end, barred[0]) if barred and alike else None
+
+
 def tail_of(end: fx.Node, links: Sequence[Link], descended: Set[fx.Node], facts: Facts) -> Link:
     """What follows the last sum of a chain, where every link of the chain has the same operations and they follow here too."""
     kinds = {tuple(facts.kinds[node] for node in link) for link in links}
     node, found = end, list[fx.Node]()
-    for kind in kinds.pop() if len(kinds) == 1 else ():
-        following = next((user for user in node.users if facts.kinds[user] == kind and _reads_only(node, user, descended, facts)), None)
+    for one in links[-1] if len(kinds) == 1 else ():
+        following = next((user for user in node.users if _alike(user, one, facts) and _reads_only(node, user, descended, facts)), None)
         if following is None:
             return ()
         node = following
         found.append(node)
     return tuple(found) if shape_of(node) == shape_of(end) else ()
+
+
+def _alike(a: fx.Node, b: fx.Node, facts: Facts) -> bool:
+    """Whether two nodes do the same; two norms, activations or dropouts are alike."""
+    if facts.kinds[a] != facts.kinds[b] or facts.kinds[a] in LINKS:
+        return facts.kinds[a] == facts.kinds[b]
+    return a.target == b.target and _values(a) == _values(b)
+
+
+def _values(node: fx.Node) -> list[object]:
+    """What a node is given that is no node."""
+    return [None if isinstance(value, fx.Node) else value for value in pytree.tree_leaves((node.args, node.kwargs))]
 
 
 def _reads_only(source: fx.Node, node: fx.Node, descended: Set[fx.Node], facts: Facts) -> bool:

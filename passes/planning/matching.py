@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from passes.graphs.facts import Facts, owner_path
 from passes.graphs.ops import MIXING, is_add, is_other_sum, operands
-from passes.planning.links import Link, link_of, made_of, tail_of
+from passes.planning.links import Link, interruption_of, link_of, made_of, tail_of
 from passes.regions import ResidualAdd
 
 __all__ = ["Chain", "Projection", "ResidualSum", "chains", "match"]
@@ -54,6 +54,7 @@ class Chain:
     sums: tuple[ResidualSum, ...]
     links: tuple[Link, ...]
     tail: Link  # after the last sum, where all links are alike
+    interruption: tuple[fx.Node, fx.Node] | None  # the sum before the first skip, and why there is no link to it
 
 
 @dataclass(frozen=True)
@@ -283,5 +284,6 @@ def chains(sums: dict[fx.Node, ResidualSum], facts: Facts) -> tuple[Chain, ...]:
                 adds.append(successor[adds[-1]])
             links = [before[node][1] for node in adds[1:]]
             tail = tail_of(adds[-1], links, descended, facts)
-            found.append(Chain(tuple(sums[node] for node in adds), ((), *links), tail))
+            interruption = None if add in before else interruption_of(sums[add].skip, sums, descended, facts)
+            found.append(Chain(tuple(sums[node] for node in adds), ((), *links), tail, interruption))
     return tuple(found)

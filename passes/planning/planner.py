@@ -6,12 +6,12 @@ pieces --which lie in which, or in place of which--> --an order in which the gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
-from passes.graphs.facts import Facts, bytes_of, dtype_of, free_shape_of
+from passes.graphs.facts import Facts, bytes_of, dtype_of, free_shape_of, owner_path
 from passes.graphs.schedule import schedule
 from passes.planning.hoisting import hoisted
 from passes.planning.kept import kept_outside
@@ -27,6 +27,8 @@ from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 __all__ = ["plan"]
 
 
+Divided = Callable[[Sequence[str]], Sequence[range]]
+"""Given the paths of the steps of a chain, which of them may be regions, in order."""
 Refusals = dict[fx.Node, Refusal]
 """Why residual adds stay as they are, as far as one stage tells; a later stage has the last word."""
 
@@ -39,9 +41,16 @@ class _Graph:
     sums: dict[fx.Node, ResidualSum]
     dead_ends: set[fx.Node]
     min_steps: int
+    divided: Divided
 
 
-def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False) -> Plan:
+def _whole(paths: Sequence[str]) -> Sequence[range]:
+    return (range(len(paths)),)
+
+
+def plan(
+    gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int = 2, nested: bool = False, divided: Divided = _whole
+) -> Plan:
     """Find the residual chains of a graph that can each become one region; time is linear in the size of the graph.
 
     Args:
@@ -50,6 +59,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
             leaves a chain at least `min_steps` steps.
         min_steps: fewest steps of a region.
         nested: whether a chain within one step of another gets a region in the code of that step.
+        divided: which of the steps of a chain may be a region together, given the paths of their modules; default all.
 
     Returns:
         The plan; its regions and refusals together account for every residual-looking add.
@@ -63,7 +73,7 @@ def plan(gm: fx.GraphModule, *, granularity: Granularity = "add", min_steps: int
         raise ValueError(f"min_steps must be at least 1, got {min_steps}")
     facts = Facts.of(gm)
     sums, projections = match(facts)
-    graph = _Graph(facts, sums, dead_ends_of(facts), min_steps)
+    graph = _Graph(facts, sums, dead_ends_of(facts), min_steps, divided)
     pieces, illegal = _all_pieces(granularity, graph)
     nest, lost = _nested(pieces, nested, graph)
     nest, disordered = _ordered(nest, graph)
@@ -86,11 +96,25 @@ def _all_pieces(granularity: Granularity, graph: _Graph) -> tuple[list[Piece], R
     """The legal pieces of all chains."""
     pieces: list[Piece] = []
     refusals: Refusals = {}
-    for chain in chains(graph.sums, graph.facts):
+    all_chains = chains(graph.sums, graph.facts)
+    for chain in all_chains:
         found, why = _pieces(chain, granularity, graph)
         pieces += found
         refusals |= why
-    return pieces, refusals
+    return pieces, refusals | _interrupted(all_chains, refusals)
+
+
+def _interrupted(all_chains: Sequence[Chain], refusals: Refusals) -> Refusals:
+    """Of chains that are too short, those before or behind which another of the same shape would follow but for what stands between."""
+    last = {chain.sums[-1].add: chain for chain in all_chains}
+    found = Refusals()
+    for chain in all_chains:
+        if chain.interruption is not None:
+            end, barred = chain.interruption
+            why = f"%{barred.name} stands between %{end.name} and %{chain.sums[0].skip.name}, the skip of %{chain.sums[0].add.name}"
+            adds = [one.add for short in (chain, last.get(end)) if short is not None for one in short.sums]
+            found |= {add: refuse("interrupted", add, why) for add in adds if add in refusals and refusals[add].code == "too_short"}
+    return found
 
 
 def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list[Piece], Refusals]:
@@ -100,9 +124,17 @@ def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list
     pieces: list[Piece] = []
     for run in runs:
         found, why = _cut(run, graph)
-        pieces += found
         refusals |= why
+        for piece in found:
+            parts = [piece[part.start : part.stop] for part in graph.divided([_path(span) for span in piece])]
+            left = set(adds_of(piece)).difference(*map(adds_of, parts))
+            refusals |= {add: refuse("left_before", add, f"%{add.name} was in no chain there") for add in left}
+            pieces += parts
     return _pieces(chain, "add", graph) if granularity == "module" and not pieces else (pieces, refusals)
+
+
+def _path(span: Span) -> str:
+    return common_path(owner_path(found.add) for found in span.sums)
 
 
 def _legal_runs(spans: Sequence[Span], graph: _Graph) -> tuple[list[Piece], Refusals]:

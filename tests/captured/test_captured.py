@@ -632,6 +632,31 @@ def test_blocks_that_are_no_steps_under_a_context_are_another_network(what):
     assert torch.equal(net(points()), first)
 
 
+@pytest.mark.filterwarnings("ignore:.*Dynamo breaks")
+def test_a_check_in_train_mode_only_breaks_the_chain_in_eval_mode_too():
+    """As in DETR's encoder: layers that are chains of their own for training are not one chain for validation."""
+
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, x):
+            x = self.blocks(x)
+            if self.training and not torch.isfinite(x).all():
+                x = x.clamp(-9, 9)
+            return x
+
+    net = momentumize(nn.Sequential(*[Checked() for _ in range(3)]), gamma=0.9)
+    first = net(points())
+    assert [(region.path, region.steps) for region in net.report.regions] == [(f"{i}.blocks", 2) for i in range(3)]
+    assert {refusal.code for refusal in net.report.refusals} == {"graph_break"}
+    assert {refusal.path.partition(".")[0] for refusal in net.report.refusals} == {"0", "1", "2"}
+    with torch.no_grad():
+        assert torch.equal(net.eval()(points()), first)
+    assert torch.equal(net.train()(points()), first)
+
+
 def test_what_lies_in_a_module_that_python_called_has_run():
     empty, chain = Report(0, 0, (), ()), ("blocks.0.add", "blocks.1.add")
     there, nothing = Graph(empty, (chain,), frozenset(chain), frozenset(chain)), Graph(empty, (), frozenset({""}), frozenset())

@@ -248,11 +248,10 @@ def test_a_stream_that_is_not_real_floating_point_computes_what_it_did_and_the_r
     assert found.dtype is dtype
     assert torch.equal(found, expected)
     assert {(refusal.code, refusal.explanation.split()[-1]) for refusal in net.report.refusals} == {("not_real", str(dtype)[6:])}
-    with pytest.raises(
-        mnet_fx.MnetError, match=r"another momentum network .* chains of 5 steps .* another dtype or kind of tensor, .* does that"
-    ):
-        net(torch.ones(2, 6))
-    assert mnet_fx.momentumize(model)(torch.ones(2, 6)).isfinite().all()
+    with pytest.warns(mnet_fx.MnetWarning, match="5 residual adds stay as they are, as the first call of the model left them"):
+        found = net(torch.ones(2, 6))  # what is one network for one of them is for all
+    assert torch.equal(found, model(torch.ones(2, 6)))
+    assert not torch.equal(mnet_fx.momentumize(model)(torch.ones(2, 6)), found)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6), (4, 0, 6)])

@@ -1,5 +1,6 @@
 """Blocks under torch.no_grad within a forward: their chains are the momentum network's too, and no gradient comes from them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -238,6 +239,103 @@ def test_where_gradients_end_a_chain_ends():
         net = mnet_fx.momentumize(built(model))
         net(entered())
         assert [region.steps for region in net.report.regions] == steps
+
+
+class Layer(nn.Module):
+    """A layer with two adds of its own; its output goes through `around`, and not all of it goes where nothing needs gradients."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.f, self.g, self.around = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), around
+
+    def forward(self, x):
+        x = x + torch.tanh(self.f(x))
+        return self.around(x + torch.tanh(self.g(x)))
+
+
+class Layers(nn.Module):
+    def __init__(self, *around):
+        super().__init__()
+        self.layers = nn.ModuleList(map(Layer, around))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def as_it_is(x):
+    return x
+
+
+def stops_where_there_are_gradients(x):
+    return x.detach() if torch.is_grad_enabled() else x
+
+
+def mixed_where_there_are_gradients(x):
+    return x @ torch.eye(WIDTH, dtype=x.dtype) if torch.is_grad_enabled() else x * 1
+
+
+@pytest.mark.parametrize(
+    ("around", "steps"),
+    [
+        ([as_it_is, stops_where_there_are_gradients, as_it_is, as_it_is], [4, 4]),
+        ([as_it_is, stops_where_there_are_gradients, stops_where_there_are_gradients, as_it_is], [4, 2, 2]),
+    ],
+)
+def test_where_a_chain_ended_in_the_first_call_it_ends_in_all(around, steps):
+    """Without gradients, all of it would be one chain, and so another network."""
+    net = mnet_fx.momentumize(built(lambda: Layers(*around)), gamma=0.9)
+    first = net(entered())
+    assert [region.steps for region in net.report.regions] == steps
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(net(entered()), first)
+        assert torch.equal(net(entered()), first)
+    net = mnet_fx.momentumize(built(lambda: Layers(*around)), gamma=0.9)
+    with torch.no_grad():
+        net(entered())
+    with pytest.raises(mnet_fx.MnetError, match=r"another momentum network .* chains of .*, where there were 8 steps"):
+        net(entered())
+
+
+class Parted(Layer):
+    def forward(self, x):
+        x = mixed_where_there_are_gradients(x + torch.tanh(self.f(x)))
+        return mixed_where_there_are_gradients(x + torch.tanh(self.g(x)))
+
+
+@pytest.mark.parametrize(("parted", "missing", "steps"), [(2, 3, [4, 2]), (4, 1, [6])])
+def test_what_the_first_call_left_is_left_in_all(parted, missing, steps):
+    """One layer has adds that no chain had. Where another one first runs amid a chain, that is another network."""
+
+    class Some(Layers):
+        def forward(self, x, missing=missing):
+            for i, layer in enumerate(self.layers):
+                if i != missing:
+                    x = mixed_where_there_are_gradients(layer(x)) if i == parted - 1 else layer(x)
+            return x
+
+    def build():
+        model = Some(*[as_it_is] * 5)
+        model.layers[parted] = Parted(as_it_is)
+        return model
+
+    net = mnet_fx.momentumize(built(build), gamma=0.9)
+    first = net(entered())
+    assert [region.steps for region in net.report.regions] == steps
+    with torch.no_grad():
+        assert torch.equal(net.eval()(entered()), first)
+        assert torch.equal(net.train()(entered()), first)
+    assert {refusal.code for refusal in net.report.refusals} == {"interrupted"}
+    assert {refusal.code for refusal in net.forward.network.reports[False].refusals} == {"left_before"}
+    amid = pytest.raises(mnet_fx.MnetError, match="another momentum network") if parted == 4 else contextlib.nullcontext()
+    with torch.no_grad(), amid:
+        net(entered(), missing=None)
+
+
+def test_chains_of_one_module_are_not_told_apart_by_its_path():
+    """All adds are the model's own."""
     net = mnet_fx.momentumize(built(Middle))
     net(entered())
     with torch.no_grad(), pytest.raises(mnet_fx.MnetError, match="another momentum network"):
@@ -307,8 +405,9 @@ def test_layers_that_would_be_two_networks_are_an_error(context):
     net = mnet_fx.momentumize(built(Twice).float(), gamma=0.9)
     with pytest.warns(mnet_fx.MnetWarning, match="no residual chain"):
         net(entered().float(), both=False)
-    with pytest.raises(mnet_fx.MnetError, match="another momentum network"):
+    with pytest.warns(mnet_fx.MnetWarning, match="4 residual adds stay as they are, as the first call of the model left them"):
         net(entered().float())
+    assert {refusal.code for refusal in net.report.refusals} == {"lost_context"}
 
 
 def test_what_is_done_without_the_mode():

@@ -183,6 +183,94 @@ def test_links_with_side_inputs(link):
     assert_exact(model, (x, m), x, m)
 
 
+class Padded(nn.Module):
+    """A mask between blocks, and another fill behind the last one."""
+
+    def __init__(self, last, between=0.0):
+        super().__init__()
+        self.fcs, self.last, self.between = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), last, between
+
+    def forward(self, x, pad):
+        x = x.tanh()
+        for fc in self.fcs:
+            x = self.between(x) if callable(self.between) else x.masked_fill(pad, self.between)
+            x = x + torch.tanh(fc(x))
+        return self.last(x, pad)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda x, pad: x.masked_fill(pad, -torch.inf).amax(1),
+        lambda x, pad: x.masked_fill(pad, 1.0),
+        lambda x, pad: torch.where(pad, -1e9, x).amax(1),
+    ],
+)
+def test_a_fill_behind_the_last_block_that_is_not_that_between_blocks_is_no_part_of_the_chain(last):
+    """In a stream with one grid for all its elements, -inf would leave no bits for the others."""
+    model, x, pad = Padded(last), torch.randn(2, 5, 8), torch.zeros(2, 5, 1, dtype=torch.bool)
+    pad[0, 3:] = True
+    (region,) = passes.plan(levelled(model, x, pad)).regions
+    assert [step.form for step in region.steps] == ["block", "block", "block", "branch"]
+    assert_same_model(model, mnet_fx.momentumize(model, (x, pad), gamma=0), x, pad)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e9, torch.finfo(torch.float32).min, torch.nan])
+@pytest.mark.parametrize("full", [False, True])
+def test_fills_with_no_number_are_no_links(value, full):
+    def between(x):
+        return torch.where(x > 2, torch.full((), value), x) if full else x.masked_fill(x > 2, value)
+
+    model, x = Padded(lambda x, pad: x, between), torch.randn(2, 5, 8)
+    plan = passes.plan(levelled(model, x, x))
+    assert not plan.regions
+    assert {refusal.code for refusal in plan.refusals} == {"interrupted"}
+
+
+def test_a_mask_that_takes_no_gradients_is_a_link_whatever_the_mode():
+    """The capture for training has a `detach` there."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fcs = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for fc in self.fcs:
+                x = x + torch.tanh(fc(x))
+                with torch.no_grad():
+                    keep = (x > 0).to(x)
+                x = x * keep
+            return x
+
+    model, x = Gated(), torch.randn(2, 5, 8)
+    net = mnet_fx.momentumize(model, (x,), gamma=0.9)
+    assert [region.steps for region in net.report.regions] == [3]
+    with torch.no_grad():
+        without = net(x)
+    assert torch.equal(net(x), without)
+    assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
+    assert_exact(model, (x,), x)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_a_mask_sets_to_zero_is_zero_if_the_chain_begins_so(masked):
+    """As docs/what-to-know.md says, with momentum; the original masks after each block."""
+
+    class After(Padded):
+        def forward(self, x, pad):
+            for fc in self.fcs:
+                x = (x + torch.tanh(fc(x))).masked_fill(pad, 0.0)
+            return x
+
+    model, x, pad = After(None), torch.randn(2, 5, 8), torch.zeros(2, 5, 1, dtype=torch.bool)
+    pad[0, 3:] = True
+    net = mnet_fx.momentumize(model, (x, pad), gamma=0.9)
+    assert [region.steps for region in net.report.regions] == [4]
+    found = net(x.masked_fill(pad, 0.0) if masked else x, pad)
+    assert found[0, 3:].any() != masked
+
+
 def test_what_a_residual_sum_went_into_is_no_side_input_of_a_link():
     """A gate from the first block: it would be a side input from inside."""
 

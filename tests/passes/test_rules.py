@@ -107,6 +107,12 @@ def within(self, x):
     return inner(inner(x))
 
 
+def mixed_between(self, x):
+    for f in self.f:
+        x = torch.cumsum(x + f(x), -1)
+    return x
+
+
 def branches(self, x):
     return residual(self, x) if x.sum() > 0 else x
 
@@ -136,6 +142,17 @@ def in_a_report(forward):
         return mnet_fx.momentumize(program(forward, f=linears(3)), (torch.randn(2, 4),)).report.refusals
 
 
+def left_by_the_first_call():
+    """The other code that a plan alone does not give."""
+
+    def forward(self, x):
+        x = residual(self, x)
+        return x.cumsum(-1) + x
+
+    gm = by_dynamo(program(forward, f=linears(4)), torch.randn(2, 4))
+    return plan(gm, divided=lambda paths: (range(1, len(paths)),)).refusals
+
+
 TRIGGERS = {
     "projection_shortcut": lambda: traced(projection_shortcut),
     "two_streams": lambda: traced(nodes_and_edges),
@@ -148,6 +165,8 @@ TRIGGERS = {
     "side_from_inside": lambda: traced(reads_inside),
     "interleaved": lambda: traced(written_between),
     "too_short": lambda: traced(single),
+    "interrupted": lambda: captured(mixed_between, torch.randn(2, 4)),
+    "left_before": left_by_the_first_call,
     "nested": lambda: traced(within),
     "untraceable": lambda: mnet_fx.momentumize(program(branches, f=linears(3))).report.refusals,
     "lost_context": lambda: in_a_report(in_autocast),
@@ -205,3 +224,20 @@ def test_running_statistics_that_are_buffers_are_not_refused():
         return x
 
     assert not traced(forward, f=nn.ModuleList(nn.BatchNorm1d(4) for _ in range(3)))
+
+
+def test_what_stands_between_two_sums_is_named():
+    """Once for both of them; not where the shape changes in between, where there is nothing to be done."""
+
+    def forward(self, x):
+        x = x + self.f[0](x).tanh()
+        x = (x + self.f[1](x).tanh()).cumsum(-1) * 2
+        x = x + self.f[2](x).tanh()
+        x = x.repeat(1, 2)[:, :3].cumsum(-1)
+        return x + x.sort(-1).values
+
+    model = program(forward, f=linears(3))
+    found = {refusal.node: refusal for refusal in plan(by_dynamo(model, torch.randn(2, 4)), min_steps=3).refusals}
+    assert [refusal.code for refusal in found.values()] == ["interrupted"] * 3 + ["too_short"]
+    text = {refusal.explanation for refusal in found.values() if refusal.code == "interrupted"}
+    assert text == {"%cumsum stands between %add_1 and %x_1, the skip of %x_2"}
