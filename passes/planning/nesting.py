@@ -71,6 +71,12 @@ class Nest:
         above = self.parent.pop(i)
         self.parent |= {j: above for j, parent in self.parent.items() if parent == i}
 
+    def shorten(self, i: int, part: Piece) -> None:
+        """Leave of a piece only a part; what lies in the rest moves to where the piece is."""
+        self.pieces[i] = part
+        kept = nodes_of(part)
+        self.parent |= {j: self.parent[i] for j, parent in self.parent.items() if parent == i and not nodes_of(self.pieces[j]) <= kept}
+
     def _place(self, i: int, met: set[int]) -> bool:
         """Keep piece i, together with or in place of those that it shares nodes with; or not."""
         inside, across, adds = self._sorted(i, met)

@@ -6,6 +6,7 @@ pieces --which lie in which, or in place of which--> --an order in which the gra
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -207,9 +208,14 @@ def _ordered(nest: Nest, graph: _Graph) -> tuple[Nest, Refusals]:
         pieces, why = _hoisted(stuck, level, nest, graph)
         if pieces is None:
             worst = min(stuck, key=lambda i: len(adds_of(nest.pieces[i])))
-            nest.drop(worst)
+            lost = adds_of(nest.pieces[worst])
+            if (part := _part(worst, level, nest, graph)) is None:
+                nest.drop(worst)
+            else:
+                nest.shorten(worst, part)
+                lost = [add for add in lost if add not in adds_of(part)]
             found = "something between the steps of the chain of %{} has to run both after and before it"
-            why = {add: refuse("interleaved", add, found.format(add.name)) for add in adds_of(nest.pieces[worst])}
+            why = {add: refuse("interleaved", add, found.format(add.name)) for add in lost}
         else:
             nest.pieces = pieces
         refusals |= why
@@ -226,6 +232,20 @@ def _stuck(level: list[int], pieces: Sequence[Piece], graph: _Graph) -> set[int]
     found = [pieces[i] for i in level]
     copied = {node for piece in found for span in piece for node in span.copied_adds(graph.facts)}
     return {level[i] for i in schedule(graph.facts, [nodes_of(piece) for piece in found], copied)[1]}
+
+
+def _part(worst: int, level: list[int], nest: Nest, graph: _Graph) -> Piece | None:
+    """The longest beginning or end of a piece that has a place in an order; None if none is long enough."""
+    whole = nest.pieces[worst]
+
+    def is_free(part: Piece) -> bool:
+        return worst not in _stuck(level, [*nest.pieces[:worst], part, *nest.pieces[worst + 1 :]], graph)
+
+    lengths = range(graph.min_steps, len(whole))
+    head = bisect_left(lengths, True, key=lambda n: not is_free(whole[:n]))
+    tail = bisect_left(lengths, True, key=lambda n: not is_free(whole[-n:]))
+    longest = max(head, tail)
+    return None if longest == 0 else whole[: lengths[longest - 1]] if head == longest else whole[-lengths[longest - 1] :]
 
 
 def _hoisted(stuck: set[int], level: list[int], nest: Nest, graph: _Graph) -> tuple[list[Piece] | None, Refusals]:

@@ -191,6 +191,26 @@ def test_an_inner_chain_that_cannot_run_as_one_is_refused():
     assert (lengths(found), codes(found)) == ([6, 3], ["interleaved"] * 2)
 
 
+def test_where_the_end_of_a_chain_is_given_up_a_chain_in_one_of_its_steps_stays():
+    """The write stands between the last two steps of the outer chain."""
+
+    def forward(self, x, y):
+        y = y * 1
+        x = x + self.f[0](x)
+        x = x + self.f[1](x)
+        x = x + self.f[2](x) * y
+        y.mul_(2)
+        z = self.into(x)
+        for g in self.g:
+            z = z + g(z)
+        return x + self.out(z) * y
+
+    model = program(forward, f=linears(3), g=linears(2), into=nn.Linear(4, 4), out=nn.Linear(4, 4))
+    found = check_same(model, torch.randn(2, 4), torch.randn(2, 4), gradients=False, nested=True)
+    assert (lengths(found), codes(found)) == ([3, 2], ["interleaved"])
+    assert [region.within for region in found.regions] == ["", ""]
+
+
 def test_a_plan_whose_inner_region_lies_elsewhere_is_not_rewritten():
     model = chain(between(*linears(2)), between(*linears(2)))
     gm = traced(model)
