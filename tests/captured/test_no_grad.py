@@ -410,6 +410,21 @@ def test_layers_that_would_be_two_networks_are_an_error(context):
     assert {refusal.code for refusal in net.report.refusals} == {"lost_context"}
 
 
+@pytest.mark.filterwarnings("ignore:.*no residual chain")
+def test_each_block_under_autocast_of_its_own_is_said_to_be_so():
+    """Not that each is too short."""
+
+    class Off(Layer):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return x + torch.tanh(self.f(x))
+
+    model = built(lambda: Layers(*[as_it_is] * 3))
+    model.layers = nn.ModuleList(Off(as_it_is) for _ in range(3)).double()
+    net = mnet_fx.momentumize(model, (entered(),))
+    assert [(add.path, add.code) for add in net.report.adds] == [(f"layers.{i}", "lost_context") for i in range(3)]
+
+
 def test_what_is_done_without_the_mode():
     """Where all that the block gives is new, it is done on detached values; each parameter is detached where it is read."""
     graphs = []
