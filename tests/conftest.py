@@ -96,6 +96,12 @@ SLOW = (  # single cases of tests that are else run always: what they show, othe
     "test_models[opt--]",
     "test_reversible_gradients_and_buffers_are_those_of_stored[swin_t]",
     "test_every_chain_is_rewritten_and_reversible_is_stored[bert]",
+    "test_every_chain_is_rewritten_and_reversible_is_stored[gpt2]",
+    "test_other_shapes_and_modes_are_compiled_again[True]",
+    "test_blocks_in_three_layouts_are_one_chain[aot_eager]",
+    "test_finds_every_residual_add[swin_t]",
+    "test_gamma_zero_gives_the_logits_of_the_original[swin_t]",
+    "test_the_given_model_is_left_as_it_was[swin_t]",
     "test_bits_are_those_of_the_state_on_the_cpu[groups1]",
     "test_no_fake_tensor_keeps_its_history[aot_eager]",
     "test_kept_and_peak_bytes_of_an_encoder_do_not_grow_with_depth[0.1]",
@@ -114,7 +120,6 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_convolutions_within_three_percent",
     "test_the_optimizer_counts",
     "test_momentumize_plans_by_itself",
-    "test_every_chain_is_rewritten_and_reversible_is_stored[gpt2]",
     "test_it_is_the_network_of_momentumize[bert]",
     "test_gamma_zero_is_the_inner_compiler_alone[bert]",
     "test_the_cheapest_that_is_faithful_and_the_most_faithful_that_fits",
@@ -125,7 +130,6 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_an_example_runs[transformer_memory]",
     "test_memory_grows_by_what_is_kept_and_no_more[eager]",
     "test_other_shapes_and_modes_are_compiled_again[None]",
-    "test_other_shapes_and_modes_are_compiled_again[True]",
     "test_the_callback_in_the_trainer_of_hugging_face[gpt2]",
     "test_the_torchrun_example_of_the_documentation",
     "test_every_chain_is_rewritten_and_reversible_is_stored[vit_b_16]",
@@ -153,6 +157,8 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_the_largest_batch_lies_on_the_line_through_two",
     "test_a_gradient_that_is_off_by_a_hundredth_is_wrong",
     "test_a_way_that_cannot_be_built_has_a_row_that_says_why",
+    "test_lightning_finds_the_batch_size_by_an_estimate[captured]",
+    "test_models[swin--]",
     "test_the_estimate_and_a_plan_know",
     "test_a_pickle_runs_in_another_process[exported]",
 )
@@ -183,7 +189,7 @@ NEWER = (  # torch 2.14 is the first that can: Dynamo's own view of such program
 
 
 THINNED = {  # cross products of which one case in so many is run as often as it would be, and the others more rarely
-    "test_other_sizes_are_the_same_network": 3,
+    "test_other_sizes_are_the_same_network": 4,
     "test_the_original_at_gamma_zero_and_exact": 3,
     "test_all_kinds_of_call_are_one_network": 3,
     "test_the_order_is_the_models_own": 3,
@@ -217,7 +223,7 @@ def _marker(item):
     """How long a test takes for what it shows beside others; None: run always."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     everyday = item.path.stem == "test_everyday"  # the form that spills does what the other two do
-    if item.name in SLOW or (everyday and "reverse" in values):
+    if item.name in SLOW or (everyday and ("reverse" in values or ("inputs" in values and zlib.crc32(item.name.encode()) % 3))):
         return "slow"
     if item.path.stem == "test_families" and "efficientnet_b0" in {getattr(v, "name", v) for v in values}:
         return "slow"
