@@ -146,7 +146,7 @@ class CapturedForward:
         before = convert_frame.FRAME_COUNTER
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # such as KeyboardInterrupt
             self.spoilt |= before != convert_frame.FRAME_COUNTER and not isinstance(error, (TorchDynamoException, MnetError))
             raise
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from passes.graphs.facts import Facts, owner_path
+from passes.graphs.facts import Facts, owner_path, shape_of
 from passes.graphs.ops import MIXING, is_add, is_other_sum, operands
 from passes.planning.links import Link, interruption_of, link_of, made_of, tail_of
 from passes.regions import ResidualAdd
@@ -90,7 +90,7 @@ def match(facts: Facts) -> tuple[dict[fx.Node, ResidualSum], dict[fx.Node, Proje
 
 
 def _residual(add: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum]) -> ResidualSum | None:
-    """Read a sum as `skip + branch`, or with inner sums flattened as `skip + several terms`; the skip may be scaled by a number."""
+    """Read a sum as `skip + branch`, or with inner sums flattened as `skip + several terms`; the skip may be scaled."""
     plain = _plain_terms(add)
     if plain is not None:
         for skip, branch in ((skip, branch) for term, branch in (plain, plain[::-1]) for skip in _same_values(term, facts)):
@@ -128,9 +128,12 @@ def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
 
 
 def _unscaled(term: fx.Node, facts: Facts) -> fx.Node:
-    """The value behind multiplications by numbers."""
-    while facts.kinds[term] in ("identity", "scale") and len(term.all_input_nodes) == 1:
-        term = term.all_input_nodes[0]
+    """The value behind multiplications by numbers and parameters that keep its shape."""
+    while facts.kinds[term] in ("identity", "scale"):
+        scaled, *others = sorted(term.all_input_nodes, key=facts.varies.__contains__, reverse=True) or (term,)
+        if scaled is term or any(other in facts.varies or shape_of(term) is None or shape_of(scaled) != shape_of(term) for other in others):
+            break
+        term = scaled
     return term
 
 

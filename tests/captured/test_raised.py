@@ -70,7 +70,7 @@ def test_the_next_call_is_the_momentum_network_again(options, bad, stem, first):
     assert torch.equal(net(GOOD[0]), mnet_fx.momentumize(model).eval()(GOOD[0]))
 
 
-@pytest.mark.parametrize("error", [KeyError, AttributeError, TypeError, NotImplementedError, StopIteration])
+@pytest.mark.parametrize("error", [KeyError, AttributeError, TypeError, NotImplementedError, StopIteration, KeyboardInterrupt, SystemExit])
 def test_whatever_it_raises(error):
     net, expected = (mnet_fx.momentumize(Net(True, error)) for _ in range(2))
     expected.load_state_dict(net.state_dict())

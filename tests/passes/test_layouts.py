@@ -183,6 +183,28 @@ def test_links_with_side_inputs(link):
     assert_exact(model, (x, m), x, m)
 
 
+@pytest.mark.parametrize(("scale", "steps"), [((8, 1), 3), ((1,), 3), ((2, 8, 5), 2)])
+def test_a_skip_times_a_parameter(scale, steps):
+    """As in MetaFormer; not where that makes another shape of it, as in the first step of the last."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(3))
+            self.scales = nn.ParameterList(torch.rand(scale) + 0.5 for _ in range(3))
+
+        def forward(self, x):
+            for conv, scale in zip(self.convs, self.scales, strict=True):
+                x = x * scale.view(*scale.shape) + torch.tanh(conv(x))
+            return x
+
+    model, x = Scaled(), torch.randn(1, 8, 5)
+    (region,) = passes.plan(levelled(model, x)).regions
+    assert [step.form for step in region.steps] == ["block"] * steps
+    assert_same_model(model, mnet_fx.momentumize(model, (x,), gamma=0), x)
+    assert_exact(model, (x,), x)
+
+
 class Padded(nn.Module):
     """A mask between blocks, and another fill behind the last one."""
 
