@@ -25,7 +25,21 @@ from .read_maps import Maps, data_of, fingerprint
 from .reporting.build import report_of
 from .settings import Settings
 
-__all__ = ["CHAINS", "KEY", "OPTIONS", "attach", "check", "compare", "detach", "gamma_record", "note", "record_of", "transformed"]
+__all__ = [
+    "CHAINS",
+    "KEY",
+    "NETWORK",
+    "OPTIONS",
+    "OTHER",
+    "attach",
+    "check",
+    "compare",
+    "detach",
+    "gamma_record",
+    "note",
+    "record_of",
+    "transformed",
+]
 
 log = logging.getLogger("mnet_fx")
 
@@ -33,7 +47,12 @@ KEY, WITHIN = "mnet_fx", "mnet_fx_within"  # in metadata
 OPTIONS = "mnet_fx_options"  # where a net keeps the arguments of momentumize
 TRANSFORMS = "_mnet_fx_transforms"  # and those of transform_to_momentumnet
 CHAINS = "chains"  # where the record of a calibration has its maps
-INDIFFERENT = ("backward", "inner", "on_drift", "precision", "rest", "keep")  # these decide how a network is computed, not which
+NETWORK = "network"  # which chains its captures found
+OTHER = (
+    "the checkpoint says that the weights were trained in other chains, as of another kind of call, depth or graph break, than this net "
+    "has: another network. Load them before the first call, make that in train mode, or name the layers with regions=[...]"
+)
+INDIFFERENT = (NETWORK, "backward", "inner", "on_drift", "precision", "rest", "keep")  # these decide how a network is computed, not which
 
 
 def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **more: Any) -> None:
@@ -64,7 +83,7 @@ def note_config(net: nn.Module) -> dict[str, Any] | None:
     config, path = _config(net)
     if config is None:
         return None
-    record = record_of(net)
+    record = {key: value for key, value in record_of(net).items() if key != NETWORK}
     if record.get("calibration"):
         record["calibration"] = {key: value for key, value in record["calibration"].items() if key != CHAINS}
     if record.get("regions"):
@@ -103,7 +122,13 @@ def record_of(net: nn.Module) -> dict[str, Any]:
     """The options of a net as plain data."""
     options = net.__dict__.get(OPTIONS)
     lengths = {region.steps for region in report_of(net).regions} if options and callable(options["gamma"]) else set()
-    return _record(options, net.__dict__.get(TRANSFORMS), lengths)
+    network = getattr(network_of(net), "record", None)
+    return _record(options, net.__dict__.get(TRANSFORMS), lengths) | ({} if network is None else {NETWORK: network})
+
+
+def network_of(net: nn.Module) -> Any:
+    """What the captures of a net found, where there is one that is captured."""
+    return getattr(net.__dict__.get("forward"), "network", None)
 
 
 def note(state_dict: Any, prefix: str, record: dict[str, Any]) -> None:
@@ -144,6 +169,12 @@ def compare(saved: Mapping[str, Any], record: Mapping[str, Any], name: str, sour
             f"{name}: {source} says that the weights were trained with {then}; this net has {now}, which makes another network of them: "
             "rebuild it as it was with mnet_fx.load(model, path), or momentumize with the options it had"
         )
+
+
+def expect(saved: Mapping[str, Any], network: Any, name: str) -> None:
+    """Has a net find the chains that a record has; warns if it was captured before, and found others."""
+    if network is not None and NETWORK in saved and not network.expect(saved[NETWORK]):
+        _warn(f"{name}: {OTHER}")
 
 
 def _warn(text: str) -> None:
@@ -218,6 +249,7 @@ class _Check:
     transforms: Any
     name: str
     report: Any = None
+    network: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Check:
         return type(self)(*(copy.deepcopy(value, memo) for value in vars(self).values()))
@@ -229,9 +261,11 @@ class _Check:
         return self.__dict__ | {"report": None}
 
     def __call__(self, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any) -> None:
-        saved = (local_metadata.get(KEY) or {}).get("", {}).get("gamma")
+        own = (local_metadata.get(KEY) or {}).get("", {})
+        saved = own.get("gamma")
         lengths = set(map(int, saved.get("values", {}))) if isinstance(saved, dict) else set()
         check(local_metadata, prefix, _record(self.options, self.transforms, lengths), self.name)
+        expect(own, self.network, prefix[:-1] or self.name)
 
 
 def _noted(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
@@ -247,5 +281,5 @@ def _hook(net: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if _ours(hook)]:
             del hooks[key]
     net.register_state_dict_post_hook(_noted)
-    check = _Check(net.__dict__.get(OPTIONS), net.__dict__.get(TRANSFORMS), type(net).__name__, report_of(net))
+    check = _Check(net.__dict__.get(OPTIONS), net.__dict__.get(TRANSFORMS), type(net).__name__, report_of(net), network_of(net))
     net._register_load_state_dict_pre_hook(check)  # the public one wraps a weak reference to the net, which fails in shallow copies

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .api import momentumize
-from .checkpoints import CHAINS, KEY, compare, record_of
+from .checkpoints import CHAINS, KEY, NETWORK, compare, expect, network_of, record_of
 from .compiled.backend import check_compiled
 from .errors import MnetError, SettingsError
 from .named.momentum_net import MomentumNet, transform_to_momentumnet
@@ -75,6 +75,7 @@ def load(model: nn.Module, path: str | Path, **options: Any) -> nn.Module:
         record = _only(_records_of_header(path), path)
         net = _made(model, record, options)
         compare(record, _record(net), type(net).__name__, "the checkpoint")
+        expect(record, network_of(net), type(net).__name__)
         _safetensors().load_model(net, str(path))
         return net
     state = _state_of(torch.load(path, map_location="cpu", weights_only=True), path)
@@ -139,7 +140,7 @@ def _keywords(record: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     """The arguments of momentumize that a record stands for."""
     if record.get("by") != "momentumize" or record.get("transforms"):
         raise MnetError(f"these options are those of {record.get('by')}, and not of momentumize alone: use mnet_fx.load")
-    found = {key: value for key, value in record.items() if key != "by"}
+    found = {key: value for key, value in record.items() if key not in ("by", NETWORK)}
     found |= {"gamma": _gamma(found["gamma"]), "calibration": (found.get("calibration") or {CHAINS: None}).get(CHAINS, ...), **options}
     if found["calibration"] is ...:
         raise SettingsError(

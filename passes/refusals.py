@@ -68,7 +68,7 @@ CODES: dict[str, Code] = {
         "Put it into a branch; or, where it belongs to a layer, name the list of layers, momentumize(model, regions=[...]).",
     ),
     "left_before": Code(
-        "The first call of the model left the add as it is, and all calls are one network.",
+        "The first call of the model, or the net whose checkpoint it has, left the add as it is, and all calls are one network.",
         "See what that call says of it, in train mode or eval mode; or name the list of layers, momentumize(model, regions=[...]).",
     ),
     "nested": Code(

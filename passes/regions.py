@@ -78,6 +78,7 @@ class Step:
         extras: names of the nodes inside the step, other than target, that are read outside it.
         path: path of the module that owns the step.
         written: which term an in-place add of form "branch" writes to, and so gives the sum its dtype: "skip", "branch", or None.
+        link: kinds of the operations behind its last sum, such as ("norm",).
     """
 
     source: str
@@ -90,6 +91,7 @@ class Step:
     extras: tuple[str, ...]
     path: str
     written: Literal["skip", "branch"] | None = None
+    link: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import graph_break_reasons
 
 from ..errors import MnetError
-from .network import Graph
+from .graphs import Graph
 
 __all__ = ["PREFIX", "Call", "Stopped", "function_of"]
 

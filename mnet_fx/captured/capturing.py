@@ -22,7 +22,9 @@ from ..reporting.build import relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .calls import PREFIX
-from .network import Chain, Graph, Network, chains_of, graph_of, with_paths
+from .graphs import Chain, Graph, graph_of
+from .merging import with_paths
+from .network import Network
 
 __all__ = ["Capture", "cut", "said"]
 
@@ -88,14 +90,14 @@ class Capture(Backend):
     def _as_before(self, found: Found, example_inputs: list[Any]) -> Found:
         """The plan with the chains that the captures before found in these modules, as far as it can have them."""
         prefix, network = self._prefix(found, example_inputs), self.forward.network
-        parts = {chain: network.divided(chain) for chain in chains_of(found.plan, prefix)}
-        if all(part is None or part == (range(len(chain)),) for chain, part in parts.items()):
+
+        def divided(steps: Sequence[tuple[str, Sequence[str]]]) -> Sequence[range]:
+            part = network.divided([(joined(prefix, path), link) for path, link in steps])
+            return (range(len(steps)),) if part is None else part
+
+        chains = [[(step.path, step.link) for step in region.steps] for region in found.plan.regions]
+        if all(divided(steps) == (range(len(steps)),) for steps in chains):
             return found
-
-        def divided(paths: Sequence[str]) -> Sequence[range]:
-            part = network.divided(tuple(joined(prefix, path) for path in paths))
-            return (range(len(paths)),) if part is None else part
-
         return found.divided(self.settings, divided)
 
     def _named(self, found: Found, before: int) -> Found:

@@ -13,7 +13,8 @@ from ..reporting.build import graph_report, relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .copies import copied
-from .network import graph_of, merged
+from .graphs import graph_of
+from .merging import merged
 
 __all__ = ["Previewed", "behind_a_break", "previewed"]
 

@@ -174,7 +174,7 @@ class Found:
     plan: Plan
     bodies: Bodies
 
-    def divided(self, settings: Settings, divided: Callable[[Sequence[str]], Sequence[range]]) -> Found:
+    def divided(self, settings: Settings, divided: Callable[[Sequence[Any]], Sequence[range]]) -> Found:
         """The same with other chains, see `passes.plan`."""
         plan = passes.plan(self.unlifted.graph_module, **_how(settings), divided=divided)
         return dataclasses.replace(self, plan=with_reversed(self.unlifted.graph_module, plan, settings))

@@ -153,8 +153,9 @@ class NamedRegion:
         if self.confirmed and index not in self.confirmed:
             raise StreamError(
                 f"regions='auto' took the layers of {self.title} for a chain, but {self.names[index]} was called with another tensor than "
-                f"{self.names[index - 1]} returned: name the containers that are chains, as in regions=['encoder.layers'] "
-                "(print(net.report) lists those that were found), or leave regions out, which captures the model"
+                f"{self.names[index - 1]} returned: name the containers that are chains (print(net.report) lists those that were found), "
+                f"with {self.path!r} among them if chains shall begin anew where the model adds something between its layers, as in "
+                f"regions=[{self.path!r}]; or leave regions out, which captures the model"
             )
         if not self.warned:
             self.warned = True

@@ -56,13 +56,11 @@ def link_of(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node], 
 
 def _is_plain(node: fx.Node, facts: Facts) -> bool:
     """True for an operation on one varying value that keeps its shape, and through which gradients pass."""
-    if word_of(node.target) == "detach":  # gradients end there
-        return False
     scales = facts.kinds[node] == "scale" and len(node.all_input_nodes) == 1
     varying = {source for source in facts.flow[node] if source in facts.varies}
-    if len(varying) != 1 or (not scales and varying != {(operands(node) or (None,))[0]}):
-        return False
-    return facts.kinds[node] in LINKS or scales
+    if len(varying) != 1:
+        return False  # such as one that is written to
+    return scales or (facts.kinds[node] in LINKS and varying == {(operands(node) or (None,))[0]})
 
 
 def _wide_link(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node], facts: Facts) -> tuple[fx.Node, Link] | None:
@@ -82,9 +80,6 @@ def _wide_link(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node
                 seen.add(source)
                 stack.append(source)
     if len(found) != 1 or shape_of(end := found.pop()) != shape_of(start) or not _gradients_come(start, end, seen, facts):
-        return None
-    memory = {facts.base[node] for node in (end, *seen)}
-    if any(not memory.issuperset(facts.writes.get(node, ())) for node in seen):  # such as buffers
         return None
     return end, tuple(sorted(seen, key=facts.index.__getitem__))
 

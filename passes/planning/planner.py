@@ -28,8 +28,8 @@ from passes.regions import Granularity, Plan, PlannedRegion, Refusal
 __all__ = ["plan"]
 
 
-Divided = Callable[[Sequence[str]], Sequence[range]]
-"""Given the paths of the steps of a chain, which of them may be regions, in order."""
+Divided = Callable[[Sequence[tuple[str, tuple[str, ...]]]], Sequence[range]]
+"""Given the path and the link of each step of a chain, which of them may be regions, in order."""
 Refusals = dict[fx.Node, Refusal]
 """Why residual adds stay as they are, as far as one stage tells; a later stage has the last word."""
 
@@ -45,8 +45,8 @@ class _Graph:
     divided: Divided
 
 
-def _whole(paths: Sequence[str]) -> Sequence[range]:
-    return (range(len(paths)),)
+def _whole(steps: Sequence[object]) -> Sequence[range]:
+    return (range(len(steps)),)
 
 
 def plan(
@@ -60,7 +60,7 @@ def plan(
             leaves a chain at least `min_steps` steps.
         min_steps: fewest steps of a region.
         nested: whether a chain within one step of another gets a region in the code of that step.
-        divided: which of the steps of a chain may be a region together, given the paths of their modules; default all.
+        divided: which of the steps of a chain may be a region together, given their paths and links; default all.
 
     Returns:
         The plan; its regions and refusals together account for every residual-looking add.
@@ -127,7 +127,7 @@ def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list
         found, why = _cut(run, graph)
         refusals |= why
         for piece in found:
-            parts = [piece[part.start : part.stop] for part in graph.divided([_path(span) for span in piece])]
+            parts = [piece[part.start : part.stop] for part in graph.divided([(_path(span), span.link) for span in piece])]
             left = set(adds_of(piece)).difference(*map(adds_of, parts))
             refusals |= {add: refuse("left_before", add, f"%{add.name} was in no chain there") for add in left}
             pieces += parts

@@ -75,6 +75,7 @@ class Span:
             extras=tuple(extras),
             path=common_path(owner_path(found.add) for found in self.sums),
             written=self._written() if form == "branch" else None,
+            link=self.link,
         )
 
     def _written(self) -> Literal["skip", "branch"] | None:

@@ -3,6 +3,7 @@
 Two oracles: with gamma=0 the result is the original, outputs, gradients and buffers; and "reversible" is "stored" bit for bit.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -36,7 +37,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnet_fx import MnetError, MnetWarning, errors, momentumize
 from mnet_fx.captured.doors import passed_by
-from mnet_fx.captured.network import Graph, Network
+from mnet_fx.captured.graphs import Graph
+from mnet_fx.captured.network import Network
 from mnet_fx.reporting import Report
 
 WIDTH = 6
@@ -496,7 +498,7 @@ def test_a_dropout_and_a_scale_that_vary_between_steps():
         for one, other in zip(tree_leaves(found[0]), tree_leaves(found[1]), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         assert all(map(torch.equal, tree_leaves(found[2]), tree_leaves(found[3])))
-    assert nets[0].forward.network.chains == {("blocks.0", "blocks.1", "blocks.2")}
+    assert set(nets[0].forward.network.chains) == {("blocks.0", "blocks.1", "blocks.2")}
 
 
 class Routed(Block):
@@ -655,6 +657,61 @@ def test_a_check_in_train_mode_only_breaks_the_chain_in_eval_mode_too():
     with torch.no_grad():
         assert torch.equal(net.eval()(points()), first)
     assert torch.equal(net.train()(points()), first)
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo breaks")
+def test_a_chain_that_would_end_with_another_operation_is_another_network():
+    """The norm between two lists stands outside of chains in train mode, and in the last step of the first in eval mode."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lower, self.norm, self.upper = nn.Sequential(Block(), Block()), nn.LayerNorm(WIDTH), nn.Sequential(Block(), Block())
+
+        def forward(self, x, normed=True):
+            x = self.lower(x)
+            if self.training:
+                torch._dynamo.graph_break()
+            return self.upper(self.norm(x) if normed else x)
+
+    for normed in (True, False):
+        net = momentumize(Two(), gamma=0.9)
+        first = net(points(), normed)
+        assert [region.steps for region in net.report.regions] == [2, 2]
+        with torch.no_grad(), pytest.raises(MnetError, match="another momentum network") if normed else contextlib.nullcontext():
+            assert torch.equal(net.eval()(points(), normed), first)
+        assert torch.equal(net.train()(points(), normed), first)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_is_a_chain_in_one_pass_and_left_in_another_is_another_network(flat):
+    """A list that runs twice; and adds that are all the model's own."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(Block(), Block())
+            self.weights = nn.ParameterList(torch.randn(WIDTH, WIDTH) / 3 for _ in range(4))
+
+        def forward(self, x, passes=2):
+            for number in range(passes):
+                for layer, weight in zip(self.layers, self.weights, strict=False):
+                    x = x + torch.tanh(x @ weight) if flat else layer(x)
+                    if number == 1:
+                        x = x.cumsum(-1) if self.training else x
+                x = x.sin().cumsum(-1)
+            return x
+
+    for first in (True, False):
+        net = momentumize(Twice().train(first), gamma=0.9)
+        found = net(points())
+        with pytest.raises(MnetError, match=r"chain of 2 steps from .* runs \d times in this kind of call, with \d residual adds"):
+            net.train(not first)(points())
+        assert torch.equal(net.train(first)(points()), found)
+        net(points(), 1)
+    net = momentumize(Twice().eval())
+    net(points(), 1)
+    net(points(), 2)
 
 
 def test_what_lies_in_a_module_that_python_called_has_run():

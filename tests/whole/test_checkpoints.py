@@ -345,3 +345,72 @@ def test_a_shallow_copy_outlives_its_net():
     gc.collect()
     assert warned(twin, state) == []
     zoo.assert_identical(dict(copy.deepcopy(twin).state_dict()), dict(state))
+
+
+class Checked(nn.Module):
+    """A layer of two blocks; where it is trained, Dynamo breaks its graph behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        x = self.blocks(x)
+        if self.training and not torch.isfinite(x).all():
+            x = x.clamp(-9, 9)
+        return x
+
+
+def checked(layers=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), *(Checked() for _ in range(layers)))
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo breaks")
+@pytest.mark.parametrize("way", ["load_state_dict", "load", "safetensors", "within", "pickle"])
+def test_chains_travel_too(way, tmp_path):
+    """Of three chains for training, validation alone would make one."""
+    net, x = mnet_fx.momentumize(checked(), gamma=0.9), torch.randn(2, 4)
+    trained = net(x)
+    assert [region.steps for region in net.report.regions] == [2, 2, 2]
+    path = tmp_path / ("net.safetensors" if way == "safetensors" else "net.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if way in ("load", "safetensors"):
+            mnet_fx.save(net, path)
+            other = mnet_fx.load(checked(), path)
+        elif way == "pickle":
+            other = pickle.loads(pickle.dumps(net))
+        else:
+            torch.save((nn.Sequential(net) if way == "within" else net).state_dict(), path)
+            other = mnet_fx.momentumize(checked(), gamma=0.9)
+            (nn.Sequential(other) if way == "within" else other).load_state_dict(torch.load(path, weights_only=True))
+        other.eval()
+        with torch.no_grad():
+            assert torch.equal(other(x), trained)
+    assert torch.equal(other.train()(x), trained)
+    assert not torch.equal(mnet_fx.momentumize(checked(), gamma=0.9).eval()(x), trained)
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo breaks")
+def test_weights_of_other_chains_warn():
+    """Where the net was called before they came, or cannot have them; then it is what it would be without."""
+    net, x = mnet_fx.momentumize(checked(), gamma=0.9), torch.randn(2, 4)
+    net(x)
+    state = net.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.load_state_dict(state)
+    called = mnet_fx.momentumize(checked(), gamma=0.9).eval()
+    expected = called(x)
+    with pytest.warns(mnet_fx.MnetWarning, match="trained in other chains"):
+        called.load_state_dict(state)
+    assert torch.equal(called(x), expected)
+    with pytest.warns(mnet_fx.MnetWarning, match="trained in other chains"):
+        net.load_state_dict(called.state_dict())
+    deeper = mnet_fx.momentumize(checked(4), gamma=0.9)
+    deeper.load_state_dict(called.state_dict(), strict=False)
+    with pytest.warns(mnet_fx.MnetWarning, match="trained in other chains"):
+        found = deeper(x)
+    assert torch.equal(found, mnet_fx.momentumize(checked(4), gamma=0.9)(x))
+    assert [region.steps for region in deeper.report.regions] == [2, 2, 2, 2]
