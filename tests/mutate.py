@@ -460,10 +460,9 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/compiled/filling.py", "run = piece if changed else self.compiler(piece, args)", "run = self.compiler(piece, args)"),
     ("mnet_fx/compiled/filling.py", " and not changed else None", " else None"),
     ("mnet_fx/inner.py", "if hooked else contextlib.nullcontext()", "if True else contextlib.nullcontext()"),
-    ("mnet_fx/captured/network.py", "        if not lost and not new and not longer:\n", "        if True:\n"),
-    ("mnet_fx/captured/network.py", "        if not lost and not new and not longer:\n", "        if not lost and not longer:\n"),
-    ("mnet_fx/captured/network.py", "        if not lost and not new and not longer:\n", "        if not new and not longer:\n"),
-    ("mnet_fx/captured/network.py", "        if not lost and not new and not longer:\n", "        if not lost and not new:\n"),
+    ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if True:\n"),
+    ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if not lost:\n"),
+    ("mnet_fx/captured/network.py", "        if not lost and not new:\n", "        if not new:\n"),
     ("mnet_fx/captured/network.py", "end_of(steps[t + len(known) - 1][1]) not in self.chains[known]:", "False:"),
     ("mnet_fx/captured/network.py", "            others |= any(", "            any("),
     (

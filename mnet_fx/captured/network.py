@@ -189,14 +189,9 @@ class Network:
         reached = ran | {""} if ran else ran  # whatever runs, the root has run, if only in Python
         lost = [chain for chain in self.chains if chain not in chains and _meets(chain, reached, entered)]
         new = [chain for chain in chains if chain not in self.chains and _meets(chain, self.ran, self.entered)]
-        longer = [
-            chain for chain in chains if not chains[chain] <= self.chains.get(chain, chains[chain])
-        ]  # or shorter, by a norm or the like
-        if not lost and not new and not longer:
+        if not lost and not new:
             return None
         before, now = (sorted(map(_described, found)) or ["none there"] for found in (lost, new))
-        if longer and not lost and not new:
-            before, now = ["others"], [f"{_described(chain)} that end with another operation" for chain in longer]
         return (
             f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
             f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers, another dtype or "
