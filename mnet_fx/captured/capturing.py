@@ -89,11 +89,13 @@ class Capture(Backend):
 
     def _as_before(self, found: Found, example_inputs: list[Any]) -> Found:
         """The plan with the chains that the captures before found in these modules, as far as it can have them."""
-        prefix, network = self._prefix(found, example_inputs), self.forward.network
+        network = self.forward.network
+        if not network.ran:
+            return found
+        prefix = self._prefix(found, example_inputs)
 
         def divided(steps: Sequence[tuple[str, Sequence[str]]]) -> Sequence[range]:
-            part = network.divided([(joined(prefix, path), link) for path, link in steps])
-            return (range(len(steps)),) if part is None else part
+            return network.divided([(joined(prefix, path), link) for path, link in steps])
 
         chains = [[(step.path, step.link) for step in region.steps] for region in found.plan.regions]
         if all(divided(steps) == (range(len(steps)),) for steps in chains):

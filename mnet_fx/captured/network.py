@@ -80,9 +80,8 @@ class Network:
             if not self.captured:
                 self.chains, self.ran = chains, ran
                 return True
-            others = any(_meets(chain, ran, ()) for chain in self.chains if chain not in chains)
-            others |= any(_meets(chain, self.ran, self.entered) for chain in chains if chain not in self.chains)
-            return not others and all(self.chains[chain] == chains[chain] for chain in self.chains if chain in chains)
+            alike = all(self.chains[chain] == chains[chain] for chain in self.chains if chain in chains)
+            return alike and self._contradiction(chains, ran, ()) is None
 
     def add(
         self,
@@ -131,28 +130,29 @@ class Network:
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
 
-    def divided(self, steps: Sequence[tuple[str, Sequence[str]]]) -> Sequence[range] | None:
-        """The steps of a chain that are chains of this network, or lie in modules that never ran; None where these and others are one.
+    def divided(self, steps: Sequence[tuple[str, Sequence[str]]]) -> Sequence[range]:
+        """The steps of a chain that are chains of this network, or lie in modules that never ran; all of it where that cannot be.
 
         Args:
             steps: the path and the link of each.
         """
         chain, found, loose, t = tuple(path for path, _ in steps), list[range](), list[int](), 0
+        whole = (range(len(chain)),)
         if chain in self.chains or not _meets(chain, self.ran, self.entered):
-            return (range(len(chain)),)
+            return whole
         owners = [set(known) for known in self.chains]
         if len(set().union(*owners)) < sum(map(len, owners)):
-            return None  # chains of one module, which its path does not tell apart
+            return whole  # chains of one module, which its path does not tell apart
         while t < len(chain):
             known = next((known for known in self.chains if chain[t : t + len(known)] == known), None)
             if known is not None and end_of(steps[t + len(known) - 1][1]) not in self.chains[known]:
-                return None
+                return whole
             found += [range(t, t + len(known))] if known else []
             loose += [] if known else [t]
             t += len(known) if known else 1
         twice = len({chain[part.start] for part in found}) < len(found)
         if twice or any(f"{chain[t]}.".startswith(f"{owner}.") for t in loose for owner in set().union(*owners)):
-            return None
+            return whole
         fresh = [t for t in loose if not _meets((chain[t],), self.ran, self.entered)]
         starts = [t for t in fresh if t - 1 not in fresh]
         found += [range(t, next(end for end in itertools.count(t) if end not in fresh)) for t in starts]

@@ -176,8 +176,7 @@ class Found:
 
     def divided(self, settings: Settings, divided: Callable[[Sequence[Any]], Sequence[range]]) -> Found:
         """The same with other chains, see `passes.plan`."""
-        plan = passes.plan(self.unlifted.graph_module, **_how(settings), divided=divided)
-        return dataclasses.replace(self, plan=with_reversed(self.unlifted.graph_module, plan, settings))
+        return dataclasses.replace(self, plan=_chains(self.unlifted.graph_module, settings, divided=divided))
 
 
 def _plan(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
@@ -200,9 +199,12 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     except LostContextError as error:
         return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
     passes.level_layouts(unlifted.graph_module)
-    plan = passes.plan(unlifted.graph_module, **_how(settings))
     plans = bodies(unlifted.graph_module, partial(passes.plan, **_how(settings)))
-    return Found(unlifted, with_reversed(unlifted.graph_module, plan, settings), plans)
+    return Found(unlifted, _chains(unlifted.graph_module, settings), plans)
+
+
+def _chains(gm: fx.GraphModule, settings: Settings, **more: Any) -> Plan:
+    return with_reversed(gm, passes.plan(gm, **_how(settings), **more), settings)
 
 
 def _how(settings: Settings) -> dict[str, Any]:

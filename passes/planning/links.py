@@ -20,7 +20,7 @@ __all__ = ["Link", "interruption_of", "link_of", "made_of", "tail_of"]
 Link = tuple[fx.Node, ...]
 _WIDE = LINKS | {"scale", "add", "elementwise", "reduce", "layout"}
 _WIDEST = 40  # most nodes of a link that branches
-_LARGE = 1e3
+_LARGE = 1e3  # what is filled in from here on is a mark, and no value of a stream
 
 
 def made_of(sums: Collection[fx.Node], facts: Facts) -> Set[fx.Node]:

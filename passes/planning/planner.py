@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
-from passes.graphs.facts import Facts, bytes_of, dtype_of, free_shape_of, owner_path
+from passes.graphs.facts import Facts, bytes_of, dtype_of, free_shape_of
 from passes.graphs.schedule import schedule
 from passes.planning.hoisting import hoisted
 from passes.planning.kept import kept_outside
@@ -127,15 +127,11 @@ def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list
         found, why = _cut(run, graph)
         refusals |= why
         for piece in found:
-            parts = [piece[part.start : part.stop] for part in graph.divided([(_path(span), span.link) for span in piece])]
+            parts = [piece[part.start : part.stop] for part in graph.divided([(span.path, span.link) for span in piece])]
             left = set(adds_of(piece)).difference(*map(adds_of, parts))
             refusals |= {add: refuse("left_before", add, f"%{add.name} was in no chain there") for add in left}
             pieces += parts
     return _pieces(chain, "add", graph) if granularity == "module" and not pieces else (pieces, refusals)
-
-
-def _path(span: Span) -> str:
-    return common_path(owner_path(found.add) for found in span.sums)
 
 
 def _legal_runs(spans: Sequence[Span], graph: _Graph) -> tuple[list[Piece], Refusals]:

@@ -42,6 +42,11 @@ class Span:
     def add(self) -> fx.Node:
         return self.sums[-1].add
 
+    @property
+    def path(self) -> str:
+        """Path of the module that owns the step."""
+        return common_path(owner_path(found.add) for found in self.sums)
+
     def branch(self, facts: Facts) -> fx.Node | None:
         """The node of f where the step is exactly source + f, so that the add itself need not run."""
         found = self.sums[0]
@@ -73,7 +78,7 @@ class Span:
             branch=branch.name if branch else None,
             sides=tuple(node.name for node in self.inputs()),
             extras=tuple(extras),
-            path=common_path(owner_path(found.add) for found in self.sums),
+            path=self.path,
             written=self._written() if form == "branch" else None,
             link=self.link,
         )

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from captures import Checked
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -638,18 +639,7 @@ def test_blocks_that_are_no_steps_under_a_context_are_another_network(what):
 def test_a_check_in_train_mode_only_breaks_the_chain_in_eval_mode_too():
     """As in DETR's encoder: layers that are chains of their own for training are not one chain for validation."""
 
-    class Checked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.Sequential(Block(), Block())
-
-        def forward(self, x):
-            x = self.blocks(x)
-            if self.training and not torch.isfinite(x).all():
-                x = x.clamp(-9, 9)
-            return x
-
-    net = momentumize(nn.Sequential(*[Checked() for _ in range(3)]), gamma=0.9)
+    net = momentumize(nn.Sequential(*[Checked(Block(), Block()) for _ in range(3)]), gamma=0.9)
     first = net(points())
     assert [(region.path, region.steps) for region in net.report.regions] == [(f"{i}.blocks", 2) for i in range(3)]
     assert {refusal.code for refusal in net.report.refusals} == {"graph_break"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from captures import tiny
+from captures import Checked, tiny
 from torch import fx, nn
 from zoo import one_thread  # noqa: F401  (a fixture)
 
@@ -347,23 +347,9 @@ def test_a_shallow_copy_outlives_its_net():
     zoo.assert_identical(dict(copy.deepcopy(twin).state_dict()), dict(state))
 
 
-class Checked(nn.Module):
-    """A layer of two blocks; where it is trained, Dynamo breaks its graph behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
-
-    def forward(self, x):
-        x = self.blocks(x)
-        if self.training and not torch.isfinite(x).all():
-            x = x.clamp(-9, 9)
-        return x
-
-
 def checked(layers=3):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), *(Checked() for _ in range(layers)))
+    return nn.Sequential(nn.Linear(4, 4), *(Checked(Block(), Block()) for _ in range(layers)))
 
 
 @pytest.mark.filterwarnings("ignore:.*Dynamo breaks")
