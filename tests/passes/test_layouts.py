@@ -226,6 +226,7 @@ class Padded(nn.Module):
         lambda x, pad: x.masked_fill(pad, -torch.inf).amax(1),
         lambda x, pad: x.masked_fill(pad, 1.0),
         lambda x, pad: torch.where(pad, -1e9, x).amax(1),
+        lambda x, pad: x.masked_fill(torch.stack([pad, ~pad]), 0.0),
     ],
 )
 def test_a_fill_behind_the_last_block_that_is_not_that_between_blocks_is_no_part_of_the_chain(last):

@@ -201,6 +201,18 @@ def test_scaling_and_dropout_make_links():
     assert lengths(found) == [3]
 
 
+def test_a_cast_to_the_dtype_of_the_stream_is_no_link():
+    """Of the stream it reads no values, and gives another tensor."""
+
+    def forward(self, x):
+        for f in self.f:
+            x = self.start.type_as(x + f(x))
+        return x
+
+    found = check_same(program(forward, f=linears(3), start=torch.randn(2, 4)), torch.randn(2, 4), gradients=False)
+    assert (lengths(found), codes(found)) == ([], ["too_short"] * 3)
+
+
 def test_identity_on_the_skip():
     def forward(self, x):
         for f in self.f:
