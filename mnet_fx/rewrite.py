@@ -28,7 +28,7 @@ from .checkpoints import attach
 from .errors import MnetError, MnetWarning, SettingsError
 from .inner import Inner, checked_inner
 from .named.layers import name_region, paths_of
-from .named.marks import marked_containers
+from .named.marks import left_containers, marked_containers
 from .named.rest import run_rest_again
 from .reporting.build import REPORT, graph_report, named_report, report_of
 from .reporting.report import Pending, Report
@@ -74,7 +74,8 @@ def _rewritten(net: nn.Module, example_inputs: Any, settings: Settings, regions:
     if paths is not None:
         named = [name_region(net, path, settings, found=found, inner=inner) for path in paths]
         again = run_rest_again(net, named, settings) if settings.rest == "checkpoint" else ()
-        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net), again=again))
+        left = left_containers(net, paths, settings.min_steps) if found else {}
+        _show(net, named_report([region.shown for region in named], settings, _stream_dtype(net), again=again, left=left))
     elif isinstance(net, fx.GraphModule):
         net, plan = rewritten(net, settings)
         _show(net, graph_report(plan, "GraphModule", settings))

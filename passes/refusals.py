@@ -83,6 +83,10 @@ CODES: dict[str, Code] = {
         "The adds lie in a block under autocast, inference_mode, vmap or a checkpoint of the model's, or the graph changes torch's state.",
         "Put the context around the call of the model, or around each branch; leave checkpoints out, a chain keeps no activations.",
     ),
+    "list_left": Code(
+        'A list of alike modules that regions="auto" left as it is: one of another width, or one that the model\'s library does not mark.',
+        "Where its layers follow each other, name it beside the others: momentumize(model, regions=[...]).",
+    ),
     "graph_break": Code(
         "Dynamo ended the graph right behind the chain, so what follows is compiled by itself.",
         "Find the break with TORCH_LOGS=graph_breaks; or name the list of layers, momentumize(model, regions=[...]): no capture is needed.",

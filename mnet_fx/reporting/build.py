@@ -131,7 +131,12 @@ def _with_state(stretch: Stretch, shares: dict[str, list[int | None]], rest: str
 
 
 def named_report(
-    containers: Sequence[Named], settings: Settings, dtype: torch.dtype, before: Report | None = None, again: tuple[str, ...] = ()
+    containers: Sequence[Named],
+    settings: Settings,
+    dtype: torch.dtype,
+    before: Report | None = None,
+    again: tuple[str, ...] = (),
+    left: Mapping[str, str] | None = None,
 ) -> Report:
     """The report on named containers.
 
@@ -141,6 +146,7 @@ def named_report(
         dtype: of the stream.
         before: the report on others, which are counted too.
         again: paths of the modules that run again in the backward pass.
+        left: why other lists of layers stay as they are, by their paths.
     """
     start = 0 if before is None else len(before.regions)
     rows = [
@@ -154,7 +160,8 @@ def named_report(
     adds = [AddReport("", region.path, region.name, t, stretch=i) for i, (region, t) in enumerate(steps)]
     stretches = tuple(Stretch(region.path, region.name, t, 1, ("",), None, None, (i - 1,)) for i, (region, t) in enumerate(steps))
     layers = sum(found.steps for found in rows)
-    return Report(layers, layers, tuple(rows), (), tuple(captured), None, tuple(adds), stretches, settings.rest, again=again)
+    refusals = tuple(Refusal("list_left", "", path, reason, CODES["list_left"].hint) for path, reason in (left or {}).items())
+    return Report(layers, layers, tuple(rows), refusals, tuple(captured), None, tuple(adds), stretches, settings.rest, again=again)
 
 
 def note_transform(net: nn.Module, containers: Sequence[Named], settings: Settings) -> None:

@@ -140,6 +140,39 @@ def test_lists_that_are_not_layers_of_one_chain():
     assert marked_containers(Model(a=attentions)) == marked_containers(rows) == []
 
 
+class Other(GradientCheckpointingLayer):
+    """Another class of layers of the same list, as attention and state-space layers in turn."""
+
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x):
+        return x + self.scale * super().forward(x)
+
+
+def test_marked_layers_of_several_classes_are_one_chain():
+    model = Model(layers=nn.ModuleList([GradientCheckpointingLayer(), Other(), GradientCheckpointingLayer(), Other()]))
+    net = mnet_fx.momentumize(model, regions="auto", gamma=0.0)
+    assert (regions(net), net.report.refusals) == ({"layers": 4}, ())
+    zoo.assert_agree(zoo.seeded(net, torch.ones(2, 3, 4)), zoo.seeded(model, torch.ones(2, 3, 4)))
+
+
+def test_lists_that_are_left_are_in_the_report():
+    """Of another width, and not marked; what is within a list, around one, or of bare Linears is none of them."""
+    inside = nn.ModuleList(nn.Sequential(*blocks(2)) for _ in range(2))
+    model = Model(a=marked(8, 8), b=marked(8, 4), c=nn.ModuleList(blocks(3)), d=nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), e=inside)
+    found = mnet_fx.report(model, regions="auto")
+    reasons = [(refusal.path, refusal.code, refusal.explanation) for refusal in found.refusals]
+    shapes, library = (
+        "its layers have parameters of one name and of several shapes",
+        "the model's library marks other lists as layers, and not this one",
+    )
+    assert reasons == [("b", "list_left", shapes), ("c", "list_left", library)]
+    assert "beside the others: momentumize(model, regions=[...])" in str(found)
+    assert mnet_fx.report(model, regions=["a"]).refusals == ()  # named by the user, who left the others
+
+
 NONE = {
     "other first block": Model(layers=nn.ModuleList([Block(), *[nn.Sequential(b) for b in blocks(2)]])),
     "too few": Model(layers=nn.ModuleList(blocks(1))),

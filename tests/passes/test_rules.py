@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def left_by_the_first_call():
     return plan(gm, divided=lambda paths: (range(1, len(paths)),)).refusals
 
 
+def beside_a_marked_list():
+    """One that only `regions="auto"` gives: of two lists the library marks one."""
+
+    class GradientCheckpointingLayer(nn.TransformerEncoderLayer):
+        pass
+
+    model = program(residual, f=linears(2))
+    model.layers = nn.ModuleList(GradientCheckpointingLayer(4, 1, 4) for _ in range(2))
+    model.more = nn.ModuleList(copy.deepcopy(part) for part in [program(residual, f=linears(2))] * 2)
+    return mnet_fx.report(model, regions="auto").refusals
+
+
 TRIGGERS = {
     "projection_shortcut": lambda: traced(projection_shortcut),
     "two_streams": lambda: traced(nodes_and_edges),
@@ -170,6 +183,7 @@ TRIGGERS = {
     "nested": lambda: traced(within),
     "untraceable": lambda: mnet_fx.momentumize(program(branches, f=linears(3))).report.refusals,
     "lost_context": lambda: in_a_report(in_autocast),
+    "list_left": beside_a_marked_list,
     "graph_break": before_a_graph_break,
 }
 
