@@ -4,10 +4,10 @@
     x = x + b(x, e)      reads x itself, so it is residual; what it reads of e lies in a step of the chain of e
 
 A mask that is added to scores is none: the scores know of it only through the steps that read it before. But where a chain goes on from
-the sum, that is enough:
+the sum, or sums like it follow each other, that is enough:
 
-    m = m + a(m, z)
-    z = z + b(m)         knows of z through m
+    m = m + a(m, z)                     y = y + f(x)
+    z = z + b(m)                        x = x + g(y)
     z = z + c(z)
 """
 
@@ -25,6 +25,8 @@ from passes.regions import Refusal
 
 __all__ = ["second_streams"]
 
+_Pair = tuple[fx.Node, fx.Node]  # the skip and the branch of a sum
+
 
 def second_streams(facts: Facts, sums: Mapping[fx.Node, ResidualSum], known: Collection[fx.Node]) -> dict[fx.Node, Refusal]:
     """A refusal for each such sum.
@@ -34,8 +36,9 @@ def second_streams(facts: Facts, sums: Mapping[fx.Node, ResidualSum], known: Col
         sums: the residual sums of the chains that there are, by add.
         known: further adds of which something is said already.
     """
-    found: dict[fx.Node, Refusal] = {}
     skips = {known.skip for known in sums.values()}
+    found: dict[fx.Node, _Pair] = {}
+    in_series: dict[fx.Node, _Pair] = {}
     for node in facts.nodes:
         if facts.kinds[node] != "add" or node in sums or node in known:
             continue
@@ -43,24 +46,37 @@ def second_streams(facts: Facts, sums: Mapping[fx.Node, ResidualSum], known: Col
             continue  # a term of another sum
         terms = [term for term in operands(node)[:2] if isinstance(term, fx.Node) and term in facts.varies]
         for skip, branch in (terms, terms[::-1]) if len(terms) == 2 else ():
-            if skip.op != "get_attr" and branch not in sums and _reads(branch, skip, facts, sums, node in skips):
-                found[node] = refuse("two_streams", node, f"%{branch.name} is computed from %{skip.name} and from another chain's stream")
-    return found
+            if skip.op == "get_attr" or branch in sums:
+                continue
+            joined, reached, knows = _reads(branch, skip, facts, sums)
+            if joined and (reached or node in skips):
+                found[node] = (skip, branch)
+            elif joined and knows:
+                in_series[node] = (skip, branch)
+    follow = {node for node, (skip, _) in in_series.items() if skip in in_series}
+    found |= {node: in_series[node] for node in in_series if node in follow or node in {in_series[other][0] for other in follow}}
+    return {node: _refused(node, *found[node]) for node in sorted(found, key=facts.index.__getitem__)}
 
 
-def _reads(branch: fx.Node, skip: fx.Node, facts: Facts, sums: Collection[fx.Node], goes_on: bool) -> bool:
-    """Whether a branch reads sums of another stream, and mixes what it computes from the skip, by other ways or where a chain goes on."""
+def _refused(node: fx.Node, skip: fx.Node, branch: fx.Node) -> Refusal:
+    return refuse("two_streams", node, f"%{branch.name} is computed from %{skip.name} and from another chain's stream")
+
+
+def _reads(branch: fx.Node, skip: fx.Node, facts: Facts, sums: Collection[fx.Node]) -> tuple[bool, bool, bool]:
+    """Whether a branch reads sums of another stream, mixes what it computes from the skip by other ways, and knows of it in any way."""
     lowest, joined = facts.index[skip], False
-    ahead, seen = [(branch, facts.kinds[branch] in MIXING)], set[tuple[fx.Node, bool]]()
-    reached = False
+    ahead, seen = [(branch, facts.kinds[branch] in MIXING, True)], set[tuple[fx.Node, bool, bool]]()
+    reached = knows = False
     while ahead:
-        node, mixed = ahead.pop()
-        if (node, mixed) in seen:
+        state = ahead.pop()
+        if state in seen:
             continue
-        seen.add((node, mixed))
+        seen.add(state)
+        node, mixed, apart = state
         for source in facts.values[node]:
-            reached |= source is skip and mixed
-            joined |= source in sums and facts.index[source] > lowest
-            if facts.index[source] > lowest and source not in sums:
-                ahead.append((source, mixed or facts.kinds[source] in MIXING))
-    return (reached or goes_on) and joined
+            reached |= source is skip and mixed and apart
+            knows |= source is skip
+            joined |= apart and source in sums and facts.index[source] > lowest
+            if facts.index[source] > lowest:
+                ahead.append((source, mixed or facts.kinds[source] in MIXING, apart and source not in sums))
+    return joined, reached, knows

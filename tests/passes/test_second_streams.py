@@ -63,6 +63,22 @@ class Pairs(nn.Module):
         return m, z
 
 
+class Scores(nn.Module):
+    """As in a RealFormer: the scores of one layer are added to those of the next; or, as in a WaveNet, what no layer reads."""
+
+    def __init__(self, read=True):
+        super().__init__()
+        self.layers, self.read = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), read
+
+    def forward(self, x):
+        total = x @ x.mT
+        for layer in self.layers:
+            y = layer(x)
+            total = total + y @ y.mT
+            x = x + torch.tanh(total if self.read else y @ y.mT) @ y
+        return x, total
+
+
 def codes(model):
     return [refusal.code for refusal in passes.plan(torch.fx.symbolic_trace(model)).refusals]
 
@@ -85,6 +101,20 @@ def test_a_sum_that_knows_of_its_stream_through_the_other_is_there():
     assert len(report.adds) == report.residual_adds == 9
 
 
-@pytest.mark.parametrize("model", [Mesh(direct=False), Mesh(mixes=False), Masked()], ids=["only e", "a product", "a mask"])
+SERIES = {
+    "only e": (Mesh(direct=False), 4),
+    "a product": (Mesh(mixes=False), 4),
+    "scores": (Scores(), 3),
+}  # the first scores add to no others
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_sums_that_follow_each_other_are_there(name):
+    """Each knows of the one before through the steps of the chain alone, as in a RevNet."""
+    model, number = SERIES[name]
+    assert codes(model) == ["two_streams"] * number
+
+
+@pytest.mark.parametrize("model", [Masked(), Scores(read=False)], ids=["a mask", "a running sum"])
 def test_other_sums_are_none(model):
     assert "two_streams" not in codes(model)
