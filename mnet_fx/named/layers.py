@@ -11,6 +11,7 @@ layer); anything else starts a new chain, with a warning, or is an error.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,14 @@ __all__ = ["NamedLayer", "NamedRegion", "layers_of", "name_region", "paths_of"]
 
 @dataclass
 class _Running:
-    """A chain that a stream tensor belongs to; holds everything of it but that tensor."""
+    """A chain that a stream tensor belongs to.
 
-    chain: Chain
+    Of all records of a chain only the last one holds it: what autograd keeps for its steps may hold the streams before, so that they would
+    hold each other for ever where no backward pass comes.
+    """
+
+    held: Chain | None
+    chain: weakref.ref[Chain]
     t: int  # the time at which that tensor is the stream
     next: int  # index of the layer that comes next
     version: int
@@ -103,12 +109,17 @@ class NamedRegion:
         index = self._position(layer, running)
         chain = self._started(index, x) if running is None else self._continued(running, index, x)
         step = LayerStep(layer, function, call, self.names[index])
-        extras = chain.step(step, call.sides, index)
+        try:
+            extras = chain.step(step, call.sides, index)
+            x = chain.x
+        finally:
+            chain.x = None  # the caller's alone from here on, so that the table can see it go; also where the layer raised
         if self.confirmed is not None:
             self.confirmed.add(index)
-        x, chain.x = chain.x, None  # the caller's alone from here on, so that the table can see it go
+        if running is not None and running.held is chain:
+            running.held = None
         if index + 1 < len(self.layers):
-            self.running[x] = _Running(chain, chain.t, index + 1, 0 if x.is_inference() else x._version)
+            self.running[x] = _Running(chain, weakref.ref(chain), chain.t, index + 1, 0 if x.is_inference() else x._version)
         return step.joined(x, extras)
 
     def _running(self, x: Tensor) -> _Running | None:
@@ -167,12 +178,12 @@ class NamedRegion:
             )
 
     def _continued(self, running: _Running, index: int, x: Tensor) -> Chain:
-        chain, name = running.chain, self.names[index]
+        chain, name = running.chain(), self.names[index]
         if not x.is_inference() and x._version != running.version:
             raise StreamError(
                 f"{name}: the stream was changed in place since {self.names[running.next - 1]} returned it: use an out-of-place operation"
             )
-        if chain.t != running.t:
+        if chain is None or chain.t != running.t:
             raise StreamError(
                 f"{name} was called on a stream whose chain has gone on since: a layer called twice on one tensor (branch off with a clone "
                 "of it), or run again by a torch.utils.checkpoint around it (remove it, the chain keeps no activations by itself)"
