@@ -60,7 +60,8 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
 
     Returns:
         Paths: for each owner that lies in a ModuleList or Sequential of several modules of one class, all of these (also such as change
-        the shape and are in no chain); for any other, its own, where it is not the root. None lies in another.
+        the shape and are in no chain); for any other, its own, where it is not the root; and all other modules of these classes, as in the
+        half of a U-Net that goes up. None lies in another.
     """
     found: dict[str, None] = {}
     for owner in owners:
@@ -69,7 +70,11 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
             [owner] if listed is None else [f"{listed}.{name}".lstrip(".") for name, _ in model.get_submodule(listed).named_children()]
         )
         found |= dict.fromkeys(path for path in elements if path)
-    return tuple(path for path in found if not any(path.startswith(f"{outer}.") for outer in found))
+    own = {type(model.get_submodule(path)) for path in found}
+    alike = [path for path, module in model.named_modules() if type(module) in own and not type(module).__module__.startswith("torch.nn.")]
+    around = [path for path in alike if any(other.startswith(f"{path}.") for other in found)]  # as a U-Net that holds smaller ones
+    paths = [*found, *(path for path in alike if path and path not in around)]
+    return tuple(path for path in dict.fromkeys(paths) if not any(path.startswith(f"{outer}.") for outer in paths))
 
 
 def _list_of(model: nn.Module, path: str) -> str | None:

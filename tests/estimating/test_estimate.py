@@ -307,9 +307,25 @@ def test_every_model_of_the_benchmark(name):
         assert row["peak_estimated"] == pytest.approx(row["peak"], rel=0.01 if kind == "transformer" else 0.03), row
 
 
-@pytest.mark.parametrize("model", [UNet((16, 32), 3), WaveNet(16)], ids=["U-Net", "WaveNet"])
-def test_models_whose_checkpoints_are_lists(model):
-    assert block_paths(model, ["down.0.0", "down.0.1"] if isinstance(model, UNet) else ["layers.3"])
+def test_models_whose_checkpoints_are_lists():
+    """All elements of a list of which one is in a chain, and what is of the same class elsewhere; a list of torch's alone is no class."""
+    unet = UNet((16, 32), 3)
+    blocks = [path for path, module in unet.named_modules() if type(module) is type(unet.down[0][0])]
+    assert len(blocks) > 6
+    assert set(block_paths(unet, ["down.0.0", "down.0.1"])) == set(blocks)
+    assert block_paths(WaveNet(16), ["layers.3"]) == tuple(f"layers.{i}" for i in range(len(WaveNet(16).layers)))
+
+
+def test_a_model_within_a_model_of_its_class_is_no_block():
+    class Nest(torch.nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+            self.inner = Nest(depth - 1) if depth else None
+
+    nest = Nest(2)
+    assert block_paths(nest, ["inner.blocks.0"]) == ("inner.blocks.0", "inner.blocks.1")
+    assert block_paths(nest, ["inner.inner"]) == ("inner.inner",)
 
 
 def test_inputs_that_do_not_grow_with_the_batch_are_named():
