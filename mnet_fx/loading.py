@@ -105,6 +105,11 @@ def saved_options(source: Any, **options: Any) -> dict[str, Any]:
     """
     if isinstance(source, (str, Path)):
         path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        if Path(source).is_dir() and not path.exists():
+            raise MnetError(
+                f"{source} has no config.json, which would have the options: folders of adapters (LoRA) have none; keep mnet_fx_options "
+                "beside it, or save the net itself by mnet_fx.save"
+            )
         if path.suffix == ".json":
             records = {"": found} if (found := json.loads(path.read_text()).get(KEY)) else {}
         elif path.suffix == ".safetensors":

@@ -20,6 +20,7 @@ from .calibration import Calibration, calibrate
 from .closeness import evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetError, SettingsError
 from .named.marks import marked_containers
+from .progress import working
 from .reporting.ask import report
 from .reporting.build import REPORT, TRANSFORMED
 from .settings import Settings
@@ -76,7 +77,8 @@ def tune(
         raise SettingsError("inputs must be a call of the model, or a list of calls, got an empty list")
     search = _Search(model, batches, metric, gammas, {"optimizer": optimizer, "loss": loss}, options)
     size = None if memory is None else parsed(memory)
-    rows = tuple(search.rows())
+    with working(f"tuning {type(model).__name__}") as say:
+        rows = tuple(search.rows(say))
     first = search.first
     return Tuning(
         model=type(model).__name__,
@@ -147,8 +149,11 @@ class _Search:
         """The first estimate, whose plain and checkpoint ways are those of all."""
         return next(iter(self.known.values()))
 
-    def rows(self) -> Iterator[Candidate]:
+    def rows(self, say: Callable[[str], None]) -> Iterator[Candidate]:
         """All candidates.
+
+        Args:
+            say: told what is tried.
 
         Raises:
             SettingsError: the model has no chain.
@@ -157,7 +162,7 @@ class _Search:
         failed: MnetError = SettingsError(f"{type(self.model).__name__} has no residual chain: print(mnet_fx.report(model)) says why")
         for cut, options in self._cuts():
             try:
-                yield from self._of_cut(cut, options)
+                yield from self._of_cut(cut, options, say)
             except MnetError as error:
                 failed = error
                 self.notes[f"Not tried, {cut}: {error}"] = None
@@ -176,11 +181,12 @@ class _Search:
         names = {"module": "each block", "add": "each add"}
         return found + [(name, {"granularity": g}) for g, name in names.items() if fixed.get("granularity", g) == g]
 
-    def _of_cut(self, cut: str, options: dict[str, Any]) -> Iterator[Candidate]:
+    def _of_cut(self, cut: str, options: dict[str, Any], say: Callable[[str], None]) -> Iterator[Candidate]:
         """Candidates of one cut; none where its chains are as long as those of one before it."""
         kinds = [self.options["weights"]] if "weights" in self.options else ["momentum", "matched"]
         for i, (gamma, weights) in enumerate(itertools.product(self.gammas, kinds)):
             chosen = {**self.options, **options, "gamma": gamma, "weights": weights}
+            say(f"tuning {type(self.model).__name__}: {cut}, gamma {gamma}, weights {weights}")
             net = momentumize(self.model, **chosen)
             fidelity = self._fidelity(net)
             steps = tuple(region.steps for region in report(net).regions if region.storage != "nested")

@@ -13,8 +13,14 @@ __all__ = ["advice", "notes"]
 _FIXED = ("parameters", "gradients", "optimizer state")
 
 
-def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
-    """Sentences: what dominates the momentum network's step, and what to do about it."""
+def advice(estimate: Estimate, report: Report, handed: int = 0) -> tuple[str, ...]:
+    """Sentences: what dominates the momentum network's step, and what to do about it.
+
+    Args:
+        estimate: the figures.
+        report: on the momentum network.
+        handed: bytes of what the steps of a chain give to the outside, all of which is there when it ends.
+    """
     way = estimate.momentum
     found = [_what_dominates(way)]
     fixed = sum(way.parts[part] for part in _FIXED)
@@ -31,6 +37,11 @@ def advice(estimate: Estimate, report: Report) -> tuple[str, ...]:
         found.append(
             f"{short} of {len(report.regions)} chains are so short that their inputs are kept, as a checkpoint does, whatever gamma is: "
             "longer runs of blocks of one shape gain more."
+        )
+    if handed > way.total_bytes / 10 and all(part.front_end != "named" for part in report.captured):
+        found.append(
+            f"{shown(handed)} are what the steps of a chain give to the outside, such as skip outputs, and are there at once when it ends: "
+            "with named layers, regions=[...], the model's own loop sums them one by one."
         )
     if way.parts["spilled bits"] > way.total_bytes / 10:
         found.append("Much of it is spilled bits, log2(1/gamma) for each element and step: gamma nearer to 1 keeps fewer.")
@@ -52,8 +63,8 @@ def _outside(estimate: Estimate, report: Report) -> list[str]:
         return []
     first = [f"{path or 'the root'} {shown(size)}" for path, size in list(way.outside.items())[:3]]
     return [
-        f"Of {shown(way.kept_bytes)} kept after the forward, {shown(outside)} lie outside of chains, most in {', '.join(first)}: a head "
-        "whose logits are large (compute the loss in chunks), or projections and stages between the chains"
+        f"Of {shown(way.kept_bytes)} kept after the forward, {shown(outside)} lie outside of chains, most in {', '.join(first)}: stages "
+        "and projections between the chains, or a head (where logits are large, compute the loss in chunks)"
         + (". rest='checkpoint' runs them again instead of keeping that." if report.rest == "store" else ".")
     ]
 

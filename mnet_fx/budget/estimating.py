@@ -21,6 +21,7 @@ from ..captured.graph_modules import original
 from ..compiled.backend import check_compiled
 from ..errors import MnetError, MnetWarning, SettingsError
 from ..named.layers import NamedLayer
+from ..progress import working
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from ..rewrite import momentum_network
 from .advice import advice, notes
@@ -78,9 +79,10 @@ def estimate(
     began = time.perf_counter()
     request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, options, gpu)
     size = None if memory is None else parsed(memory)
-    found = request.at(None)
-    if size is not None:
-        found = request.limited(found, size)
+    with working(f"estimating {type(model).__name__}"):
+        found = request.at(None)
+        if size is not None:
+            found = request.limited(found, size)
     return replace(found, seconds_taken=time.perf_counter() - began)
 
 
@@ -188,7 +190,7 @@ class Request:
             _at_gamma=None if self.rewritten else self.at_gamma,
             _at_depth=partial(_deeper, [t for t in (plain, other, momentum) if t is not None], self.owners) if self.owners else None,
         )
-        return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
+        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said))
 
     def at_gamma(self, gamma: Any) -> Estimate:
         """The estimate for another momentum."""
@@ -211,7 +213,13 @@ class Request:
         assert plain is not None
         assert momentum is not None
         found = replace(found, plain=plain, checkpoint=within(found.checkpoint), momentum=momentum, memory=memory)
-        return replace(found, advice=advice(found, report_of(self.momentum)), notes=notes(found, self.said))
+        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said))
+
+    @property
+    def handed(self) -> int:
+        """Bytes of what the steps of chains give to the outside, all of which is there when a chain ends."""
+        momentum = self.taken("momentum", None)
+        return 0 if momentum is None else round(max((chain.handed for chain in momentum.chains), default=0.0))
 
     def _total(self, name: str, batch: int) -> int:
         found = self.taken(name, batch)

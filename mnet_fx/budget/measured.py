@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils import _pytree as pytree
+
+from ..errors import MnetWarning
 
 __all__ = ["Memory", "measure"]
 
@@ -34,7 +38,8 @@ def measure(step: Callable[[], Any], backward: Callable[[Any], Any] | None = Non
 
     Args:
         step: runs forward and backward, once, and whatever else belongs to the step, such as `optimizer.step()`. What is kept is then what
-            is allocated when the first backward pass begins (`torch.autograd.backward` or `grad`); without one, when the step ends.
+            is allocated when the first backward pass begins (`torch.autograd.backward` or `grad`); without one, when the step ends, with a
+            warning where it returned what has a gradient.
         backward: with it, `step` is the forward pass alone, and `backward(step())` is called after it.
 
     Run the step once before, so that parameters have their `.grad` and lazily made buffers exist; what they allocate is counted otherwise.
@@ -53,8 +58,20 @@ def measure(step: Callable[[], Any], backward: Callable[[Any], Any] | None = Non
 
 def _measure_step(step: Callable[[], Any]) -> Memory:
     with _at_backward(lambda: record_function(_MARK)):
-        _, left, peak, marked = _profiled(step)
+        result, left, peak, marked = _profiled(step)
+    if marked is None:
+        _warn_of_a_forward(result)
     return Memory(left if marked is None else marked, peak)
+
+
+def _warn_of_a_forward(result: Any) -> None:
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(result)):
+        warnings.warn(
+            "measure(step): the step ran no backward pass, so the bytes are a forward pass's alone; end it with .backward(), or give "
+            "measure(forward, backward)",
+            MnetWarning,
+            stacklevel=4,
+        )
 
 
 def _measure_step_cuda(step: Callable[[], Any]) -> Memory:
@@ -69,8 +86,10 @@ def _measure_step_cuda(step: Callable[[], Any]) -> Memory:
         yield
 
     with _at_backward(noted):
-        step()
+        result = step()
     torch.cuda.synchronize()
+    if not kept:
+        _warn_of_a_forward(result)
     return Memory(kept[0] if kept else torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..compiled.keeping import Keeping
 from ..errors import MnetError, SettingsError
+from ..progress import working
 from .estimates import Way
 from .estimating import Request
 from .sizes import parsed, shown
@@ -115,9 +116,10 @@ def plan(
     if chosen := [name for name, default in _CHOSEN.items() if options.pop(name, default) != default]:
         raise SettingsError(f"plan chooses how much is kept of a captured model: leave {', '.join(chosen)} out")
     request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, {**options, "rest": "checkpoint"})
-    plain = request.taken("plain", None)
-    assert plain is not None
-    return _Tries(request, plain, began).plan(memory)
+    with working(f"planning {type(model).__name__}"):
+        plain = request.taken("plain", None)
+        assert plain is not None
+        return _Tries(request, plain, began).plan(memory)
 
 
 class _Tries:

@@ -21,10 +21,10 @@ from ..budget.blocks import block_paths, checkpointed
 from ..budget.measured import measure
 from ..budget.sizes import shown
 from ..budget.ways import default_loss
+from ..progress import shown_progress
 from ..reporting.build import report_of
 from ..reporting.steps import plot_step
 from .inputs import Call
-from .options import shown_progress
 
 __all__ = ["Bench", "benched"]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..progress import working
 from .options import (
     MOMENTUM_NAMES,
     device_option,
@@ -23,7 +24,6 @@ from .options import (
     momentum_options,
     output_options,
     said,
-    working,
 )
 
 __all__ = ["bench", "demo", "estimate", "plan", "report", "verify"]

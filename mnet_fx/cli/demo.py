@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ..api import momentumize
 from ..budget.measured import Memory, measure
+from ..progress import shown_progress
 from ..reporting.build import report_of
-from .options import shown_progress
 
 __all__ = ["demo"]
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +18,6 @@ __all__ = [
     "momentum_options",
     "output_options",
     "said",
-    "shown_progress",
-    "working",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -133,35 +127,3 @@ def said(
         except OSError as error:
             raise click.BadParameter(f"{output!r} cannot be written: {error.strerror}", param_hint="--output") from error
     click.echo(f"wrote {output}", err=True)
-
-
-def shown_progress() -> bool:
-    """Whether there is somebody to show progress to."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
-
-
-@contextmanager
-def working(what: str, delay: float = 2.0) -> Iterator[None]:
-    """Shows, on a terminal, for how long something has been going on, once that is over `delay` seconds."""
-    if not shown_progress():
-        yield
-        return
-    from tqdm import tqdm
-
-    done = threading.Event()
-
-    def show() -> None:
-        if done.wait(delay):
-            return
-        with tqdm(desc=what, bar_format="{desc} ... {elapsed}", leave=False, initial=0) as bar:
-            bar.start_t = time.time() - delay
-            while not done.wait(0.25):
-                bar.refresh()
-
-    watcher = threading.Thread(target=show, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()

@@ -19,12 +19,12 @@ from ..budget.ways import default_loss
 from ..captured.copies import copied
 from ..captured.graph_modules import original
 from ..compiled.region import CompiledRegion
-from ..errors import SettingsError
+from ..errors import MnetError, SettingsError
 from ..named.layers import NamedLayer, NamedRegion
 from ..regions.region import ChainRegion, MomentumRegion
 from ..reporting.build import REPORT
 
-__all__ = ["Outcome", "Subject", "off_by", "undone"]
+__all__ = ["Outcome", "Subject", "Undecided", "off_by", "undone"]
 
 _SEED = 20211
 Region = ChainRegion | NamedRegion
@@ -43,6 +43,10 @@ class Outcome:
     gradients: dict[str, Tensor | None]
 
 
+class Undecided(Exception):
+    """What a check needs cannot be had; the text says why."""
+
+
 class Subject:
     """A network, and a call of it.
 
@@ -59,6 +63,7 @@ class Subject:
         if not isinstance(net, nn.Module) or REPORT not in net.__dict__:
             raise SettingsError(f"verify takes a network that mnet_fx.momentumize returned, got {type(net).__name__}")
         self.net, self.loss = net, loss or _weighted
+        self.default: torch.dtype | None = None  # dtype of tensors that the model makes without naming one; None: as it is
         self.call = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
 
     @property
@@ -74,10 +79,20 @@ class Subject:
         return copied(original(self.net) if isinstance(self.net, fx.GraphModule) else self.net)
 
     def doubled(self) -> Subject:
-        """A copy in float64."""
+        """A copy in float64, which was run once.
+
+        Raises:
+            Undecided: the model does not run in float64, as it makes tensors of other dtypes by itself.
+        """
         net = copy.deepcopy(self.net).double()
         args, kwargs = pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, self.call)
-        return Subject(net, args, kwargs, self.loss)
+        found = Subject(net, args, kwargs, self.loss)
+        found.default = torch.float64
+        try:
+            found.run(gradients=False)  # captures
+        except (MnetError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise Undecided(f"the model does not run in float64 ({_in_short(error)})") from error
+        return found
 
     @contextmanager
     def set(self, gamma: float | None = None, **attributes: Any) -> Iterator[None]:
@@ -97,7 +112,7 @@ class Subject:
     def run(self, net: nn.Module | None = None, gradients: bool = True) -> Outcome:
         """Runs the net (or another on the same call), and leaves buffers, random states and `.grad` as they were."""
         net = net or self.net
-        with undone(net, self.call), torch.enable_grad():
+        with undone(net, self.call), torch.enable_grad(), _default_dtype(self.default):
             args, kwargs = inputs = pytree.tree_map(_leaf, self.call)
             output = net(*args, **kwargs)
             found: dict[str, Tensor | None] = {}
@@ -151,6 +166,13 @@ def off_by(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
+def _in_short(error: BaseException) -> str:
+    """What an error is due to, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _names(region: Region) -> list[list[str]]:
     """For each step the paths of its parameters and buffers, or of its layer."""
     if isinstance(region, NamedRegion):
@@ -192,6 +214,17 @@ def _floats(output: Any) -> Iterator[Tensor]:
 
 def _leaf(t: Any) -> Any:
     return t.clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """For a time, makes tensors of a dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -455,7 +455,7 @@ def test_in_a_terminal_a_report_and_an_error(folder):
     assert "Error: Invalid value for MODEL: own_model.py has no 'Nett'; did you mean Net" in sent
 
 
-WAIT = "import time; from mnet_fx.cli.options import working\nwith working('thinking', {delay}): time.sleep({sleep})\nprint('done')"
+WAIT = "import time; from mnet_fx.progress import working\nwith working('thinking', {delay}): time.sleep({sleep})\nprint('done')"
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
@@ -464,6 +464,13 @@ def test_progress_is_shown_in_a_terminal_once_it_takes_long(folder):
     assert status == 0
     assert "thinking ..." in sent
     assert sent.rstrip().endswith("done")
+    nested = "from mnet_fx.progress import working\nwith working('all', 0.1) as say:\n say('first'); {wait}\n"
+    nested += " with working('part'): {wait}\n {wait}"
+    _, sent = in_terminal(["-c", "import time; " + nested.format(wait="time.sleep(0.7)")], folder)
+    seen = [sent.index(f"{what} ...") for what in ("first", "part")]
+    assert seen == sorted(seen)
+    assert "first ..." in sent[seen[1] :]
+    assert "all ..." not in sent
     assert "thinking" not in in_terminal(["-c", WAIT.format(delay=2.0, sleep=0.3)], folder)[1]
 
 

@@ -316,6 +316,35 @@ def test_models_whose_checkpoints_are_lists():
     assert block_paths(WaveNet(16), ["layers.3"]) == tuple(f"layers.{i}" for i in range(len(WaveNet(16).layers)))
 
 
+def test_skip_outputs_that_are_there_at_once_are_told_and_named_layers_helped_against():
+    class Skips(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Skip() for _ in range(8))
+
+        def forward(self, x):
+            total = 0
+            for block in self.blocks:
+                x, skip = block(x)
+                total = total + skip
+            return total
+
+    class Skip(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_x, self.to_skip = torch.nn.Linear(16, 16), torch.nn.Linear(16, 64)
+
+        def forward(self, x):
+            return x + torch.tanh(self.to_x(x)), self.to_skip(x)
+
+    model, x = Skips(), torch.randn(256, 16)
+    skips = 8 * 256 * 64 * 4 / 1024
+    captured, named = mnet_fx.estimate(model, x), mnet_fx.estimate(model, x, regions=["blocks"])
+    assert any(line.startswith(f"{skips:.0f} KiB are what the steps of a chain give to the outside") for line in captured.advice)
+    assert not any("give to the outside" in line for line in named.advice)
+    assert captured.momentum.peak_bytes - named.momentum.peak_bytes > 1024 * skips / 2
+
+
 def test_a_model_within_a_model_of_its_class_is_no_block():
     class Nest(torch.nn.Module):
         def __init__(self, depth):

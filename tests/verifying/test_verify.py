@@ -183,6 +183,30 @@ def test_a_subject_leaves_its_regions_as_they_were():
     assert region.__dict__ == before
 
 
+class OfItsOwn(Net):
+    """It makes a tensor by itself, of a dtype that it names or not."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return super().forward(x + torch.zeros(x.shape[-1:], dtype=self.dtype) @ torch.zeros(x.shape[-1:], dtype=x.dtype))
+
+
+def test_a_model_that_names_no_dtype_is_compared_in_float64_and_one_that_names_float32_is_not():
+    x = torch.randn(3, 8)
+    found = mnet_fx.verify(mnet_fx.momentumize(OfItsOwn(None)), x)
+    assert (found.ok, [check.ok for check in found.checks]) == (True, [True] * 5)
+    assert str(found).startswith("OfItsOwn: all checks passed\n")
+    found = mnet_fx.verify(mnet_fx.momentumize(OfItsOwn(torch.float32)), x)
+    assert (found.ok, found.check("recurrence").ok) == (True, None)
+    assert "does not run in float64 (" in found.check("recurrence").detail
+    assert "same dtype" in found.check("recurrence").detail
+    assert str(found).startswith("OfItsOwn: all checks passed but recurrence, which nothing is known of\n")
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_a_net_with_stored_activations_has_no_step_that_runs_again():
     found = mnet_fx.verify(net_of(regions=["layers"], backward="stored"), points())
     assert [check.ok for check in found.checks] == [True, None, True, True, False]  # and saves nothing

@@ -295,6 +295,12 @@ def test_options_for_momentumize_from_wherever_they_are(tmp_path):
         mnet_fx.saved_options(transform().state_dict())
 
 
+def test_a_folder_of_adapters_has_no_options_and_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(mnet_fx.MnetError, match=r"has no config.json.* adapters \(LoRA\) have none"):
+        mnet_fx.saved_options(tmp_path)
+
+
 def test_a_schedule_of_saved_values_knows_no_other_chains(tmp_path):
     mnet_fx.save(mnet_fx.momentumize(Model(), gamma=halving), tmp_path / "net.pt")
     longer = Model()
