@@ -1,4 +1,4 @@
-"""How do bytes and time of a training step grow with depth? Plain, checkpoint per residual function, momentum.
+"""How do bytes and time of a training step grow with depth? Plain, checkpoint per layer and per residual function, momentum.
 
     python benchmarks/memory.py [--layers 8 16 32 64] [--rounds 3] [--readme]
 
@@ -13,7 +13,7 @@ import time
 from statistics import median
 
 import torch
-from models import Encoder, checkpointed
+from models import Encoder, checkpointed, checkpointed_layers
 from tables import save, show
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +28,12 @@ COLUMNS = {"layers": "layers", "model": "model", "kept": "kept, MiB", "peak": "p
 def measured(layers: int, rounds: int, bar: tqdm) -> list[dict]:
     encoder, x = Encoder(layers), torch.randn(8, 256, 256)
     net = momentumize(encoder, gamma=0.9)
-    runs = {"plain": lambda: encoder(x), "checkpoint": lambda: checkpointed(encoder, x), "momentum": lambda: net(x)}
+    runs = {
+        "plain": lambda: encoder(x),
+        "checkpoint per layer": lambda: checkpointed_layers(encoder, x),
+        "checkpoint per function": lambda: checkpointed(encoder, x),
+        "momentum": lambda: net(x),
+    }
     rows, times = [], {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
@@ -53,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    with tqdm(total=len(options.layers) * 3 * (options.rounds + 2)) as bar:
+    with tqdm(total=len(options.layers) * 4 * (options.rounds + 2)) as bar:
         rows = [row for layers in options.layers for row in measured(layers, options.rounds, bar)]
     save("memory", rows, COLUMNS, options.readme)
     if options.readme:

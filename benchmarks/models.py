@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MLP", "Attention", "Decoder", "Encoder", "Layer", "Skip", "checkpointed"]
+__all__ = ["MLP", "Attention", "Decoder", "Encoder", "Layer", "Skip", "checkpointed", "checkpointed_layers"]
 
 
 class Attention(nn.Module):
@@ -88,8 +88,15 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
+def checkpointed_layers(encoder: Encoder, x: Tensor) -> Tensor:
+    """The encoder with `torch.utils.checkpoint` around each layer: the usual way to save its memory."""
+    for layer in encoder.layers:
+        x = checkpoint(layer, x, use_reentrant=False)
+    return x
+
+
 def checkpointed(encoder: Encoder, x: Tensor) -> Tensor:
-    """The encoder with `torch.utils.checkpoint` around each residual function: the usual way to save its memory."""
+    """The encoder with `torch.utils.checkpoint` around each residual function: what is run again at once is as in a momentum step."""
     for layer in encoder.layers:
         for branch in (layer.attention, layer.mlp):
             x = x + layer.dropout(checkpoint(branch, x, use_reentrant=False))

@@ -148,8 +148,10 @@ class Tuning:
             )
         best = self.best
         how = f"{best.cut}, gamma {best.gamma:g}, {best.kind}: fidelity {best.fidelity:.4f}, {shown(best.total_bytes)}"
+        under = self.checkpoint_bytes
+        none = "" if under is None or best.total_bytes < 0.99 * under else f" A checkpoint around each block takes no more, {shown(under)}."
         why = "cheapest that keeps" if self.fidelity is not None else "most faithful" + " within" * bool(asked)
-        return " ".join(["* The", why, " within ".join(asked), "is", how + "."]).replace("  ", " ")
+        return " ".join(["* The", why, " within ".join(asked), "is", how + "."]).replace("  ", " ") + none
 
 
 def _cell(row: Candidate | None, best: Candidate | None) -> str:

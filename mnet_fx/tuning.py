@@ -28,6 +28,7 @@ from .tuned import Candidate, Tuning
 
 __all__ = ["tune"]
 
+_ALIKE = 1.01  # totals that are as good as the least: an estimate is no nearer
 GAMMAS = (0.05, 0.1, 0.25, 0.5, 0.9)
 
 
@@ -53,7 +54,7 @@ def tune(
         model: the original, pretrained.
         inputs: a list of calls, each a tuple of positional arguments, a mapping of keyword arguments, or one tensor: the last quarter is
             held out, the others are for `calibrate`. Or one such call, by itself: it is what is compared on, and nothing is calibrated.
-        fidelity: the least that is asked for. With it, the fewest bytes are chosen; of several, the most faithful.
+        fidelity: the least that is asked for. With it, the fewest bytes are chosen; of those within 1 % of them, the most faithful.
         memory: bytes that a training step may hold, as for `estimate`. Without `fidelity`, the most faithful within is chosen.
         metric: a function of a network in eval mode -> number, larger is better; without gradients. Default: the mean cosine between the
             rows of the first output and the original's, on the held-out calls.
@@ -117,7 +118,9 @@ def _best(rows: Sequence[Candidate], fidelity: float | None, memory: int | None)
     if fidelity is None:
         return max(fit, key=lambda row: (row.fidelity, -row.total_bytes), default=None)
     kept = [row for row in fit if row.fidelity >= fidelity]
-    return min(kept, key=lambda row: (row.total_bytes, row.kept_bytes, -row.fidelity), default=None)
+    least = min((row.total_bytes for row in kept), default=0)
+    alike = [row for row in kept if row.total_bytes <= _ALIKE * least]
+    return max(alike, key=lambda row: (row.fidelity, -row.total_bytes, -row.kept_bytes), default=None)
 
 
 class _Search:

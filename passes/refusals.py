@@ -21,7 +21,7 @@ class Code:
 CODES: dict[str, Code] = {
     "projection_shortcut": Code(
         "The skip of the sum is a projection or other function of the input, not the input or a multiple of it.",
-        "Nothing needs to be done: blocks that change the shape stay as they are, between two regions.",
+        "Blocks that change the shape stay as they are, between two regions; rest='checkpoint' runs them again instead of keeping them.",
     ),
     "two_streams": Code(
         "The sum carries a second stream beside that of a chain, as nodes beside edges; a captured chain has one.",

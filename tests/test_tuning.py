@@ -120,6 +120,25 @@ def test_small_gammas_cost_bytes_where_chains_are_long():
     assert found.best is cheap
 
 
+def test_of_those_that_take_about_the_same_the_most_faithful_is_chosen_and_no_saving_is_said():
+    """Where parameters are most of what is there, a chain saves next to nothing."""
+
+    class Heavy(Net):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(1_000_000))
+
+        def forward(self, x):
+            return super().forward(x) + self.table[0]
+
+    torch.manual_seed(0)
+    found = mnet_fx.tune(Heavy(), batches(), fidelity=0.5, gammas=[0.1, 0.5], regions=["blocks"])
+    assert found.best is max(found.rows, key=lambda row: row.fidelity)
+    assert found.best.total_bytes > min(row.total_bytes for row in found.rows)
+    assert "A checkpoint around each block takes no more" in str(found)
+    assert "takes no more" not in str(mnet_fx.tune(made(24), batches(1), gammas=[0.9], weights="momentum", regions=["blocks"]))
+
+
 def test_what_is_asked_for_and_not_there():
     found = mnet_fx.tune(made(), batches(1), fidelity=0.9999999, memory=1000, gammas=[0.9], regions=["blocks"])
     assert found.best is None
