@@ -164,9 +164,9 @@ class NamedRegion:
         if self.confirmed and index not in self.confirmed:
             raise StreamError(
                 f"regions='auto' took the layers of {self.title} for a chain, but {self.names[index]} was called with another tensor than "
-                f"{self.names[index - 1]} returned: name the containers that are chains (print(net.report) lists those that were found), "
-                f"with {self.path!r} among them if chains shall begin anew where the model adds something between its layers, as in "
-                f"regions=[{self.path!r}]; or leave regions out, which captures the model"
+                f"{self.names[index - 1]} returned: leave regions out, which captures the model; or name the containers that are chains "
+                f"(print(net.report) lists those that were found), with {self.path!r} among them only if its layers are residual and "
+                f"chains shall begin anew where the model adds something between them, as in regions=[{self.path!r}]"
             )
         if not self.warned:
             self.warned = True

@@ -30,11 +30,13 @@ def marked_containers(net: nn.Module, least: int = 2) -> list[str]:
         net: the model.
         least: how many layers a list has at least.
 
-    Parameters of one name have one shape in all layers of a list. Lists with another first block (the stages of a ResNet) are none.
+    Parameters of one name have one shape in all layers of a list. Lists with another first block (the stages of a ResNet) are none. Where
+    the library marks some lists, others are none, be it that all that are marked change the width.
     """
-    lists = {path: module for path, module in _lists(net, least).items() if _one_width(module)}
-    marked = [path for path, module in lists.items() if _is_marked(net, path, module)]
-    return _outermost(marked or [path for path, module in lists.items() if isinstance(module, nn.ModuleList) and _is_plain(module)])
+    lists = _lists(net, least)
+    if marked := {path: module for path, module in lists.items() if _is_marked(net, path, module)}:
+        return _outermost([path for path, module in marked.items() if _one_width(module)])
+    return _outermost([path for path, module in lists.items() if isinstance(module, nn.ModuleList) and _is_plain(module)])
 
 
 def left_containers(net: nn.Module, found: list[str], least: int = 2) -> dict[str, str]:
