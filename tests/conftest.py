@@ -168,6 +168,15 @@ LONG = (  # likewise, but `.ci/run` runs them: the largest of what other tests s
     "test_lightning_finds_the_batch_size_by_an_estimate[layers]",
     "test_a_build_of_torch_without_cuda",
     "test_sizes_that_depend_on_values[inductor-Routes]",
+    "test_where_nothing_is_finite_nothing_is_verified",
+    "test_long_regions_are_drawn_short",
+    "test_matplotlib_is_needed_only_for_pictures",
+    "test_the_batch_size_finder_of_lightning_changes_nothing_else",
+    "test_sizes_that_vary",
+    "test_a_graph_module_and_what_cannot_be_tried",
+    "test_the_model_stays_and_one_call_calibrates_nothing",
+    "test_it_is_torchs_own[afterwards]",
+    "test_blocks_in_three_layouts_are_one_chain[eager]",
 )
 
 
@@ -237,20 +246,59 @@ THINNED = {  # cross products of which one case in so many is run as often as it
     "test_noise_is_as_in_the_original_going_forward": 2,
     "test_channels_last": 2,
     "test_checkpoint_around_the_net": 2,
+    "test_gamma_zero_is_the_original": 3,
+    "test_reversible_is_stored_bit_for_bit": 3,
+    "test_reversible_is_stored": 3,
+    "test_state_comes_back_and_bits_stay_at_the_floor_for_every_gamma_and_depth": 3,
+    "test_a_write_to_shared_memory_keeps_its_place": 3,
+    "test_a_net_that_is_dropped_is_freed": 3,
+    "test_copies_pickles_and_state_dicts": 3,
+    "test_layers_may_change_after_a_call": 3,
+    "test_every_add_is_there_once": 3,
+    "test_checkpoints_carry_the_maps": 3,
+    "test_exported_programs_are_plain_graphs_that_give_the_same": 3,
+    "test_gamma_zero_is_the_inner_backend_alone": 3,
+    "test_nan_or_inf_in_any_activation_comes_out": 3,
+    "test_copies_are_independent_and_whole": 3,
+    "test_what_leads_nowhere_gives_no_gradients": 3,
+    "test_values_and_gradients_are_as_accurate_as_the_float32_recurrence": 3,
+    "test_first_gradients_are_those_of_the_recurrence": 3,
+    "test_a_parameter_changed_behind_a_zero_scale_raises": 3,
+    "test_gradients_of_dropout_by_finite_differences": 3,
+    "test_writes_under_no_grad_keep_their_place_and_the_chain": 3,
+    "test_the_options_make_the_network_that_was_measured": 3,
+    "test_closer_to_the_original_and_exact": 3,
+    "test_optimizers": 3,
+    "test_a_stream_that_escapes_may_be_overwritten": 3,
+    "test_a_net_is_rebuilt_as_it_was": 3,
 }
 
 
-def _thinned(item, marker):
-    """The marker of a case of a test in THINNED: drawn by its name, so that no value of any parameter is left out by a pattern.
-
-    Of every three, say, one is run as it would be, one is `long` in place of always, and one is `slow`.
+def _places(items):
+    """For each case of a test in THINNED its place among so many: drawn by its name, so that no value of any parameter is left out by a
+    pattern; 0 for the first case where none else has it.
     """
-    every = THINNED.get(getattr(item, "originalname", None), 1)
-    place = zlib.crc32(item.name.encode()) % every
+    found = {}
+    for item in items:
+        if (every := THINNED.get(getattr(item, "originalname", None))) is not None:
+            found.setdefault((item.path, item.cls, item.originalname), {})[item.nodeid] = zlib.crc32(item.name.encode()) % every
+    for places in found.values():
+        if 0 not in places.values():
+            places[next(iter(places))] = 0
+    return {name: place for places in found.values() for name, place in places.items()}
+
+
+def _thinned(item, marker, place):
+    """The marker of a case: of every three, say, one is run as it would be; of the others every third is `long`, and the rest `slow`."""
     if marker == "slow" or place == 0:
         return marker
     item.own_markers = [mark for mark in item.own_markers if mark.name != "long"]
-    return "long" if marker is None and place == 1 else "slow"
+    return "long" if marker is None and _drawn(item) else "slow"
+
+
+def _drawn(item):
+    """Every third case, by its name."""
+    return zlib.crc32(f"{item.name} long".encode()) % 3 == 0
 
 
 def _marker(item):
@@ -262,8 +310,11 @@ def _marker(item):
     if item.path.stem == "test_families" and "efficientnet_b0" in {getattr(v, "name", v) for v in values}:
         return "slow"
     families = item.path.stem == "test_families" and "swin_t" in {getattr(v, "name", v) for v in values}
-    others = any(isinstance(v, str) and v == "aot_eager" for v in values) or (everyday and "inputs" in values)
-    return "long" if item.name in LONG or families or others else None
+    others = any(isinstance(v, str) and v == "aot_eager" for v in values)
+    others |= everyday and ("inputs" in values or zlib.crc32(item.name.encode()) % 3 == 1)
+    if item.name in LONG or families:
+        return "long"
+    return ("long" if _drawn(item) else "slow") if others else None
 
 
 @pytest.hookimpl(trylast=True)
@@ -277,9 +328,10 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The tests of one thing at a time are marked quick; see CONTRIBUTING.md."""
+    places = _places(items)
     for item in items:
         given = next((name for name in ("slow", "long") if item.get_closest_marker(name)), None)
-        if (marker := _thinned(item, given or _marker(item))) is not None:
+        if (marker := _thinned(item, given or _marker(item), places.get(item.nodeid, 0))) is not None:
             item.add_marker(getattr(pytest.mark, marker))
         if item.name in NEWER and torch.__version__ < "2.14":
             item.add_marker(pytest.mark.skip(reason="torch 2.14 is the first that can"))
