@@ -33,7 +33,7 @@ def rows(batches: int) -> Iterator[dict[str, str]]:
     """A line for each cut and gamma."""
     import transformers
 
-    size = Size(train=-(-batches * 32 // len(MODULES)), test=0)
+    size = Size(train=-(-batches * 32 // len(MODULES)), test=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
     texts, _ = drawn([sentences(module) for module in MODULES], 0, size, tokenizer)
     calls = [call for call, _ in texts.batches()][:batches]
