@@ -85,7 +85,7 @@ class Verification:
         words = {True: "yes", False: "NO", None: "-"}
         rows = [(c.name, words[c.ok], c.detail + (f"; first seen at {c.where}" if c.where else "")) for c in self.checks]
         undecided = [check.name for check in self.checks if check.ok is None]
-        passed = f"all checks passed but {', '.join(undecided)}, which nothing is known of" if undecided else "all checks passed"
+        passed = "all checks passed" + f"; not decided: {', '.join(undecided)}" * bool(undecided)
         title = f"{self.model}: {passed if self.ok else 'NOT verified'}"
         return title + "\n\n" + tabulate(rows, headers=["check", "holds", "found"], tablefmt="simple", maxcolwidths=[None, None, 74])
 

@@ -48,10 +48,10 @@ def second_streams(facts: Facts, sums: Mapping[fx.Node, ResidualSum], known: Col
         for skip, branch in (terms, terms[::-1]) if len(terms) == 2 else ():
             if skip.op == "get_attr" or branch in sums:
                 continue
-            joined, reached, knows = _reads(branch, skip, facts, sums)
+            joined, reached = _reads(branch, skip, facts, sums)
             if joined and (reached or node in skips):
                 found[node] = (skip, branch)
-            elif joined and knows:
+            elif joined and _stands_by_sums(node, skip, facts) and _knows(branch, skip, facts):
                 in_series[node] = (skip, branch)
     follow = {node for node, (skip, _) in in_series.items() if skip in in_series}
     found |= {node: in_series[node] for node in in_series if node in follow or node in {in_series[other][0] for other in follow}}
@@ -62,21 +62,38 @@ def _refused(node: fx.Node, skip: fx.Node, branch: fx.Node) -> Refusal:
     return refuse("two_streams", node, f"%{branch.name} is computed from %{skip.name} and from another chain's stream")
 
 
-def _reads(branch: fx.Node, skip: fx.Node, facts: Facts, sums: Collection[fx.Node]) -> tuple[bool, bool, bool]:
-    """Whether a branch reads sums of another stream, mixes what it computes from the skip by other ways, and knows of it in any way."""
+def _stands_by_sums(node: fx.Node, skip: fx.Node, facts: Facts) -> bool:
+    """Whether a sum adds to another sum, or is added to: only then can it be one of a series."""
+    return facts.kinds[skip] == "add" or any(facts.kinds.get(user) == "add" for user in node.users)
+
+
+def _knows(branch: fx.Node, skip: fx.Node, facts: Facts) -> bool:
+    """Whether a branch descends from the skip."""
+    lowest, ahead, seen = facts.index[skip], [branch], set[fx.Node]()
+    while ahead:
+        node = ahead.pop()
+        if node is skip:
+            return True
+        if node not in seen and facts.index[node] > lowest:
+            seen.add(node)
+            ahead += facts.values[node]
+    return False
+
+
+def _reads(branch: fx.Node, skip: fx.Node, facts: Facts, sums: Collection[fx.Node]) -> tuple[bool, bool]:
+    """Whether a branch reads sums of another stream, and whether it mixes what it computes from the skip by other ways."""
     lowest, joined = facts.index[skip], False
-    ahead, seen = [(branch, facts.kinds[branch] in MIXING, True)], set[tuple[fx.Node, bool, bool]]()
-    reached = knows = False
+    ahead, seen = [(branch, facts.kinds[branch] in MIXING)], set[tuple[fx.Node, bool]]()
+    reached = False
     while ahead:
         state = ahead.pop()
         if state in seen:
             continue
         seen.add(state)
-        node, mixed, apart = state
+        node, mixed = state
         for source in facts.values[node]:
-            reached |= source is skip and mixed and apart
-            knows |= source is skip
-            joined |= apart and source in sums and facts.index[source] > lowest
-            if facts.index[source] > lowest:
-                ahead.append((source, mixed or facts.kinds[source] in MIXING, apart and source not in sums))
-    return joined, reached, knows
+            reached |= source is skip and mixed
+            joined |= source in sums and facts.index[source] > lowest
+            if facts.index[source] > lowest and source not in sums:
+                ahead.append((source, mixed or facts.kinds[source] in MIXING))
+    return joined, reached

@@ -203,7 +203,7 @@ def test_a_model_that_names_no_dtype_is_compared_in_float64_and_one_that_names_f
     assert (found.ok, found.check("recurrence").ok) == (True, None)
     assert "does not run in float64 (" in found.check("recurrence").detail
     assert "same dtype" in found.check("recurrence").detail
-    assert str(found).startswith("OfItsOwn: all checks passed but recurrence, which nothing is known of\n")
+    assert str(found).startswith("OfItsOwn: all checks passed; not decided: recurrence\n")
     assert torch.get_default_dtype() == torch.float32
 
 
