@@ -24,7 +24,7 @@ from mnet_fx.arithmetic.formats import Format
 ROOT = Path(__file__).parent
 LOOKS = {  # colours of Okabe and Ito, which the colour-blind tell apart; marks for print
     "plain": ("#000000", "o", "plain"),
-    "checkpoint per layer": ("#0072B2", "s", "torch.utils.checkpoint around each layer"),
+    "checkpoint per layer": ("#0072B2", "s", "checkpoint per layer"),
     "momentum": ("#D55E00", "^", "mnet_fx"),
 }
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#BBBBBB"
