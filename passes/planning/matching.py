@@ -130,10 +130,12 @@ def _same_values(term: fx.Node, facts: Facts) -> list[fx.Node]:
 def _unscaled(term: fx.Node, facts: Facts) -> fx.Node:
     """The value behind multiplications by numbers and parameters that keep its shape."""
     while facts.kinds[term] in ("identity", "scale"):
-        scaled, *others = sorted(term.all_input_nodes, key=facts.varies.__contains__, reverse=True) or (term,)
-        if scaled is term or any(other in facts.varies or shape_of(term) is None or shape_of(scaled) != shape_of(term) for other in others):
+        varying = [source for source in facts.flow[term] if source in facts.varies]  # what writes to an operand is there, too
+        if len(varying) != 1 or varying[0] not in term.all_input_nodes:
             break
-        term = scaled
+        if len(term.all_input_nodes) > 1 and not shape_of(term) == shape_of(varying[0]) is not None:
+            break
+        term = varying[0]
     return term
 
 
