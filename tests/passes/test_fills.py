@@ -144,6 +144,10 @@ def test_a_filled_branch_is_found_and_right(name):
     assert_exact(model, (x,), x)
 
 
+def test_a_skip_less_what_is_filled_is_no_scaled_skip():
+    assert [region.steps for region in mnet_fx.report(Net(subtracted), torch.randn(3, 4)).regions] == [3]
+
+
 @pytest.mark.filterwarnings("ignore::mnet_fx.MnetWarning")
 def test_a_fill_of_the_stream_itself_is_listed():
     model, x = Net(aliased), torch.randn(3, 4)
