@@ -53,8 +53,8 @@ def second_streams(facts: Facts, sums: Mapping[fx.Node, ResidualSum], known: Col
                 found[node] = (skip, branch)
             elif joined and _stands_by_sums(node, skip, facts) and _knows(branch, skip, facts):
                 in_series[node] = (skip, branch)
-    follow = {node for node, (skip, _) in in_series.items() if skip in in_series}
-    found |= {node: in_series[node] for node in in_series if node in follow or node in {in_series[other][0] for other in follow}}
+    links = [(skip, node) for node, (skip, _) in in_series.items() if skip in in_series]
+    found |= {node: in_series[node] for link in links for node in link}
     return {node: _refused(node, *found[node]) for node in sorted(found, key=facts.index.__getitem__)}
 
 
@@ -86,11 +86,10 @@ def _reads(branch: fx.Node, skip: fx.Node, facts: Facts, sums: Collection[fx.Nod
     ahead, seen = [(branch, facts.kinds[branch] in MIXING)], set[tuple[fx.Node, bool]]()
     reached = False
     while ahead:
-        state = ahead.pop()
-        if state in seen:
+        node, mixed = ahead.pop()
+        if (node, mixed) in seen:
             continue
-        seen.add(state)
-        node, mixed = state
+        seen.add((node, mixed))
         for source in facts.values[node]:
             reached |= source is skip and mixed
             joined |= source in sums and facts.index[source] > lowest
