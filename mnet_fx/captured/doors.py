@@ -124,7 +124,7 @@ def passed_by(modules: dict[str, nn.Module], entered: Collection[str]) -> set[st
     """Of modules by path, those without modules inside that lie in one that Python entered: called by the name of `forward`, they would run
     unseen.
     """
-    single = (path for path, module in modules.items() if not any(module.children()))
+    single = (path for path, module in modules.items() if next(module.children(), None) is None)
     return {path for path in single if any(not outer or path.startswith(f"{outer}.") for outer in entered)}
 
 

@@ -241,6 +241,31 @@ def parametrised():
     return program(residual, f=f)
 
 
+def walks(self, x):
+    for f in self.f:
+        x = f(x)
+    return x
+
+
+class Empty(nn.Module):
+    """A block that Python takes for nothing, as a container may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def __len__(self):
+        return 0
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+def compiled_blocks():
+    """As torchtitan compiles them; the wrapper asks the block for its length, which it has none of."""
+    return program(walks, f=[torch.compile(chain(1), backend="eager") for _ in range(3)])
+
+
 def locked():
     model = chain()
     model.lock = threading.Lock()
@@ -287,6 +312,9 @@ class Everything(nn.Module):
 
 
 ROWS = {
+    "compiled blocks": Row(compiled_blocks, steps=(3,)),
+    "compiled blocks, with an example": Row(compiled_blocks, steps=(3,), example=True),
+    "blocks of length 0": Row(lambda: program(walks, f=[Empty() for _ in range(3)]), steps=(3,)),
     "branches on values": Row(lambda: program(branches_on_values, inner=chain()), steps=(3,)),
     "branches on values, captured at once": Row(
         lambda: program(branches_on_values, inner=chain()), example=True, refused="sees nothing beyond before the model runs"
