@@ -12,7 +12,7 @@ from zoo import one_thread  # noqa: F401  (a fixture)
 import mnet_fx
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore", "error::mnet_fx.MnetWarning")]
+pytestmark = [pytest.mark.filterwarnings("ignore", "error::mnet_fx.MnetWarning")]
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = COMMON | {"vocab_size": 50, "pad_token_id": 0}
@@ -83,6 +83,7 @@ def trained(name, folder, lora=False, **options):
     return {key: p.detach().clone() for key, p in model.named_parameters()}, model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_each_model(name, tmp_path):
     before = {key: p.detach().clone() for key, p in made(name).named_parameters()}
@@ -95,6 +96,7 @@ def test_each_model(name, tmp_path):
     assert any(not torch.equal(reversible[key], p) for key, p in original.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_lora(name, tmp_path):
     stored, reversible = (trained(name, tmp_path, lora=True, gamma=0.5, backward=backward)[0] for backward in ("stored", "reversible"))
@@ -107,6 +109,7 @@ def test_lora(name, tmp_path):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CAUSAL)
 def test_captured_with_the_head_in_chunks(name, tmp_path):
     """Their models return their logits and compute the loss: it is computed in chunks of tokens, and the rest runs again."""
@@ -124,7 +127,7 @@ torch.set_num_threads(1)
 sys.path[:0] = {paths!r}
 from test_trainer import trained
 import accelerate, copy, mnet_fx, test_trainer
-found = [trained("gpt2", sys.argv[1], gamma=0.5, backward=backward)[0] for backward in ("stored", "reversible")]
+found = [trained({name!r}, sys.argv[1], gamma=0.5, backward=backward)[0] for backward in ("stored", "reversible")]
 assert torch.distributed.get_world_size() == 2
 assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 both = [torch.cat([p.flatten() for p in found[0].values()])] * 2
@@ -134,8 +137,8 @@ assert torch.equal(*both)
 from mnet_fx.integrations.transformers import prepare  # a loop of one's own
 accelerator = accelerate.Accelerator(cpu=True)
 for backward in ("stored", "reversible"):
-    model = prepare(test_trainer.made("gpt2"), gamma=0.5, backward=backward)
-    loader = torch.utils.data.DataLoader(test_trainer.Data("gpt2"), batch_size=1)
+    model = prepare(test_trainer.made({name!r}), gamma=0.5, backward=backward)
+    loader = torch.utils.data.DataLoader(test_trainer.Data({name!r}), batch_size=1)
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1), loader)
     torch.manual_seed(3)
     for batch in loader:
@@ -148,10 +151,11 @@ print("both agree")
 """
 
 
-def test_two_processes_under_the_trainer_and_accelerate(tmp_path):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name == "gpt2" else pytest.mark.slow) for name in MODELS])
+def test_two_processes_under_the_trainer_and_accelerate(name, tmp_path):
     here = Path(__file__).parent
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent), str(here.parent / "captured"), str(here.parent.parent)]))
+    script.write_text(SCRIPT.format(name=name, paths=[str(here), str(here.parent), str(here.parent / "captured"), str(here.parent.parent)]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
