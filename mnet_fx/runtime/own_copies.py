@@ -51,7 +51,7 @@ class OwnCopies:
     def shared(self, t: Tensor, print_: Any) -> Tensor:
         """A copy of t as it is now, with that fingerprint; the same one for every layer that reads t so.
 
-        What has its fingerprint on a device is the same as long as autograd sees no change.
+        If the fingerprint is on a device, where nobody reads it yet, t._version stands for it.
         """
         key = (id(t), (None if t.is_inference() else t._version) if isinstance(print_, Tensor) else print_)
         if key not in self.copies:
@@ -73,7 +73,7 @@ class OwnCopies:
 def _learn(learnt: Learnt, counted: set[int], layer: str, copied: dict[str, tuple[int, int]], overwritten: Set[str]) -> None:
     """See `OwnCopies.lesson`. copied: by name, which copy it is and its bytes."""
     known = learnt.overwritten
-    if unforeseen := overwritten - copied.keys():  # found unchanged before: that may be so of others too, which are looked at again
+    if unforeseen := overwritten - copied.keys():  # what was believed unchanged is overwritten: all such beliefs are given up
         learnt.overwritten = {key: True for key, was in known.items() if was} | {(layer, name): True for name in unforeseen}
         return
     for name, (which, size) in copied.items():

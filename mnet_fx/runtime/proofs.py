@@ -123,7 +123,7 @@ class _Pass:
         self.comparisons: list[_Comparison] = []
 
     def last(self) -> None:
-        """Has `end` called after what others wait for the end of the pass with, as DDP and FSDP do, who must be through if it raises."""
+        """Queues `end` behind the callbacks of others, such as DDP and FSDP, which must have run if it raises."""
         Variable._execution_engine.queue_callback(self.end)
 
     def end(self) -> None:

@@ -109,7 +109,7 @@ class Conditions:
     def first_run(self, x: Tensor) -> Any:
         """Runs the step on the live module, and notes what it drew and which buffers it changed.
 
-        All may have, as long as it runs: a step that differentiates within itself is rerun before its first run ends.
+        While it runs, all are noted, as a step that differentiates within itself is rerun before that ends; afterwards what it used.
         """
         with _TURNS, untuned(self.device):
             fake = valueless(x)
@@ -246,7 +246,7 @@ class Conditions:
         return {f"side input {i}": s for i, s in enumerate(leaves(self.sides)) if isinstance(s, Tensor)}
 
     def _flagged(self) -> list[tuple[str, Tensor]]:
-        """Those tensors of which it is another question now whether they require gradients."""
+        """The tensors whose requires_grad is another one than in the first run."""
         return [(name, t) for name, (t, needed) in self.requires_grad.items() if t.requires_grad != needed]
 
     def _restored(self) -> AbstractContextManager[None]:
@@ -340,8 +340,8 @@ def _modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[t
 
 
 def _may_differ(t: Tensor, was: Any, now: Any, then: Any, proof: bool) -> bool:
-    """Whether a step may have changed a buffer, of which these are the fingerprints before and after. A write of the values that were there
-    is one: a later step may write others.
+    """Whether a step may have changed a buffer, of which these are the fingerprints before and after. A write of equal values counts as a
+    change: a later step may write others.
 
     On a device nobody reads them: small buffers count as changed, others where autograd saw a change; unless nobody will prove that.
     """

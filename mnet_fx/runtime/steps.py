@@ -103,7 +103,7 @@ class Closing(Protocol):
 
 
 def closed(run: Closing, rerun: bool, y: Tensor, others: Sequence[Any]) -> Tensor:
-    """y with `Close` behind it; where y needs no gradient, another output that does makes autograd note it all the same."""
+    """y with `Close` behind it; where y needs no gradient, another output that does is passed too, so that `Close` is in the graph."""
     needing = [] if y.requires_grad else [e for e in others if isinstance(e, Tensor) and e.requires_grad]
     return Close.apply(run, rerun, others, y, *needing[:1])
 

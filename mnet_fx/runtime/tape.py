@@ -61,7 +61,7 @@ from .shear import Enter, Factors, Shear
 
 __all__ = ["PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
 
-SMALL = 1 / 32  # momentum that spills so many bits of u that a difference of y may leave with them (with 0 all of it does)
+SMALL = 1 / 32  # below this momentum u spills so many bits that the state may not show a y that differs, so y has a fingerprint too
 
 
 class Rerun:

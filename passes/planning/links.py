@@ -107,7 +107,7 @@ def _fits(node: fx.Node, facts: Facts) -> bool:
 
 
 def interruption_of(start: fx.Node, sums: Collection[fx.Node], descended: Set[fx.Node], facts: Facts) -> tuple[fx.Node, fx.Node] | None:
-    """Of a skip without a link, the residual sum of its shape from which it is computed, and what stands between that a link may not be."""
+    """For a skip without a link: the nearest residual sum of its shape, and the first node between them that no link may contain."""
     seen, queue, ends, barred = {start}, [start], list[fx.Node](), list[fx.Node]()
     for node in queue:
         if node in sums:

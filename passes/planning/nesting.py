@@ -4,7 +4,7 @@ outer    x[0] -> [ norm -> (y[0] -> + -> + ) -> conv ] -> + = x[1] -> [ norm -> 
                            inner, in one step
 
 An inner chain within one step becomes a region of that step's own code. One that runs across steps cannot: of the two, that with more adds
-stays. So it is with an outer chain around so long ones that it would save less memory than they do.
+stays. An outer chain goes too if the chains inside of it are so long that they save more memory than it would.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of a chain's the graph overwrites after the chain has run: a rerun of its steps would read the new values.
+"""Which inputs or streams of a chain the graph overwrites after the chain has run: a rerun of its steps would read the new values.
 
 side, x -> [ x = x + f(x, side) ] ... -> x           side.mul_(2) after the chain: it is given side.clone() instead
 x -> [ ... x[t] ... ] -> x[T], x[t]                  x[t].mul_(2) after the chain: x[t].clone() is written to instead

@@ -186,7 +186,7 @@ def _newest_step(run: Piece, facts: Facts) -> dict[fx.Node, int]:
 
 
 def _nested(pieces: list[Piece], within: bool, graph: _Graph) -> tuple[Nest, Refusals]:
-    """Which pieces are kept, and which lies in which. A residual add inside a step, too short a chain by itself, is called nested too."""
+    """Which pieces are kept, and which lies in which. Single residual adds inside a step have the code `nested` too."""
     nest = Nest.of(pieces, within)
     lost = {add: f"%{add.name} lies {where}" for i, where in nest.lost.items() for add in adds_of(pieces[i])}
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}

@@ -51,7 +51,7 @@ def check(span: Span, facts: Facts) -> Refusal | None:
 
 
 def _overwrites_stream(span: Span, facts: Facts) -> Refusal | None:
-    """In-place sums onto the stream may be replaced by plain adds, provided nobody sees the difference; other writes may not stay."""
+    """Refuses a step that writes to its input, unless the write is a sum in place whose result alone is read later."""
     memory, shared, copied = facts.base[span.source], {span.source}, set[fx.Node]()
     for node in span.nodes:
         target = facts.alias.get(node)

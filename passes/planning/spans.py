@@ -158,9 +158,11 @@ def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, Re
 
 
 def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: dict[fx.Node, ResidualSum]) -> set[fx.Node]:
-    """Side computations whose results only the cone reads. One that writes in place comes in only together with the memory it writes to,
-    one that takes a tensor from a list with what makes the list, so that the inputs of a step are tensors, and no copy of what another
-    call will have overwritten by the time of a rerun."""
+    """Side computations whose results only the cone reads.
+
+    One that writes in place comes in only together with the memory it writes to: a rerun would find it overwritten. One that takes a tensor
+    from a list comes in only with what makes the list: the inputs of a step are tensors.
+    """
     blocked: set[fx.Node] = set()
     while True:
         serving: set[fx.Node] = set()
