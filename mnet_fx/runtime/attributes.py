@@ -5,7 +5,7 @@ a class of the user's, or a module that is no child, what it holds, to any depth
 `training`, hooks, and the table of children. Parameters and buffers have rules of their own (see `replay`), as have tensors that are
 attributes; here it is noted which there are. Lists and objects that functions close over, and attributes of tensors, are not noted. Of the
 lists, dictionaries, sets and deques that are globals of the modules' code, a rerun finds what they hold at its time, and leaves no trace in
-them.
+them. Objects that a step is given, as a cache of keys and values, are put back as far as its first run changed them (`Given`).
 
 A note must not keep a graph alive, which may hold the notes of an earlier pass, and so on. So of a tensor with a history only the values
 are kept, a container or an object that holds such tensors is left alone, and so is an object that the step itself replaces.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import starmap
 from operator import is_
 from types import CodeType, FunctionType, NoneType
@@ -25,7 +25,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .reach import CONTAINERS, is_historic, reached, values_of
+from .reach import CONTAINERS, Reached, is_historic, is_theirs, reached, values_of
+from .sides import leaves
 
 __all__ = ["STANDARD", "Attributes", "without_traces"]
 
@@ -42,8 +43,10 @@ class Attributes:
     Args:
         modules: those of the step, which comes first.
         also: what has to be noted besides: what was reached then.
+        sides: the side inputs of the step.
 
     Attributes:
+        given: the objects among those, or None.
         dicts: pairs of the `__dict__` of a module or object and a copy of it.
         noted: pairs of a container that holds something and a copy of it.
         empty: containers that hold nothing.
@@ -57,8 +60,10 @@ class Attributes:
     empty: list[Any]
     tables: list[tuple[dict[str, Any], dict[str, Any]]]
 
-    def __init__(self, modules: Sequence[nn.Module], also: Attributes | None = None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], also: Attributes | None = None, sides: Sequence[Any] = ()) -> None:
         self.modules = modules
+        objects = [side for side in leaves(tuple(sides)) if is_theirs(type(side)) and not isinstance(side, nn.Module)]
+        self.given = Given(objects, modules[0]) if objects else None
         found = reached(modules)
         spaces = [module.__dict__ for module in modules] + found.spaces
         if also is not None:
@@ -74,6 +79,8 @@ class Attributes:
 
     def let_go(self) -> None:
         """After the first run: gives up what would keep a graph alive."""
+        if self.given is not None:
+            self.given.let_go()
         self.noted = [pair for pair in self.noted if not any(map(is_historic, pair))]
         for _, table in self.tables:
             table.update({name: value.detach() for name, value in table.items() if isinstance(value, Tensor) and is_historic(value)})
@@ -93,7 +100,8 @@ class Attributes:
         now = self if self._holds() else Attributes(self.modules, self)
         self._restore(_fill)
         try:
-            yield
+            with nullcontext() if self.given is None else self.given.put_back():
+                yield
         finally:
             now._restore(_set)
 
@@ -214,3 +222,55 @@ def _refill(container: Any, copy: Any) -> None:
     """Makes a container hold what the copy holds."""
     container.clear()
     container.extend(copy) if isinstance(container, (list, deque)) else container.update(copy)
+
+
+class Given:
+    """Objects that a step is given, and what they reach, as they were before its first run. Writes into their tensors are not noted.
+
+    Args:
+        objects: of classes of the user's.
+        step: modules that contain it are not gone into.
+    """
+
+    def __init__(self, objects: Sequence[Any], step: nn.Module) -> None:
+        found = Reached()
+        found.go_into(objects, step)
+        self.spaces = [(space, space.copy()) for space in found.spaces]
+        self.containers = [(container, container.copy()) for container in found.containers]
+
+    def let_go(self) -> None:
+        """After the first run: keeps what it changed, without histories."""
+        self.spaces = [(live, _plain(then)) for live, then in self.spaces if not _same(live, then)]
+        self.containers = [(live, _plain(then)) for live, then in self.containers if not _same(live, then)]
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """As `Attributes.put_back`."""
+        spaces = [(live, live.copy()) for live, _ in self.spaces]
+        containers = [(live, live.copy()) for live, _ in self.containers]
+        _set_all(self.spaces, self.containers)
+        try:
+            yield
+        finally:
+            _set_all(spaces, containers)
+
+
+def _set_all(spaces: list[tuple[Any, Any]], containers: list[tuple[Any, Any]]) -> None:
+    for live, then in spaces:
+        _set(live, then)
+    for live, then in containers:
+        _refill(live, then)
+
+
+def _plain(container: Any) -> Any:
+    """A copy of a container, of whose tensors with a history there are only the values."""
+    copy = container.copy()
+    if isinstance(copy, dict):
+        copy.update({key: _value(value) for key, value in container.items() if _value(value) is not value})
+    elif not isinstance(copy, set):
+        _refill(copy, list(map(_value, container)))
+    return copy
+
+
+def _value(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.grad_fn is not None else value

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "Reached", "is_historic", "reached", "values_of"]
+__all__ = ["CONTAINERS", "Reached", "is_historic", "is_theirs", "reached", "values_of"]
 
 CONTAINERS = frozenset([dict, OrderedDict, defaultdict, Counter, list, set, deque])
 _APART = frozenset(["_parameters", "_buffers"])
@@ -90,7 +90,7 @@ class Reached:
             if _contains(value, around):
                 return ()
             self.hidden.append(value)
-        elif not _is_theirs(type(value)) or len(vars(value)) > _MOST:
+        elif not is_theirs(type(value)) or len(vars(value)) > _MOST:
             return ()
         self.spaces.append(vars(value))
         return vars(value).values()
@@ -149,7 +149,7 @@ def is_historic(value: Any) -> bool:
 _THEIRS: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
-def _is_theirs(cls: type) -> bool:
+def is_theirs(cls: type) -> bool:
     """Whether instances of a class are objects of the user's with attributes."""
     if cls not in _THEIRS:
         own = cls.__module__.partition(".")[0] not in _NOT_THEIRS or cls.__name__ == "SimpleNamespace"

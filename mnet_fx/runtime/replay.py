@@ -77,7 +77,7 @@ class Conditions:
         self.is_pure: bool = getattr(module, "is_pure", False)
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
         self.tree = graphs(module) if stateless else list(_modules(module, "", set()))
-        self.attributes = None if stateless else Attributes([m for _, m in self.tree])
+        self.attributes = None if stateless else Attributes([m for _, m in self.tree], sides=sides)
         with untuned(device):
             self.surroundings = surroundings()
         self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))

@@ -109,6 +109,44 @@ def test_lora(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "whisper"])
+def test_a_cache_is_what_the_forward_pass_made(name):
+    """With a cache of keys and values, which `prepare` switches off, and a mask: two pieces of a text, one after the other."""
+    found = {}
+    for backward, gamma in ((None, 0.0), ("reversible", 0.0), ("stored", 0.5), ("reversible", 0.5)):
+        net = made(name).double()
+        if backward is not None:
+            net = mnet_fx.momentumize(net, regions="auto", gamma=gamma, backward=backward)
+        batch = {
+            key: value.double() if value.is_floating_point() else value[None] for key, value in Data(name)[0].items() if key != "labels"
+        }
+        given = {"input_features": batch["input_features"][None]} if name == "whisper" else batch
+        ids, cache, lengths = torch.arange(3, 11)[None], None, []
+        for piece in (ids[:, :4], ids[:, 4:]):
+            torch.manual_seed(0)
+            length = piece.shape[1] if cache is None else 2 * piece.shape[1]
+            if name in ("gpt2", "llama"):
+                out = net(input_ids=piece, attention_mask=torch.ones(1, length).long(), labels=piece, past_key_values=cache, use_cache=True)
+            else:
+                out = net(**given, decoder_input_ids=piece, labels=piece, past_key_values=cache, use_cache=True)
+            out.loss.backward()
+            cache = detached(out.past_key_values)
+            lengths.append(cache.get_seq_length())
+        assert lengths == [4, 8]
+        found[backward, gamma] = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+    zoo.assert_near(found["reversible", 0.0], found[None, 0.0], 1e-9)
+    zoo.assert_identical(found["reversible", 0.5], found["stored", 0.5])
+
+
+def detached(cache):
+    for part in (getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")):
+        if part is not None:
+            detached(part)
+    for layer in getattr(cache, "layers", ()):
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return cache
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CAUSAL)
 def test_captured_with_the_head_in_chunks(name, tmp_path):
