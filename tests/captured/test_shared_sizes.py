@@ -97,7 +97,7 @@ def outcome(net, x):
 MODELS = {OfRows: 4, OfElements: 4, OfBoth: 4, OfStrides: 4, Masked: 4, Latents: 5, lambda: Latents(True): 5}  # and the steps of the chain
 
 
-@pytest.mark.parametrize("inner", ["eager", *(pytest.param(inner, marks=pytest.mark.long) for inner in ("aot_eager", "inductor"))])
+@pytest.mark.parametrize("inner", ["eager", *(pytest.param(inner, marks=pytest.mark.slow) for inner in ("aot_eager", "inductor"))])
 @pytest.mark.parametrize("model", MODELS, ids=lambda made: made.__name__)
 def test_other_sizes_are_the_same_network(model, inner):
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("estimate", "fake") else pytest.mark.long) for name in FIRST])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("estimate", "fake") else pytest.mark.slow) for name in FIRST])
 def test_works_as_the_first_call(name):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", MODEL + FIRST[name]], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
