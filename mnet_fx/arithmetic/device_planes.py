@@ -25,7 +25,7 @@ from .formats import Format
 __all__ = ["LostBits", "Planes", "Reserve"]
 
 PATIENCE = 5.0  # seconds without news from the device before it is asked whether it still runs
-_MOST = {torch.float64: 13}  # planes that one step can take: X emptied, and U
+_MOST = 13  # planes that one step can take: X emptied, and U, of a float64 stream, which any may become
 _UNSEEN = -1  # as a count in a mailbox
 
 
@@ -124,7 +124,6 @@ class Planes:
     def __init__(self, gammas: Sequence[float], form: Format, at_rest: bool, like: Tensor, reserve: Reserve) -> None:
         self.form, self.at_rest = form, at_rest
         self.expect(gammas)
-        self.most = _MOST.get(form.dtype, 11)
         self.size, self.device, self.reserve = like.numel(), like.device, reserve
         self.planes: list[Tensor] = []
         self.told = 0  # the time until which the reserve knows
@@ -149,7 +148,7 @@ class Planes:
             need = self.words[t + 1]
         else:
             seen = max(t if beyond is None else t - 1, 0)
-            need = self._used(seen) + self.theory[t + 1] - self.theory[seen] + (self.most if beyond is None else beyond)
+            need = self._used(seen) + self.theory[t + 1] - self.theory[seen] + (_MOST if beyond is None else beyond)
         given = self.mail.steps + 1
         while len(self.planes) < need:
             plane = torch.empty(self.size, dtype=torch.uint8, device=self.device)

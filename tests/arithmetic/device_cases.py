@@ -184,6 +184,9 @@ def promoted(n):
     made(n, 4, 0.05, F16, [F16, BF16, F64, F64], bad=[(0, 1, INF)]).all()
     made(n, 3, 0.05, F16, [F16, F64, F16], v0=1.0).blind()
     made(n, 4, 0.9, F32, [F32, F64, F64, F16], v0=0.1, jump=(2, 1e8), bad=[(0, 3, NAN), (1, 4, INF)]).all(restep=True)
+    ys = [torch.zeros(2, dtype=F64), *(torch.tensor([0.0, y]) for y in (-1.0, 206.9081, 0.0, 0.0, 3e38))]  # the last takes 12 planes
+    factors = [(0.0, 1.0), (0.05, 1.0), (0.9, -0.5), (1 / 256, 1.0), (0.9, 1.0), (0.5, 1.0)]
+    Run(torch.tensor([0.0, 2.0]), ys, factors, device=DEVICE).all(restep=True)
 
 
 def magnitudes(n):
