@@ -219,7 +219,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/attributes.py", "if objects else None", "if False else None"),
     ("mnet_fx/runtime/attributes.py", "        _set_all(self.spaces, self.containers)\n", "        pass\n"),
     ("mnet_fx/runtime/attributes.py", "            _set_all(spaces, containers)\n", "            pass\n"),
-    ("mnet_fx/runtime/attributes.py", "Given(objects, modules[0])", "Given(objects, None)"),
+    ("mnet_fx/runtime/attributes.py", "    return value.detach().requires_grad_() if isinstance", "    return value if isinstance"),
     ("mnet_fx/runtime/attributes.py", "            self.given.let_go()\n", "            self.given.spaces = []\n"),
     ("mnet_fx/runtime/attributes.py", "id(pair[0]) in own or not any(map(is_historic, pair))", "True"),
     ("mnet_fx/runtime/attributes.py", "        del table[name]\n", "        pass\n"),

@@ -8,6 +8,7 @@ import zoo
 from torch import nn
 
 import mnet_fx
+from mnet_fx.runtime.attributes import Given
 
 
 class Notes:
@@ -85,6 +86,21 @@ def test_objects_are_as_the_forward_pass_left_them(through, rest):
             expected = found
         else:
             zoo.assert_identical(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+def test_histories_are_not_kept():
+    """Which would keep a graph alive for as long as the step, which that graph holds."""
+    notes = Notes()
+    notes.total = torch.ones(2, requires_grad=True).sum()
+    notes.seen.append(notes.total)
+    given = Given([notes], nn.Identity())
+    notes.total = notes.total + 1
+    notes.seen.append(notes.total)
+    given.let_go()
+    held = [t for _, then in given.spaces for t in then.values() if isinstance(t, torch.Tensor)] + [
+        t for _, then in given.containers for t in then
+    ]
+    assert [(t.item(), t.requires_grad, t.grad_fn) for t in held] == [(2.0, True, None)] * 2
 
 
 def test_an_object_that_holds_the_net_is_taken():
