@@ -266,7 +266,8 @@ def _plain(container: Any) -> Any:
     """A copy of a container, of whose tensors with a history there are only the values."""
     copy = container.copy()
     if isinstance(copy, dict):
-        copy.update({key: _value(value) for key, value in container.items() if _value(value) is not value})
+        for key, value in container.items():  # no update, by which a Counter adds
+            copy[key] = _value(value)
     elif not isinstance(copy, set):
         _refill(copy, list(map(_value, container)))
     return copy
