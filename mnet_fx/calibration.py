@@ -38,14 +38,16 @@ from .verifying.subject import Subject
 
 __all__ = ["Calibration", "RegionCalibration", "calibrate"]
 
-Kind = Literal["auto", "diagonal", "full"]
+Kind = Literal["auto", "diagonal", "low-rank", "full"]
 RIDGE = 3e-3  # of the mean variance of a channel
 FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: from where "auto" fits full maps, and below which they are worse than none
+PER_RANK, WIDEST = 16, 4  # tokens that a rank takes where "auto" has too few for full maps; what part of the width a rank is at most
 PATIENCE = 60.0, 20.0  # seconds at least, and times a whole call's, that a call may take from one step to the next
 Step = tuple[Place, int]
 Streams = dict[Step, tuple[Tensor, Tensor]]
 _Tokens = list[tuple[Tensor, Tensor]]  # of each call, (tokens, n): x[t], and what it is short of z[t]
-_Fit = tuple[str, int, int]  # kind, tokens, width
+_Asked = tuple[Kind, int | None]  # kind and rank
+_Fit = tuple[str, int, int, int | None]  # kind, tokens, width, rank
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,9 +59,10 @@ class RegionCalibration:
         path: of its first step's module.
         steps: how many it has.
         mapped: how many of these have a map.
-        kind: "diagonal" or "full".
+        kind: "diagonal", "low-rank" or "full".
         tokens: positions of the stream that the maps were fitted on.
         width: channels.
+        rank: of W, where it is of low rank.
     """
 
     path: str
@@ -68,6 +71,11 @@ class RegionCalibration:
     kind: str
     tokens: int
     width: int
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        kind = self.kind if self.rank is None else f"of rank {self.rank}"
+        return f"{self.path or '(root)'}: {self.mapped} of {self.steps} steps, {kind}, {self.tokens} tokens of width {self.width}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,10 @@ class Calibration:
     maps: list[dict[str, Any]] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        rows = [
-            f"{r.path or '(root)'}: {r.mapped} of {r.steps} steps, {r.kind}, {r.tokens} tokens of width {r.width}" for r in self.regions
-        ]
         return "\n".join(
             [
                 "calibrated",
-                *rows,
+                *map(str, self.regions),
                 f"on {self.held_out} held-out batches     before      after",
                 f"relative error of output  {self.error_before:9.5f}  {self.error_after:9.5f}",
                 f"mean cosine to original   {self.cosine_before:9.5f}  {self.cosine_after:9.5f}",
@@ -105,7 +110,7 @@ class Calibration:
         )
 
 
-def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") -> Calibration:
+def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", rank: int | None = None) -> Calibration:
     """Brings a momentum network closer to the original one at the same bits: each step reads at x[t] + m[t] + x[t] W[t].
 
     The maps are fitted by ridge regression in eval mode, without gradients, and stay frozen: no keys of the state_dict, no parameters.
@@ -120,7 +125,9 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
             last quarter is held out. The others run three times, once side by side, each in a thread of its own: two streams of each, and
             what else their calls hold at a step, are kept. Of a model whose calls disturb each other, or that runs chains in an order of
             its own for each batch, they run T times, for T steps, one by one.
-        kind: "full": W is n x n; "diagonal": n numbers; "auto": full from 6 n tokens on, else diagonal with a warning.
+        kind: "full": W is n x n; "low-rank": the product of n x rank and rank x n, which costs a step 2 rank / n of what a full one does;
+            "diagonal": n numbers; "auto": full from 6 n tokens on, else of rank tokens / 16, at most n / 4, with a warning.
+        rank: of W, at most n; for kind="low-rank" alone. Default n / 4.
 
     Raises:
         SettingsError: the net has other weights, is no network of `momentumize`, or runs a chain more than once in a call, or none.
@@ -130,13 +137,15 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
     maps = _maps(net)
     if kind not in get_args(Kind):
         raise SettingsError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
+    if rank is not None and (kind != "low-rank" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise SettingsError(f'rank must be a positive int, with kind="low-rank" alone, got {rank!r} with kind={kind!r}')
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise SettingsError("batches must be a list of at least two: the last quarter is held out")
     calls, held = [call_from(batch) for batch in batches], max(1, len(batches) // 4)
     old = dict(maps)
     try:
         with evaluated(net):
-            found = _calibrated(net, maps, calls[:-held], calls[-held:], kind)
+            found = _calibrated(net, maps, calls[:-held], calls[-held:], (kind, rank))
         note_config(net)
         return found
     except BaseException:
@@ -145,7 +154,7 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto") ->
         raise
 
 
-def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], kind: Kind) -> Calibration:
+def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], asked: _Asked) -> Calibration:
     maps.clear()
     began = time.monotonic()
     ways = [list(_streams(net, call)) for call in fitted]
@@ -157,24 +166,24 @@ def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], 
     with Subject(net, (), {}, None).set(gamma=0.0):
         expected = [outputs(net, call) for call in held]
     try:
-        fits = _fitted(maps, steps, _side_by_side(net, fitted, ways, steps, patience), kind)
+        fits = _fitted(maps, steps, _side_by_side(net, fitted, ways, steps, patience), asked)
     except OutOfStep:
         _LOG.info("calls of %s disturb each other: all are made anew for each of %d steps", type(net).__name__, len(steps))
-        fits = _fitted(maps, steps, _one_by_one(net, fitted, ways, steps), kind)
+        fits = _fitted(maps, steps, _one_by_one(net, fitted, ways, steps), asked)
     regions = tuple(RegionCalibration(place[0], len(place), len(found), *min(found)) for place, found in fits.items())
-    _warn(regions, kind)
+    _warn(regions, asked[0])
     after = [outputs(net, call) for call in held]
     errors = relative_error(before, expected), relative_error(after, expected)
     cosines = mean_cosine(before, expected), mean_cosine(after, expected)
     return Calibration(regions, len(held), *errors, *cosines, data_of(maps))
 
 
-def _fitted(maps: Maps, steps: Sequence[Step], streams: Iterator[_Tokens], kind: Kind) -> dict[Place, list[_Fit]]:
+def _fitted(maps: Maps, steps: Sequence[Step], streams: Iterator[_Tokens], asked: _Asked) -> dict[Place, list[_Fit]]:
     """Fits the map of each step to what `streams` gives for it, before that goes on to the next; how each was fitted."""
     maps.update({place: (None,) * len(place) for place, _ in steps})
     fits: dict[Place, list[_Fit]] = {}
     for (place, t), pairs in zip(steps, streams, strict=True):
-        read, fit = _fitted_step(pairs, kind)
+        read, fit = _fitted_step(pairs, asked)
         maps[place] = tuple(read if i == t else known for i, known in enumerate(maps[place]))
         fits.setdefault(place, []).append(fit)
     return fits
@@ -212,26 +221,44 @@ def _one_by_one(net: nn.Module, calls: list[Any], ways: list[list[Step]], steps:
         yield [_tokens(found, call) for found, call in streams if found is not None]
 
 
-def _fitted_step(pairs: list[tuple[Tensor, Tensor]], kind: Kind) -> tuple[ReadMap, _Fit]:
+def _fitted_step(pairs: list[tuple[Tensor, Tensor]], asked: _Asked) -> tuple[ReadMap, _Fit]:
     """The map of one step, and how it was fitted."""
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
     x, ahead = (torch.cat(part).double() for part in zip(*pairs, strict=True))
-    tokens, width = x.shape
-    chosen = ("full" if tokens >= FULL_FROM * width else "diagonal") if kind == "auto" else kind
-    return ReadMap(*(t.to(dtype) for t in _fit(x, ahead, chosen))), (chosen, tokens, width)
+    kind, rank = _chosen(*asked, *x.shape)
+    return ReadMap(**{name: t.to(dtype) for name, t in _fit(x, ahead, kind, rank).items()}), (kind, *x.shape, rank)
 
 
-def _fit(x: Tensor, e: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """m and W of e ~ m + x W, for (tokens, n) float64 each."""
+def _chosen(kind: Kind, rank: int | None, tokens: int, width: int) -> tuple[Kind, int | None]:
+    """Kind and rank of a map fitted to so many tokens."""
+    if kind == "auto" and tokens >= FULL_FROM * width:
+        kind = "full"
+    elif kind == "auto":
+        kind, rank = "low-rank", min(tokens // PER_RANK, width // WIDEST)
+    elif kind == "low-rank" and rank is None:
+        rank = width // WIDEST
+    return kind, None if rank is None else min(max(rank, 1), width)
+
+
+def _fit(x: Tensor, e: Tensor, kind: str, rank: int | None) -> dict[str, Tensor]:
+    """m and W of e ~ m + x W, for (tokens, n) float64 each.
+
+    Source of the low-rank fit: reduced-rank regression, Izenman 1975, doi 10.1016/0047-259X(75)90042-1: the fit of full rank, projected
+    onto the directions in which what it predicts varies most.
+    """
     mean_x, mean_e = x.mean(0), e.mean(0)
     x, e = x - mean_x, e - mean_e
     if kind == "diagonal":
         weight = (x * e).mean(0) / ((x * x).mean(0) * (1 + RIDGE) + 1e-12)
-        return mean_e - mean_x * weight, weight
+        return {"shift": mean_e - mean_x * weight, "weight": weight}
     covariance = x.T @ x / len(x)
     covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
     weight = torch.linalg.solve(covariance, x.T @ e / len(x))
-    return mean_e - mean_x @ weight, weight
+    if rank is None:
+        return {"shift": mean_e - mean_x @ weight, "weight": weight}
+    up = torch.linalg.eigh(weight.T @ covariance @ weight).eigenvectors[:, -rank:].T  # orthonormal rows
+    down = weight @ up.T
+    return {"shift": mean_e - mean_x @ down @ up, "down": down, "up": up}
 
 
 def _streams(net: nn.Module, call: Any) -> Streams:
@@ -275,8 +302,8 @@ def _tokens(streams: tuple[Tensor, Tensor], call: Any) -> tuple[Tensor, Tensor]:
 
 def _warn(regions: Sequence[RegionCalibration], kind: Kind) -> None:
     for region in regions:
-        few = region.tokens < (FULL_FROM if kind == "auto" else FULL_AT_LEAST) * region.width
-        if region.mapped and few and kind != "diagonal":
+        least = {"auto": FULL_FROM, "full": FULL_AT_LEAST}.get(kind, 0)
+        if region.mapped and region.tokens < least * region.width:
             warnings.warn(
                 f"the chain from {region.path or 'the root'} was calibrated on {region.tokens} tokens of width {region.width}: full maps "
                 f"need at least {FULL_AT_LEAST} to {FULL_FROM} times the width; {region.kind} ones were fitted",

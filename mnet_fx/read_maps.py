@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,39 +13,59 @@ from .errors import SettingsError
 
 __all__ = ["Maps", "Place", "ReadMap", "data_of", "fingerprint", "maps_of"]
 
+_NAMES = ("shift", "weight", "down", "up")  # of the tensors of a map, in the order in which they act
 Place = tuple[str, ...]
 """What tells a chain from the others of its model: the paths of its layers, or of the modules that own its steps."""
 
 
 class ReadMap:
-    """One affine map of channels.
+    """One affine map of channels: x + m + x W.
 
     Args:
-        shift: m, of shape (n,).
-        weight: W, of shape (n, n), or (n,) for a diagonal one. Both of one floating dtype.
+        tensors: "shift": m, of shape (n,), and W: as "weight" of shape (n, n), or (n,) for a diagonal one; or as its factors "down", of
+            shape (n, rank), and "up", of shape (rank, n). All of one floating dtype.
+
+    Raises:
+        TypeError, ValueError: they are others, or of other shapes.
     """
 
-    def __init__(self, shift: Tensor, weight: Tensor) -> None:
-        self.shift, self.weight = (nn.Parameter(t.detach(), requires_grad=False) for t in (shift, weight))
-        self._given: dict[Any, tuple[nn.Parameter, nn.Parameter]] = {}
+    def __init__(self, **tensors: Tensor) -> None:
+        if not _fitting(**tensors):
+            raise ValueError(f"a read map of { ({name: tuple(t.shape) for name, t in tensors.items()}) }")
+        self._own = {name: nn.Parameter(tensors[name].detach(), requires_grad=False) for name in _NAMES if name in tensors}
+        self._given: dict[Any, dict[str, nn.Parameter]] = {}
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return len(self._own["shift"])
 
     def data(self) -> dict[str, Tensor]:
         """The tensors, by name."""
-        return {"shift": self.shift.data, "weight": self.weight.data}
+        return {name: t.data for name, t in self._own.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_given": {}}
 
-    def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-        """m and W as a stream of this kind needs them."""
-        if (self.shift.dtype, self.shift.device) == (dtype, device):
-            return self.shift, self.weight
-        key = dtype, device, self.shift._version, self.weight._version
-        if key not in self._given:
+    def parameters(self, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
+        """The tensors, by name, as a stream of this kind needs them."""
+        shift = self._own["shift"]
+        if (shift.dtype, shift.device) == (dtype, device):
+            return self._own
+        versions = tuple(t._version for t in self._own.values())
+        if (dtype, device, versions) not in self._given:
             with torch.no_grad(), torch.inference_mode(False):
-                shift, weight = (nn.Parameter(t.to(device, dtype), requires_grad=False) for t in (self.shift, self.weight))
-            self._given = {k: v for k, v in self._given.items() if k[2:] == key[2:]} | {key: (shift, weight)}
-        return self._given[key]
+                found = {name: nn.Parameter(t.to(device, dtype), requires_grad=False) for name, t in self._own.items()}
+            self._given = {k: v for k, v in self._given.items() if k[2] == versions} | {(dtype, device, versions): found}
+        return self._given[dtype, device, versions]
+
+
+def _fitting(shift: Tensor, weight: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None) -> bool:
+    """Whether these make a map."""
+    width = shift.shape[0] if shift.dim() == 1 else -1
+    if weight is not None:
+        return down is up is None and tuple(weight.shape) in ((width,), (width, width))
+    return down is not None and up is not None and tuple(down.shape) == (width, len(up)) and tuple(up.shape) == (len(up), width)
 
 
 Maps = dict[Place, tuple[ReadMap | None, ...]]
@@ -78,23 +98,15 @@ def maps_of(given: Any) -> Maps:
 
 
 def _map_of(data: Any) -> ReadMap | None:
-    if data is None:
-        return None
-    shift, weight = data["shift"], data["weight"]
-    if shift.dim() != 1 or tuple(weight.shape) not in ((len(shift),), (len(shift), len(shift))):
-        raise ValueError(f"a shift of shape {tuple(shift.shape)} with a weight of shape {tuple(weight.shape)}")
-    return ReadMap(shift, weight)
+    return None if data is None else ReadMap(**data)
 
 
 def fingerprint(maps: Maps) -> str:
     """SHA-256 of the places and the values, hexadecimal."""
     digest = hashlib.sha256()
     for place, found in sorted(maps.items()):
-        digest.update(repr((place, [None if m is None else (m.weight.dtype, tuple(m.weight.shape)) for m in found])).encode())
-        for tensor in _tensors(found):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        tensors = [None if m is None else list(m.data().values()) for m in found]
+        digest.update(repr((place, [None if m is None else (m[-1].dtype, *(tuple(t.shape) for t in m[1:])) for m in tensors])).encode())
+        for tensor in (t for m in tensors if m is not None for t in m):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _tensors(found: Iterable[ReadMap | None]) -> Iterable[Tensor]:
-    return (t for m in found if m is not None for t in (m.shift, m.weight))

@@ -129,7 +129,7 @@ def test_a_map_that_changes_before_the_backward_is_an_error(way):
     y = net(batches(1)[0])
     maps = next(iter(mnet_fx.calibration._maps(net).values()))
     with torch.no_grad():
-        maps[2].weight.data.add_(0.01)
+        maps[2].data()["weight"].add_(0.01)
     with pytest.raises(mnet_fx.InversionError, match="read map"):
         y.sum().backward()
 
@@ -149,16 +149,49 @@ def test_copies_pickles_and_dtypes_have_the_maps(way):
     assert torch.equal(net(x), expected)  # a copy has maps of its own
 
 
-def test_too_few_tokens_give_diagonal_maps_and_a_warning():
-    with pytest.warns(mnet_fx.MnetWarning, match="on 64 tokens of width 16.*diagonal"):
+def test_too_few_tokens_give_maps_of_low_rank_and_a_warning():
+    with pytest.warns(mnet_fx.MnetWarning, match="on 64 tokens of width 16.*low-rank"):
         found = mnet_fx.calibrate(made(), batches(3))
-    assert found.regions[0].kind == "diagonal"
+    assert (found.regions[0].kind, found.regions[0].rank) == ("low-rank", 4)
     assert found.error_after < found.error_before
     with pytest.warns(mnet_fx.MnetWarning, match="on 32 tokens"):
         assert mnet_fx.calibrate(made(), batches(2), kind="full").regions[0].kind == "full"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mnet_fx.calibrate(made(), batches(2), kind="diagonal")
+        mnet_fx.calibrate(made(), batches(2), kind="low-rank", rank=1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_maps_of_low_rank_are_as_exact_and_travel(way, tmp_path):
+    net, stored = made(way, 0.2), made(way, 0.2, backward="stored")
+    found = mnet_fx.calibrate(net, batches(), kind="low-rank", rank=3)
+    mnet_fx.calibrate(stored, batches(), kind="low-rank", rank=3)
+    assert [(r.mapped, r.kind, r.rank) for r in found.regions] == [(3, "low-rank", 3)]
+    assert "3 of 4 steps, of rank 3, 192 tokens" in str(found)
+    assert [tuple(t.shape) for t in found.maps[0]["maps"][2].values()] == [(16,), (16, 3), (3, 16)]
+    x = batches(1, 9)[0]
+    assert all(map(torch.equal, gradients(net, x), gradients(stored, x)))
+    net.eval()
+    mnet_fx.save(net, tmp_path / "net.safetensors")
+    again = mnet_fx.load(Net(0.2), tmp_path / "net.safetensors").eval()
+    assert torch.equal(again(x), net(x))
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+def test_a_rank_is_the_best_of_its_size_and_the_width_is_all():
+    """By Eckart and Young: of all W of a rank, none predicts closer where x is white; of the full rank, it is the full map."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linalg.qr(torch.randn(400, WIDTH, generator=generator, dtype=torch.float64)).Q
+    x = torch.linalg.qr(x - x.mean(0)).Q
+    e = x @ torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) + 1
+    full = mnet_fx.calibration._fit(x, e, "full", None)
+    values = torch.linalg.svdvals(full["weight"])
+    for rank in (1, 5, WIDTH):
+        low = mnet_fx.calibration._fit(x, e, "low-rank", rank)
+        off = torch.linalg.norm(low["down"] @ low["up"] - full["weight"])
+        assert torch.allclose(off, values[rank:].square().sum().sqrt(), atol=1e-9)
+        assert torch.allclose(x @ low["down"] @ low["up"] + low["shift"] - 1, (x @ low["down"] @ low["up"]), atol=1e-9)
 
 
 def test_masked_tokens_do_not_count():
@@ -190,6 +223,9 @@ def test_what_cannot_be_calibrated_is_a_clear_error():
             mnet_fx.calibrate(net, data)
     with pytest.raises(mnet_fx.SettingsError, match="kind must be"):
         mnet_fx.calibrate(made(), batches(), kind="dense")
+    for kind, rank in [("low-rank", 0), ("low-rank", 2.5), ("low-rank", True), ("full", 3), ("auto", 3)]:
+        with pytest.raises(mnet_fx.SettingsError, match="rank must be a positive int"):
+            mnet_fx.calibrate(made(), batches(), kind=kind, rank=rank)
 
 
 def test_a_chain_that_runs_twice_is_a_clear_error_and_leaves_the_maps():
@@ -279,7 +315,15 @@ def test_maps_that_do_not_belong_are_said():
     net = mnet_fx.momentumize(shorter, gamma=0.5, weights="matched", calibration=calibration)
     with pytest.warns(mnet_fx.MnetWarning, match="reads uncalibrated: the network was calibrated for those from layers.0"):
         net(batches()[0])
-    for wrong in (3, [{"place": ["layers"]}], [{"place": ["layers"], "maps": [{"shift": torch.ones(2), "weight": torch.ones(3)}]}]):
+    down, up = torch.ones(2, 1), torch.ones(2, 2)
+    misfits = [
+        {"weight": torch.ones(3)},
+        {"down": down},
+        {"down": down, "up": up},
+        {"scale": down},
+        {"weight": up, "down": down, "up": down.T},
+    ]
+    for wrong in (3, [{"place": ["layers"]}], *([{"place": ["layers"], "maps": [{"shift": torch.ones(2), **m}]}] for m in misfits)):
         with pytest.raises(mnet_fx.SettingsError, match="calibration must be what"):
             made(calibration=wrong)
     with pytest.raises(mnet_fx.SettingsError, match="weights='matched'"):

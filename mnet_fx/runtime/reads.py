@@ -102,21 +102,20 @@ class Read(nn.Module):
 
     inner: nn.Module
     shift: Tensor
-    weight: Tensor
 
     def __init__(self, inner: nn.Module, read: ReadMap, x: Tensor) -> None:
         super().__init__()
         self.axis, self.stateless, self.is_pure = channel_axis(x), getattr(inner, "stateless", False), getattr(inner, "is_pure", False)
-        if x.shape[self.axis] != len(read.shift):
+        if x.shape[self.axis] != read.width:
             raise StreamError(
-                f"a chain was calibrated for a stream of {len(read.shift)} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
+                f"a chain was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
             )
         self._modules["inner"] = inner
-        self._parameters["shift"], self._parameters["weight"] = read.tensors(x.dtype, x.device)
+        self._parameters.update(read.parameters(x.dtype, x.device))
 
     def path_of(self, name: str) -> str:
         """Path in the model of a parameter or buffer of this step."""
-        if name in ("shift", "weight"):
+        if name in self._parameters:
             return f"{name} of the read map"
         own: Callable[[str], str] = getattr(self._modules["inner"], "path_of", str)
         return own(name.removeprefix("inner."))
@@ -133,6 +132,8 @@ class Read(nn.Module):
 
     def point(self, x: Tensor) -> Tensor:
         """Where the step reads, in the shape, strides and dtype of x."""
-        rows = x.movedim(self.axis, -1)
-        moved = rows * self.weight if self.weight.dim() == 1 else rows @ self.weight
+        moved = x.movedim(self.axis, -1)
+        for name, factor in self._parameters.items():
+            if name != "shift" and factor is not None:
+                moved = moved * factor if factor.dim() == 1 else moved @ factor
         return (x + (moved + self.shift).movedim(-1, self.axis)).to(x.dtype)
