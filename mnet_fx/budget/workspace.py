@@ -4,8 +4,10 @@ Convolutions go through oneDNN, which puts images and weights in blocks of 16 ch
 
     forward    x, w in blocks -> y in blocks | -> y            backward    gy, w, gx in blocks | -> gx | gy, x, gw in blocks -> gw
 
-so the most it holds beside its results follows from the sizes. Read off the allocator (torch 2.14, x86 with AVX-512); elsewhere it is an
-approximation. On GPUs it depends on the algorithm that cuDNN chooses, and is not counted.
+so the most it holds beside its results follows from the sizes. Where channels are in groups, how many a group has decides what goes through
+blocks; of images that are channels-last, weights alone do, and the gradient of a grouped one is summed in blocks of 16 x 16 for each group.
+Read off the allocator (torch 2.14, x86 with AVX-512); elsewhere it is an approximation. On GPUs it depends on the algorithm that cuDNN
+chooses, and is not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ __all__ = ["workspace"]
 
 aten = torch.ops.aten
 _BLOCK = 16  # channels
+_COPIES = 4  # of the gradient of a weight that a thread sums up apart, about
 _PRODUCTS = frozenset([aten.mm.default, aten.addmm.default, aten.bmm.default])
 
 
@@ -53,7 +56,14 @@ class _Convolution:
         self.kernel = math.prod(w.shape[2:])
         self.strided = any(s > 1 for s in stride)
         self.last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        self.apart = groups > 1 and groups != x.shape[1]  # neither one group nor one for each channel: only the result is put in blocks
+        inner, outer = x.shape[1] // groups, w.shape[1] if transposed else w.shape[0] // groups  # channels of a group
+        self.depthwise = groups > 1 and inner == outer == 1
+        self.grouped = groups > 1 and not self.depthwise
+        self.narrow = groups > 1 and max(inner, outer) <= _BLOCK
+        self.odd = self.grouped and (inner % 4 or outer % 4) != 0  # only results are put in blocks
+        # The gradient of the weight is made from images in blocks. Else each thread has copies of it.
+        self.reads_blocks = max(w.shape[2:], default=1) <= 3 if self.depthwise else groups == 1 or inner % 8 == outer % 8 == 0
+        self.spread = groups * _padded(inner) * _padded(outer) * self.kernel * w.element_size()  # the weight in blocks for each group
         self.in_blocks = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and self._by_onednn()
 
     def _by_onednn(self) -> bool:
@@ -61,7 +71,8 @@ class _Convolution:
 
     def blocked(self, t: Tensor) -> int:
         """Bytes of an image in blocks."""
-        return _bytes(t) // t.shape[1] * _padded(t.shape[1]) if t.shape[1] else 0
+        channels = t.shape[1] if self.grouped else _padded(t.shape[1])
+        return _bytes(t) // t.shape[1] * channels if t.shape[1] else 0
 
     @property
     def input(self) -> int:
@@ -78,10 +89,12 @@ class _Convolution:
 def _forward(c: _Convolution, y: int) -> int:
     if not c.in_blocks:
         return 0 if c.kernel == 1 or c.groups > 1 else y * c.x.shape[1] * c.kernel // max(c.w.shape[0], 1)  # columns
-    if c.last or c.apart:
-        return c.weight(few=True) if c.last else y
+    if c.last:
+        return c.weight(few=True) + (c.spread if c.odd else 0 if c.depthwise or c.kernel == 1 else c.weight(few=True))
+    if c.odd:
+        return y
     outputs = c.w.shape[0] if not c.transposed else c.w.shape[1] * c.groups
-    blocked = y // outputs * _padded(outputs)
+    blocked = y if c.grouped else y // outputs * _padded(outputs)
     back = blocked + y if c.transposed and c.strided else blocked
     return max(c.input + c.weight(few=True) + blocked - y, back)
 
@@ -99,14 +112,18 @@ def _copied(gy: Tensor) -> int:
 def _backward_of(c: _Convolution, gy: Tensor, gx: int, gw: int, mask: list[bool]) -> int:
     if not c.in_blocks:
         return 0 if c.kernel == 1 or c.groups > 1 else _bytes(gy) * c.x.shape[1] * c.kernel // max(c.w.shape[0], 1)
-    if c.last or c.apart:
-        return 2 * c.weight(few=True) if c.last else gx
+    if c.last:
+        summed = c.spread if mask[1] and not (c.depthwise and c.reads_blocks) else c.weight(few=True)
+        return summed + (1 if c.depthwise or c.kernel == 1 else 2) * c.weight(few=True)
     heights = [0]
     if mask[0]:
         few = c.strided and c.x.shape[1] < _BLOCK
         blocked = gx if few else c.blocked(c.x)
-        heights += [c.blocked(gy) + c.weight() + blocked, blocked + (2 if c.strided and not c.transposed else 1) * gx]
-    if mask[1]:
+        twice = c.strided and not c.transposed and not c.narrow
+        heights += [0 if c.odd else c.blocked(gy) + c.weight() + blocked, blocked + (2 if twice else 1) * gx]
+    if mask[1] and not c.reads_blocks:
+        heights += [gx + gw + _COPIES * torch.get_num_threads() * gw]
+    elif mask[1]:
         heights += [gx + c.blocked(gy) + c.input + c.weight(few=True), gx + c.weight(few=True) + gw]
     return max(0, max(heights) - gx - gw)
 

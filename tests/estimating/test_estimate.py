@@ -264,17 +264,36 @@ def test_a_chain_on_fake_tensors_does_not_spoil_real_ones():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("batch", "channels", "out", "size", "kernel", "stride", "groups"),
-    [(8, 64, 64, 16, 3, 1, 1), (8, 32, 64, 16, 1, 1, 1), (8, 64, 128, 16, 1, 2, 1), (8, 3, 32, 32, 3, 1, 1), (8, 48, 48, 8, 3, 1, 48)],
+    [
+        (8, 64, 64, 16, 3, 1, 1),
+        (8, 32, 64, 16, 1, 1, 1),
+        (8, 64, 128, 16, 1, 2, 1),
+        (8, 3, 32, 32, 3, 1, 1),
+        (8, 48, 48, 8, 3, 1, 48),
+        (8, 96, 96, 16, 3, 2, 96),
+        (8, 96, 96, 16, 7, 1, 96),
+        (8, 96, 96, 16, 5, 2, 96),
+        (8, 128, 128, 16, 3, 1, 32),
+        (8, 128, 256, 16, 3, 2, 32),
+        (8, 64, 64, 16, 3, 2, 8),
+        (8, 80, 80, 16, 3, 1, 5),
+        (8, 96, 96, 16, 3, 2, 4),
+        (8, 96, 96, 16, 3, 1, 16),
+    ],
 )
-def test_work_space_of_convolutions(threads, batch, channels, out, size, kernel, stride, groups):
+def test_work_space_of_convolutions(threads, last, batch, channels, out, size, kernel, stride, groups):
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("blocks of 16 channels are those of AVX-512")
+    if last and 1 < groups < channels and channels // groups > 16:
+        pytest.skip("groups of more than a block are padded by more than is known of channels-last images")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         x, w = torch.randn(batch, channels, size, size), torch.randn(out, channels // groups, kernel, kernel)
+        x = x.to(memory_format=torch.channels_last) if last else x
         shape = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
         forward, backward = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
         y = forward(x, w, None, *shape)
