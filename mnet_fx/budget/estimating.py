@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -27,7 +28,7 @@ from ..rewrite import momentum_network
 from .advice import advice, notes
 from .blocks import block_paths, checkpointed
 from .estimates import Estimate, Way
-from .faking import batch_of, call_of, fake_model, fake_optimizer, resized
+from .faking import batch_of, call_of, fake_model, fake_optimizer, resized, unpacked
 from .fitting import limits
 from .sizes import parsed
 from .ways import Taken, default_loss, taken
@@ -157,7 +158,8 @@ class Request:
             return None
         if (name, batch) not in self.known:
             call = resized(self.call, batch, self.mode)
-            with self._noted():
+            captured = name == "momentum" and hasattr(net.__dict__.get("forward"), "network")  # by Dynamo, under which no values are seen
+            with self._noted(), nullcontext() if captured else unpacked():
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..arguments import Call, call_from
 from ..errors import MnetError, SettingsError
 
-__all__ = ["batch_of", "call_of", "fake_model", "fake_optimizer", "resized"]
+__all__ = ["batch_of", "call_of", "fake_model", "fake_optimizer", "resized", "unpacked"]
 
 
 def call_of(example_inputs: Any) -> Call:
@@ -108,6 +110,24 @@ def fake_optimizer(optimizer: Any, model: nn.Module, net: nn.Module) -> torch.op
     if not isinstance(found, torch.optim.Optimizer):
         raise SettingsError(f"optimizer must be a class as torch.optim.AdamW, a function of parameters, or an optimizer; got {optimizer!r}")
     return found
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Has Hugging Face's decoders take each row of their input for one sequence.
+
+    They look at values for that, which fake tensors do not have, and else make a mask, and with it copies of keys and values.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    packed = getattr(masks, "find_packed_sequence_indices", None)
+    if packed is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = packed
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -263,6 +263,23 @@ def test_a_chain_on_fake_tensors_does_not_spoil_real_ones():
     assert torch.equal(*gradients)
 
 
+def test_hugging_faces_decoders_make_no_mask_for_what_is_not_packed():
+    """They ask for values, which fake tensors do not have; keys and values of grouped heads are repeated where there is a mask."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=50, use_cache=False))
+    find = transformers.masking_utils.find_packed_sequence_indices
+    ids = torch.randint(50, (4, 128))
+    total = lambda output: output.last_hidden_state.sum()  # noqa: E731
+    found = mnet_fx.estimate(model, (torch.empty_like(ids, device="meta"),), regions=["layers"], loss=total)
+    assert transformers.masking_utils.find_packed_sequence_indices is find
+    nets = {"plain": model, "checkpoint": blocks_of(model), "momentum": mnet_fx.momentumize(model, regions=["layers"])}
+    for way, net in nets.items():
+        real, said = measured(net, ids, loss=total), getattr(found, way)
+        assert (way, said.kept_bytes) == (way, pytest.approx(real.kept, rel=0.01))
+        assert (way, said.peak_bytes) == (way, pytest.approx(real.peak, rel=0.01))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
