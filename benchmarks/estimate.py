@@ -1,6 +1,7 @@
 """Is the estimate right? Bytes estimated before a training step runs, against those of torch's allocator while it runs.
 
     python benchmarks/estimate.py [--only encoder GPT-2] [--readme]
+    python benchmarks/estimate.py --held-out [--only BERT] [--readme]      # models that no constant of the estimate was settled with
 
 Each model plain, with a checkpoint around each block, and as a momentum network at gamma 0.9 and 0.1: bytes kept after the forward, and the
 peak of forward and backward, with `.grad` allocated. Inputs are real numbers for the measurement and meta tensors for the estimate.
@@ -13,11 +14,15 @@ import gc
 import json
 import time
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from budget_models import MODELS
+from held_out_models import HELD_OUT, total
 from tables import ROOT, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import mnet_fx
@@ -36,19 +41,28 @@ COLUMNS = {
 }
 
 
-def measured(net: torch.nn.Module, inputs: tuple[Tensor, ...], loss) -> mnet_fx.Memory:
+Call = tuple[Any, ...] | dict[str, Any]
+Model = tuple[str, Callable[[], tuple[nn.Module, Call]], Callable[[Any], Tensor]]
+_OTHERS: dict[str, Model] = {name: ("held out", make, total) for name, make in HELD_OUT.items()}
+
+
+def called(net: nn.Module, call: Call) -> Any:
+    return net(**call) if isinstance(call, dict) else net(*call)
+
+
+def measured(net: nn.Module, call: Call, loss: Callable[[Any], Tensor]) -> mnet_fx.Memory:
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    loss(net(*inputs)).backward()
+    loss(called(net, call)).backward()
     gc.collect()
-    return mnet_fx.measure(lambda: loss(net(*inputs)).backward())
+    return mnet_fx.measure(lambda: loss(called(net, call)).backward())
 
 
-def rows_of(name: str, bar: tqdm) -> list[dict]:
-    kind, make, loss = MODELS[name]
+def rows_of(name: str, bar: tqdm, models: Mapping[str, Model] = MODELS) -> list[dict]:
+    kind, make, loss = models[name]
     torch.manual_seed(0)
     model, inputs = make()
-    meta = tuple(torch.empty_like(t, device="meta") for t in inputs)
+    meta = tree_map(lambda t: torch.empty_like(t, device="meta"), inputs)
     rows = []
     for gamma in (0.9, 0.1):
         begin = time.perf_counter()
@@ -57,7 +71,7 @@ def rows_of(name: str, bar: tqdm) -> list[dict]:
         net = mnet_fx.momentumize(model, gamma=gamma)
         runs = {f"momentum, {gamma}": (estimate.momentum, net)}
         if gamma == 0.9:
-            net(*inputs)
+            called(net, inputs)
             owners = [path for chain in net.__dict__["forward"].network.chains for path in chain]
             runs = {
                 "plain": (estimate.plain, model),
@@ -86,15 +100,16 @@ def _row(name: str, kind: str, way: str, expected: mnet_fx.Way, memory: mnet_fx.
     }
 
 
-def reestimated(name: str, known: list[dict], bar: tqdm) -> list[dict]:
+def reestimated(name: str, known: list[dict], bar: tqdm, models: Mapping[str, Model] = MODELS) -> list[dict]:
     """The rows of a model with the measurements of before and estimates of now."""
-    kind, make, loss = MODELS[name]
+    kind, make, loss = models[name]
     torch.manual_seed(0)
     model, inputs = make()
+    meta = tree_map(lambda t: torch.empty_like(t, device="meta"), inputs)
     rows = []
     for gamma in (0.9, 0.1):
         begin = time.perf_counter()
-        estimate = mnet_fx.estimate(model, tuple(torch.empty_like(t, device="meta") for t in inputs), loss=loss, gamma=gamma)
+        estimate = mnet_fx.estimate(model, meta, loss=loss, gamma=gamma)
         seconds = time.perf_counter() - begin
         ways = {f"momentum, {gamma}": estimate.momentum}
         if gamma == 0.9:
@@ -109,20 +124,23 @@ def reestimated(name: str, known: list[dict], bar: tqdm) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS), help="models; rows of the others stay as they are")
-    parser.add_argument("--measured", action="store_true", help="estimate anew, and keep the measurements of results/estimate.json")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--held-out", action="store_true", help="the models of held_out_models.py")
+    parser.add_argument("--only", nargs="+", choices=[*MODELS, *_OTHERS], help="models; rows of the others stay as they are")
+    parser.add_argument("--measured", action="store_true", help="estimate anew, and keep the measurements of results/")
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/")
     options = parser.parse_args()
+    models, result = (_OTHERS, "estimate_held_out") if options.held_out else (MODELS, "estimate")
     torch.set_num_threads(2)
     warnings.simplefilter("ignore", mnet_fx.MnetWarning)
-    path = ROOT / "results" / "estimate.json"
+    path = ROOT / "results" / f"{result}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    with tqdm(total=4 * len(options.only)) as bar:
-        for name in options.only:
-            found = reestimated(name, known, bar) if options.measured else rows_of(name, bar)
-            rows = {model: [row for row in known if row["model"] == model] for model in MODELS} | {name: found}
+    chosen = options.only or list(models)
+    with tqdm(total=4 * len(chosen)) as bar:
+        for name in chosen:
+            found = reestimated(name, known, bar, models) if options.measured else rows_of(name, bar, models)
+            rows = {model: [row for row in known if row["model"] == model] for model in models} | {name: found}
             known = [row for group in rows.values() for row in group]
-            save("estimate", known, COLUMNS, options.readme)
+            save(result, known, COLUMNS, options.readme)
 
 
 if __name__ == "__main__":

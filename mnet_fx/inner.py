@@ -15,18 +15,23 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from .arithmetic.valueless import Effects
 from .errors import SettingsError, warn_once
 
-__all__ = ["Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "faking", "mistaken", "recurrent", "rereads", "with_hook_guards"]
+__all__ = [
+    "Compile", "Inner", "WholeSteps", "all_kept", "checked_inner", "faking", "mistaken", "recurrent", "rereads", "sized_by_values",
+    "value_sized", "with_hook_guards",
+]  # fmt: skip
 
 Inner = str | Callable[..., Any]
 """What compiles the parts: the name of a backend of torch.compile, or a callable of its kind."""
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+_SYMBOLS = torch.SymInt, torch.SymFloat, torch.SymBool
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
 
@@ -110,7 +115,7 @@ def with_hook_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 def mistaken(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether AOTAutograd would get a graph wrong, so that it is to be run as it is; arguments as for `rereads`."""
-    return recurrent(gm) or rereads(gm, inputs)
+    return recurrent(gm) or sized_by_values(gm) or rereads(gm, inputs)
 
 
 def recurrent(gm: fx.GraphModule) -> bool:
@@ -121,6 +126,23 @@ def recurrent(gm: fx.GraphModule) -> bool:
     """
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     return any(str(getattr(node.target, "__name__", "")).partition(".")[0] in _RECURRENT for graph in graphs for node in graph.nodes)
+
+
+def sized_by_values(gm: fx.GraphModule) -> bool:
+    """Whether a graph has sizes that depend on values, as the number of rows that a mask picks.
+
+    AOTAutograd supposes that such a size is not 1, drops the assertions about it that Dynamo put into the graph, and gives a wrong gradient
+    where one row broadcasts (torch 2.14).
+    """
+    return any(map(value_sized, gm.graph.nodes))
+
+
+def value_sized(node: fx.Node) -> bool:
+    """Whether a node makes such a size, has one, or asserts something of one. One that is equal to a number is recorded as that."""
+    if node.meta.get("unbacked_bindings") or node.target is torch.ops.aten._assert_scalar.default:
+        return True
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return any(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, (Tensor, *_SYMBOLS)))
 
 
 @contextlib.contextmanager

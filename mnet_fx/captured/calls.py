@@ -39,14 +39,15 @@ class Call:
         within: those of them that it is in now, outermost first.
         left: whether Python ran the model's function.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
+        whole: whether the call needs one graph, and not several, for plain Python to run.
     """
 
-    def __init__(self, dry: str | None = None) -> None:
+    def __init__(self, dry: str | None = None, whole: bool = False) -> None:
         self.graphs: list[Graph] = []
         self.new: list[Graph] = []
         self.entered: set[str] = set()
         self.within: list[str] = []
-        self.left = False
+        self.left, self.whole = False, whole
         self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
 
     @property

@@ -22,9 +22,11 @@ from ..reporting.build import relabelled
 from ..reporting.report import Report
 from ..settings import Settings
 from .calls import PREFIX
+from .configured import begin_anew_unsized
 from .graphs import Chain, Graph, graph_of
 from .merging import with_paths
 from .network import Network
+from .value_sizes import apart
 
 __all__ = ["Capture", "cut", "said"]
 
@@ -64,6 +66,8 @@ class Capture(Backend):
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **given: Any) -> Callable[..., Any]:
         call = self.forward.running()
         found = self.planned(gm)
+        if call is not None and not call.whole and self._sized_apart(gm, found):
+            begin_anew_unsized()
         if isinstance(found, Found):
             found = self._as_before(found, example_inputs)
             before = {id(graph): graph for graph in (*call.graphs, *call.new)} if call is not None else {}
@@ -86,6 +90,9 @@ class Capture(Backend):
             return run(*inputs)
 
         return counted
+
+    def _sized_apart(self, gm: fx.GraphModule, found: Found | Refusal) -> bool:
+        return apart(gm, None) if isinstance(found, Refusal) else apart(found.unlifted.graph_module, found.plan)
 
     def _as_before(self, found: Found, example_inputs: list[Any]) -> Found:
         """The plan with the chains that the captures before found in these modules, as far as it can have them."""
@@ -141,6 +148,8 @@ class Capture(Backend):
         last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
         inside = [joined(prefix, path) for path in (last[-1] if last else [])] or [prefix]
         listed = next((parent for path in inside if (parent := _list_of(self.forward.owner, path)) is not None), None)
+        if listed is not None and _behind(self.forward.owner.get_submodule(listed), listed, inside, reason):
+            return None
         if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
             return None
         return _warning(self.forward.owner, "inside of a chain", said([reason]), listed)
@@ -208,6 +217,15 @@ def _list_of(owner: nn.Module, path: str) -> str | None:
         if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
             return ".".join(parts[:i])
     return None
+
+
+def _behind(layers: nn.Module, path: str, inside: Sequence[str], reason: Any) -> bool:
+    """Whether a graph that ends in the last of these layers does so behind it: in code that is none of its own."""
+    *_, (name, last) = layers.named_children()
+    frames = {(frame.filename, frame.lineno) for frame in getattr(reason, "user_stack", None) or []}
+    codes = [code for module in last.modules() if (code := getattr(type(module).forward, "__code__", None)) is not None]
+    own = {(code.co_filename, line) for code in codes for *_, line in code.co_lines()}
+    return frames.isdisjoint(own) and all(f"{one}.".startswith(f"{path}.{name}.") for one in inside if f"{one}.".startswith(f"{path}."))
 
 
 def _tensors(owner: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.variables.misc import DebuggingVariable
 
 from ..errors import warn_once
 
-__all__ = ["CONFIG", "configured", "stance", "switched_off", "warn_of_old_dynamo"]
+__all__ = ["CONFIG", "begin_anew_unsized", "configured", "stance", "switched_off", "warn_of_old_dynamo"]
 
 _MANY = 10**6
 CONFIG: dict[str, Any] = {
@@ -30,7 +31,8 @@ CONFIG: dict[str, Any] = {
     "use_numpy_random_stream": True,  # else what draws from numpy would draw other numbers from torch
 }
 CONFIG = {name: value for name, value in CONFIG.items() if hasattr(torch._dynamo.config, name)}  # some came with later versions
-_UNSIZED = CONFIG | {"capture_dynamic_output_shape_ops": False}
+_SIZED = "capture_dynamic_output_shape_ops"
+_UNSIZED = CONFIG | {_SIZED: False}
 _LOGGING = "reorderable_logging_functions"  # run after the graph that they are in, and do not cut it, if given text, numbers and tensors
 _LEVELS = {"debug", "info", "warning", "warn", "error", "critical", "fatal", "log"}
 
@@ -48,7 +50,7 @@ class configured:
     def __enter__(self) -> None:
         _CALLS.depth = getattr(_CALLS, "depth", 0) + 1
         config = torch._dynamo.config
-        self.before = {name: known for name, value in self.settings.items() if (known := getattr(config, name)) != value}
+        self.before = {name: known for name, value in self.settings.items() if (known := getattr(config, name)) != value or name == _SIZED}
         for name in self.before:
             setattr(config, name, self.settings[name])
         known, loggers = getattr(config, _LOGGING), _loggers(tuple(vars(logging.Logger).items()))
@@ -60,6 +62,14 @@ class configured:
         _CALLS.depth -= 1
         for name, value in self.before.items():
             setattr(torch._dynamo.config, name, value)
+
+
+def begin_anew_unsized() -> NoReturn:
+    """To be called by a backend: has Dynamo capture the same code again, in which sizes that depend on values end graphs, as they do from
+    then on in this call.
+    """
+    setattr(torch._dynamo.config, _SIZED, False)
+    raise TensorifyScalarRestartAnalysis(restart_reason="sizes that depend on values, in no chain")  # of those, backends may raise this
 
 
 def warn_of_old_dynamo() -> None:

@@ -51,6 +51,7 @@ from .doors import check_caller, close, install, passed_by
 from .network import Network
 from .previewed import Previewed, behind_a_break, previewed
 from .stand_ins import stand_ins
+from .value_sizes import cannot, explained
 
 __all__ = ["CapturedForward"]
 
@@ -128,11 +129,9 @@ class CapturedForward:
             return (self.plain if plain else self.compiled)[1](self.owner, *args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             if call.graphs or call.entered or call.left or not self.sized:
-                raise MnetError(
-                    f"{type(self.owner).__name__}: Dynamo cannot capture what a size decides that depends on values "
-                    f"({' '.join(str(error).split())[:200]}): keep it out of the model, or name its list of layers with regions=[...], "
-                    "which needs no capture"
-                ) from error
+                raise cannot(self.owner, error) from error
+        except RuntimeError as error:
+            raise explained(self.owner, error) from error.__cause__
         self.sized = False
         self._renew()
         function, compiled = self.plain if plain else self.compiled
@@ -153,7 +152,8 @@ class CapturedForward:
     def _renew(self) -> None:
         """Has Dynamo begin anew with the model's function, and with the code of its modules that it has captured apart from that."""
         for name in ("compiled", "plain"):
-            self.__dict__.pop(name, None)
+            if name in self.__dict__:
+                remove_from_cache(self.__dict__.pop(name)[0].__code__)
         for cls in {type(module) for module in self.owner.modules()}:
             function: Any = None if cls.__module__.startswith("torch.") else cls.forward
             while hasattr(function, "__code__"):
@@ -172,7 +172,7 @@ class CapturedForward:
             The code that Dynamo made of the model's function for this kind of call; None if it begins with a graph break.
         """
         try:
-            with self.call((self.plain if plain else self.compiled)[0].__code__.co_name) as call:
+            with self.call((self.plain if plain else self.compiled)[0].__code__.co_name, plain) as call:
                 self._run(call, plain, args, kwargs)
         except Stopped as stopped:
             function = (self.plain if plain else self.compiled)[0]
@@ -189,14 +189,14 @@ class CapturedForward:
         return self._without_graphs((self.plain if plain else self.compiled)[0], call)
 
     @contextmanager
-    def call(self, dry: str | None = None) -> Iterator[Call]:
-        """A call of the model in this thread."""
+    def call(self, dry: str | None = None, whole: bool = False) -> Iterator[Call]:
+        """A call of the model in this thread; arguments as for `Call`."""
         if (reason := switched_off()) is not None:  # before Dynamo notes for ever that it is to skip the code of the model
             raise MnetError(self._left(reason, "would run"))
-        call, outer = Call(dry), self.running()
+        call, outer = Call(dry, whole), self.running()
         self.calls.now = call
         try:
-            with configured(self.sized):
+            with configured(self.sized or whole):
                 yield call
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, MnetError):

@@ -31,7 +31,7 @@ from passes import LostContextError, Plan, Refusal, RegionCode, Unlifted, owner_
 from ..arithmetic.kernels.choice import FUSED, fusing
 from ..arithmetic.kernels.eager import Kernels
 from ..errors import MnetError, MnetWarning, SettingsError
-from ..inner import Compile, Inner, checked_inner, recurrent
+from ..inner import Compile, Inner, checked_inner, recurrent, sized_by_values
 from ..reporting.build import add_reports, graph_report
 from ..reporting.report import CapturedPart, Report
 from ..settings import Settings
@@ -159,7 +159,7 @@ class Backend:
         """A planned graph with its regions, and everything else compiled by the inner compiler."""
         inner: Compile = torch._dynamo.lookup_backend(self.inner)
         if isinstance(found, Refusal) or not found.plan.regions:
-            return gm if recurrent(gm) else inner(gm, example_inputs)
+            return gm if recurrent(gm) or sized_by_values(gm) else inner(gm, example_inputs)
         return _compiled(gm, found, example_inputs, self.settings, inner, FUSED if self._fuses() else None)
 
     def _fuses(self) -> bool:
