@@ -31,6 +31,7 @@ Inner = str | Callable[..., Any]
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+_OFTEN = frozenset({"eager", "aot_eager", "inductor"})  # to ask for the others imports them
 _SYMBOLS = torch.SymInt, torch.SymFloat, torch.SymBool
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _BUDGET = "_region_activation_memory_budget"  # torch.autograd.graph.region_activation_memory_budget, since torch 2.14
@@ -46,6 +47,9 @@ def checked_inner(inner: Inner) -> Inner:
         raise SettingsError("inner is what compiles the parts: it cannot be mnet_fx itself; use 'inductor', 'aot_eager' or 'eager'")
     if not isinstance(inner, str) and not callable(inner):
         raise SettingsError(f"inner must be the name of a backend or a callable, got {inner!r}")
+    if isinstance(inner, str) and inner not in _OFTEN and inner not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        names = ", ".join(map(repr, sorted(known)))
+        raise SettingsError(f"inner={inner!r} is no backend of torch.compile; there are {names}, or a callable")
     return inner
 
 

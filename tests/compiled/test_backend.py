@@ -645,6 +645,7 @@ def test_reports_are_logged_and_forgotten(caplog):
         ({"gamma": 1}, "gamma must be a number"),
         ({"inner": "mnet_fx"}, "cannot be mnet_fx itself"),
         ({"inner": 3}, "name of a backend or a callable"),
+        ({"inner": "nope"}, "inner='nope' is no backend of torch.compile; there are 'aot_eager'"),
     ],
 )
 def test_options_that_cannot_work(options, message):
