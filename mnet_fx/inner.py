@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .arithmetic.valueless import Effects
 from .errors import SettingsError, warn_once
@@ -143,10 +144,11 @@ def sized_by_values(gm: fx.GraphModule) -> bool:
 
 def value_sized(node: fx.Node) -> bool:
     """Whether a node makes such a size, has one, or asserts something of one. One that is equal to a number is recorded as that."""
-    if node.meta.get("unbacked_bindings") or node.target is torch.ops.aten._assert_scalar.default:
+    if node.target is torch.ops.aten._assert_scalar.default:
         return True
-    leaves = tree_leaves(node.meta.get("example_value"))
-    return any(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, (Tensor, *_SYMBOLS)))
+    leaves = [leaf for leaf in tree_leaves(node.meta.get("example_value")) if isinstance(leaf, (Tensor, *_SYMBOLS))]
+    symbols = {*(node.meta.get("unbacked_bindings") or ()), *(symbol for leaf in leaves for symbol in free_unbacked_symbols(leaf))}
+    return any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in symbols)
 
 
 @contextlib.contextmanager

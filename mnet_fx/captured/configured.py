@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -64,10 +64,12 @@ class configured:
             setattr(torch._dynamo.config, name, value)
 
 
-def begin_anew_unsized() -> NoReturn:
+def begin_anew_unsized() -> None:
     """To be called by a backend: has Dynamo capture the same code again, in which sizes that depend on values end graphs, as they do from
-    then on in this call.
+    then on in this call. Once: numbers that the user has Dynamo keep in graphs (`capture_scalar_outputs`) stay there.
     """
+    if not getattr(torch._dynamo.config, _SIZED):
+        return
     setattr(torch._dynamo.config, _SIZED, False)
     raise TensorifyScalarRestartAnalysis(restart_reason="sizes that depend on values, in no chain")  # of those, backends may raise this
 

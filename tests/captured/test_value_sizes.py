@@ -117,6 +117,17 @@ def test_the_users_setting_stays(before):
         assert config.capture_dynamic_output_shape_ops == before
 
 
+@pytest.mark.parametrize("inner", INNERS)
+def test_numbers_that_the_user_has_in_graphs_stay_there(inner):
+    torch.manual_seed(0)
+    model = Net(lambda table, x, index, mask: x * x.detach().abs().max().item() + table[: mask.sum().item()].sum()).double()
+    net = mnet_fx.momentumize(model, gamma=0, inner=inner)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for call in calls():
+            assert_close(results(net, call), results(model, call))
+    assert len(net.report.captured) == 1
+
+
 def test_a_whole_program_has_them():
     torch.manual_seed(0)
     model = Net(lambda table, x, index, mask: (x * 2)[mask]).double().eval()
