@@ -1,5 +1,7 @@
 """Sizes that depend on values: one row, where Dynamo supposed several, broadcasts as in the original, or is an error that says so."""
 
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -55,6 +57,14 @@ BEHIND = {
     ),
 }
 
+OFTEN = {("nms", "aot_eager", False), *(("gather", inner, True) for inner in INNERS), *((behind, "eager", False) for behind in BEHIND)}
+CASES = [
+    pytest.param(
+        *case, marks=[] if case in OFTEN else pytest.mark.slow, id=f"{case[0]}-{case[1]}-{'broken before' if case[2] else 'whole'}"
+    )
+    for case in itertools.product(BEHIND, INNERS, (False, True))
+]
+
 
 def calls():
     generator = torch.Generator().manual_seed(1)
@@ -76,9 +86,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated:FutureWarning")  # torchvision calls it
-@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken before"])
-@pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize(("behind", "inner", "broken"), CASES)
 def test_one_row_behind_the_chain_broadcasts(behind, inner, broken):
     torch.manual_seed(0)
     model = Net(BEHIND[behind], broken=broken).double()
