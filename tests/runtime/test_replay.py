@@ -13,6 +13,8 @@ from mnet_fx import InversionError
 from mnet_fx.arithmetic.fingerprints import fingerprints
 from mnet_fx.arithmetic.fixed_point import State
 from mnet_fx.runtime import noted
+from mnet_fx.runtime.noted import version
+from mnet_fx.runtime.replay import SMALL, _may_differ
 from mnet_fx.runtime.steps import Chain, run_chain
 from mnet_fx.runtime.tape import PlainTape
 
@@ -240,3 +242,16 @@ def test_a_write_that_nothing_in_the_step_reads_is_made_outside():
     y.sum().backward()
     for got, want in zip(net.parameters(), safe.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_counts_as_changed_of_a_buffer_whose_fingerprints_stay_on_a_device():
+    """Nobody reads them where a step is proved: a write that autograd saw counts, whatever it wrote, and so does any small buffer."""
+    large, small = torch.zeros(SMALL), torch.zeros(2)
+    now, other = torch.ones(2), torch.zeros(2)
+    for proof in (True, False):
+        then = version(large)
+        assert not _may_differ(large, now, now.clone(), then, proof)
+        assert _may_differ(large, now, other, then, proof) == (not proof)
+        assert _may_differ(small, now, now.clone(), version(small), proof)
+        large.add_(0)
+        assert _may_differ(large, now, now.clone(), then, proof)
