@@ -29,7 +29,7 @@ TESTS = {
     "mnet_fx/runtime/shear.py": TAPE,
     "mnet_fx/runtime/proofs.py": ["tests/runtime/test_proofs.py", *TAPE],
     "mnet_fx/runtime/steps.py": TAPE,
-    "mnet_fx/runtime/replay.py": [*TAPE, "tests/runtime/test_threads.py"],
+    "mnet_fx/runtime/replay.py": ["tests/runtime/test_proofs.py", *TAPE, "tests/runtime/test_threads.py"],
     "mnet_fx/runtime/surroundings.py": ["tests/runtime/test_surroundings.py"],
     "mnet_fx/runtime/attributes.py": ["tests/named/test_given.py", "tests/runtime/test_attributes.py", "tests/runtime/test_reach.py"],
     "mnet_fx/runtime/reach.py": ["tests/runtime/test_reach.py"],
