@@ -31,7 +31,8 @@ class ReadMap:
 
     def __init__(self, **tensors: Tensor) -> None:
         if not _fitting(**tensors):
-            raise ValueError(f"a read map of { ({name: tuple(t.shape) for name, t in tensors.items()}) }")
+            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            raise ValueError(f"a read map of {shapes}")
         self._own = {name: nn.Parameter(tensors[name].detach(), requires_grad=False) for name in _NAMES if name in tensors}
         self._given: dict[Any, dict[str, nn.Parameter]] = {}
 

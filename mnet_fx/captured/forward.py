@@ -131,7 +131,9 @@ class CapturedForward:
             if call.graphs or call.entered or call.left or not self.sized:
                 raise cannot(self.owner, error) from error
         except RuntimeError as error:
-            raise explained(self.owner, error) from error.__cause__
+            if (found := explained(self.owner, error)) is None:
+                raise
+            raise found from error
         self.sized = False
         self._renew()
         function, compiled = self.plain if plain else self.compiled

@@ -36,10 +36,10 @@ def cannot(model: nn.Module, error: Exception) -> MnetError:
     )
 
 
-def explained(model: nn.Module, error: RuntimeError) -> Exception:
-    """The error itself, but where a graph found such a size to be another than was supposed."""
+def explained(model: nn.Module, error: RuntimeError) -> MnetError | None:
+    """Where a graph found such a size to be another than was supposed; None for other errors."""
     if _ASSERTION not in str(error):
-        return error
+        return None
     return MnetError(
         f"{type(model).__name__}: a size that depends on values, such as the number of rows that a mask picks, is not what Dynamo supposed "
         f"when it captured the model ({' '.join(str(error).split())[:200]}): one row broadcasts where others do not. Name its list of "

@@ -159,9 +159,12 @@ def _settle(comparisons: Sequence[_Comparison]) -> None:
         for device in {a.device for _, _, a, _ in places}:
             here = [place for place in places if place[2].device == device]
             found, noted = (torch.cat([side.reshape(-1) for side in sides]) for sides in zip(*(place[2:] for place in here), strict=True))
-            marks = iter(torch.ne(found, noted).tolist())
+            differs = torch.ne(found, noted).tolist()
+            if not any(differs):
+                continue
+            marks = iter(differs)
             for k, i, a, _ in here:
-                if any(list(islice(marks, a.numel()))):
+                if any(list(islice(marks, a.numel()))):  # a list, as `any` alone would leave marks behind
                     differing[k].add(i)
     errors = list[MnetError]()
     for comparison, which in zip(comparisons, differing, strict=True):

@@ -136,6 +136,23 @@ def test_numbers_that_the_user_has_in_graphs_stay_there(inner):
     assert len(net.report.captured) == 1
 
 
+class Raising(Net):
+    def forward(self, x, index, mask):
+        x = super().forward(x, index, mask)
+        try:
+            return {}["key"]
+        except KeyError:
+            raise RuntimeError("own")  # noqa: B904  # its context is the point
+
+
+def test_an_error_of_the_models_own_is_as_it_was_raised():
+    net = mnet_fx.momentumize(Raising().double())
+    with pytest.raises(RuntimeError, match="own") as caught:
+        net(*calls()[0])
+    assert isinstance(caught.value.__context__, KeyError)
+    assert not caught.value.__suppress_context__
+
+
 def test_a_whole_program_has_them():
     torch.manual_seed(0)
     model = Net(lambda table, x, index, mask: (x * 2)[mask]).double().eval()
