@@ -16,7 +16,7 @@ from passes.graphs.writes import is_hook
 from passes.planning.planner import plan
 from passes.planning.stretches import with_stretches
 from passes.refusals import CODES
-from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch
+from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch, Total
 from passes.rewriting.costs import costs_of_steps, elements, largest_step, saved_by_own
 from passes.rewriting.heads import Head, chunked_heads, heads
 from passes.rewriting.invariants import InvariantError
@@ -45,6 +45,7 @@ __all__ = [
     "Step",
     "StepCode",
     "Stretch",
+    "Total",
     "Unlifted",
     "checkpoints",
     "chunked_heads",

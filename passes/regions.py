@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch.fx as fx
 
-__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch"]
+__all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch", "Total"]
 
 Form = Literal["branch", "block"]
 Granularity = Literal["add", "module"]
@@ -95,6 +95,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Total:
+    """A running sum of extras, which the region forms as they come.
+
+    Attributes:
+        first: name of the node that it begins with, or a number.
+        begins: index of the step of which that is an extra; -1 if it is from before the region, or a number.
+        terms: of each term the index of its step, the name of its node, and whether the sum so far is the left operand.
+        nodes: names of the sums, in order; the last one leaves the region, in place of the terms.
+    """
+
+    first: str | float
+    begins: int
+    terms: tuple[tuple[int, str, bool], ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PlannedRegion:
     """A run of two or more consecutive steps that will become one reversible region.
 
@@ -112,6 +129,7 @@ class PlannedRegion:
         copied: names of the side inputs, of which the region is given copies, and of values x[t], of which others are, since the graph
             overwrites them after the region has read them.
         copied_bytes: bytes of these copies, None where the capture recorded no sizes.
+        totals: running sums of extras that it forms.
     """
 
     name: str
@@ -125,6 +143,7 @@ class PlannedRegion:
     backward: Literal["reversible", "stored"] = "reversible"
     copied: tuple[str, ...] = ()
     copied_bytes: int | None = 0
+    totals: tuple[Total, ...] = ()
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -132,8 +151,20 @@ class PlannedRegion:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Side inputs of all steps, without repetition, in order of first use."""
-        return tuple(dict.fromkeys(side for step in self.steps for side in step.sides))
+        """Side inputs of all steps, without repetition, in order of first use; then what totals begin with."""
+        firsts = [total.first for total in self.totals if total.begins < 0 and isinstance(total.first, str)]
+        return tuple(dict.fromkeys((*(side for step in self.steps for side in step.sides), *firsts)))
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Extras of all steps that are in no total."""
+        summed = {name for total in self.totals for name in (total.first, *(name for _, name, _ in total.terms))}
+        return tuple(name for step in self.steps for name in step.extras if name not in summed)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All that is computed inside: those of the steps, and the sums of totals."""
+        return (*(name for step in self.steps for name in step.nodes), *(name for total in self.totals for name in total.nodes))
 
 
 @dataclass(frozen=True)
@@ -217,7 +248,8 @@ class RegionCode:
 
     The module that `build_region` makes of it is called in the new graph as `region(x0, *sides)`, with copies of the sides that are
     overwritten later, and returns x[T] alone if there are
-    neither escapes nor extras, else the tuple `(x[T], *escapes, *extras of step 0, *extras of step 1, ...)`.
+    neither escapes nor extras, else the tuple `(x[T], *escapes, *extras of step 0, *extras of step 1, ..., *totals)`, without the extras
+    that are summed.
     """
 
     region: PlannedRegion

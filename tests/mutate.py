@@ -36,6 +36,7 @@ REACH = "tests/runtime/test_reach.py"
 VALUE_SIZES = "tests/captured/test_value_sizes.py"
 OVERWRITTEN = "tests/compiled/test_overwritten.py"
 BACKEND = ["tests/compiled/test_backend.py"]
+TOTALS = ["tests/passes/test_totals.py"]
 EFFECTS = ["tests/passes/test_doubles.py", "tests/passes/test_effects.py", "tests/passes/test_side_outputs.py"]
 TESTS = {
     "passes/capturing/layouts.py": ["tests/passes/test_layouts.py", "tests/compiled/test_backend_layouts.py"],
@@ -56,6 +57,8 @@ TESTS = {
     "passes/graphs/doubles.py": EFFECTS,
     "passes/planning/overwritten.py": EFFECTS,
     "passes/planning/side_outputs.py": EFFECTS,
+    "passes/planning/totals.py": TOTALS,
+    "mnet_fx/regions/totals.py": TOTALS,
     "passes/planning/kept.py": EFFECTS,
     "passes/capturing/checkpointed.py": BACKEND,
     "passes/rewriting/splitting.py": [OVERWRITTEN, *BACKEND],
@@ -293,6 +296,25 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/planning/side_outputs.py", "self._weight(needed) > left:", "False:"),
     ("passes/planning/side_outputs.py", "return self._useful(self._tensors(found))", "return set()"),
     ("passes/planning/side_outputs.py", "return self._useful(self._tensors(found))", "return self._useful(found)"),
+    ("passes/planning/side_outputs.py", " or takes_from_list(node)", ""),
+    ("passes/planning/totals.py", "if node in taken or not", "if not"),
+    ("passes/planning/totals.py", "so_far.step <= step_of.get(term, -2)", "term in step_of"),
+    ("passes/planning/totals.py", "(total not in known if not so_far.nodes else len(total.users) == 1)", "True"),
+    ("passes/planning/totals.py", "total not in known if not so_far.nodes else", ""),
+    ("passes/planning/totals.py", "len(total.users) == 1)", "True)"),
+    ("passes/planning/totals.py", "len(node.users) == 1}", "True}"),
+    ("passes/planning/totals.py", " and found.is_alike()", ""),
+    ("passes/planning/totals.py", " and found.is_unseen(facts)", ""),
+    ("passes/planning/totals.py", "return alike or node not in facts.writes", "return True"),
+    ("passes/planning/totals.py", 'node.kwargs.get("alpha", 1) != 1 or', ""),
+    ("passes/planning/totals.py", "if not _needs_gradient(node) and any(map(_needs_gradient, node.all_input_nodes)):", "if False:"),
+    (
+        "passes/graphs/schedule.py",
+        "position = {u: where for u, where in position.items() if u not in nodes}",
+        "position[i] = max(position[i], *(facts.index[n] for n in nodes), -1, -1)",
+    ),
+    ("passes/graphs/facts.py", ' if node.op not in ("placeholder", "get_attr")', ""),
+    ("mnet_fx/regions/totals.py", "total + term if is_left else term + total", "total"),
     ("passes/planning/kept.py", "if node not in inside for", "for"),
     ("passes/planning/kept.py", "if number not in own]", "]"),
     ("passes/graphs/schedule.py", "facts.flow[node] if node in copied else facts.order[node]", "facts.flow[node]"),
@@ -364,7 +386,7 @@ MUTANTS: list[tuple[str, str, str]] = [
         "len(self.step.sides), len(self.attributes)",
     ),
     ("passes/rewriting/step_code.py", "OUT_OF_PLACE[node.target] if node in self.copied else node.target", "node.target"),
-    ("passes/rewriting/step_code.py", "(*names, *(name for step in region.steps for name in step.extras))", "names"),
+    ("passes/rewriting/step_code.py", "(*names, *region.extras, *(total.nodes[-1] for total in region.totals))", "names"),
     # Layouts.
     ("passes/capturing/layouts.py", "if any(map(self._is_written, (root, *path, branch, add))) or is_identity", "if is_identity"),
     ("passes/capturing/layouts.py", 'if root.meta.get("levelled") and is_identity(root, path):', "if is_identity(root, path):"),
@@ -504,12 +526,12 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/rewriting/splitting.py", 'if isinstance(node.meta.get("example_value"), (list, tuple)):', "if False:"),
     (
         "passes/planning/spans.py",
-        "outside |= {node for node in serving if _takes_from_list(node)",
+        "outside |= {node for node in serving if takes_from_list(node)",
         "outside |= {node for node in serving if False",
     ),
     # The runtime.
     ("mnet_fx/regions/region.py", "_Within(module) if isinstance(module, MomentumRegion) else module", "module"),
-    ("mnet_fx/regions/region.py", '.run(x, steps, "stored")', ".run(x, steps, self._region[0].backward)"),
+    ("mnet_fx/regions/region.py", '.run(x, steps, "stored", sides)', ".run(x, steps, self._region[0].backward, sides)"),
     ("mnet_fx/regions/region.py", "        self.velocity = region.velocity\n\n    def path_of", "\n    def path_of"),
     ("mnet_fx/regions/region.py", "            return within.path_of(rest)\n", "            return rest\n"),
     *mutants_runtime.MUTANTS,

@@ -154,25 +154,26 @@ class CompiledRegion(Unseen, ChainRegion):
             moving = self.velocity is not None and any(p.requires_grad for p in self.velocity.parameters())
             needs_grad = torch.is_grad_enabled() and (x.requires_grad or moving)
             x = torch.empty_like(x, requires_grad=False).requires_grad_(needs_grad)
-            escaped, extras = [], []
+            escaped, extras, running = [], [], self.totals.start(sides)
             for t, step in enumerate(self.bodies):
                 if t in self.escapes:
                     escaped.append(x)
                 own = [inputs[path] for path in self._own(step)]
                 artifact, (y, *more) = artifacts.of(step, [x, *(sides[i] for i in step.sides), *own, *sizes])
                 self.artifacts.append(artifact)
-                extras += more
+                extras += running.without(t, more)
                 needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
                 x = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype), requires_grad=False).requires_grad_(needs_grad)
+            extras += running.values
             x, *escaped = (stream.clone() for stream in (x, *escaped))  # no leaves of autograd, as what is to come may write to them
         return (x, *escaped, *extras) if escaped or extras else x
 
     def _mode(self) -> AbstractContextManager[Any]:
         return torch.no_grad() if self.is_off else nullcontext()
 
-    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str) -> Any:
+    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str, sides: tuple[Any, ...]) -> Any:
         with self._mode():
-            return super().run(x, steps, backward)
+            return super().run(x, steps, backward, sides)
 
     def bound(self, sides: tuple[Any, ...]) -> list[tuple[nn.Module, tuple[Any, ...]]]:
         sizes = sides[self.sides + len(self.reads) :]

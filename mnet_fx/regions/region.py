@@ -20,6 +20,7 @@ from ..runtime.start import Recurrence
 from ..runtime.steps import run_chain
 from ..settings import Settings
 from .program import Program
+from .totals import Totals
 
 __all__ = ["ChainRegion", "MomentumRegion", "expanded", "sum_dtype"]
 
@@ -91,7 +92,7 @@ class _Within(nn.Module):
 
     def forward(self, x: Tensor, *sides: Any) -> Any:
         steps = [(step, tuple(sides[i] for i in own)) for step, own in zip(self.steps, self._sides, strict=True)]
-        return self._region[0].run(x, steps, "stored")
+        return self._region[0].run(x, steps, "stored", sides)
 
 
 def sum_dtype(code: StepCode, x: Tensor, y: Tensor) -> torch.dtype:
@@ -152,7 +153,7 @@ class ChainRegion(nn.Module):
         self.reserve = Reserve()
         self.stored = 0  # of how many steps, the last ones, autograd stores the activations
         self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(step.path for step in code.region.steps))
-        self.escapes = code.region.escapes
+        self.escapes, self.totals = code.region.escapes, Totals(code.region)
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity, self._path = (settings.velocity,), code.region.path
 
@@ -178,10 +179,10 @@ class ChainRegion(nn.Module):
     def forward(self, x: Tensor, *sides: Any) -> Any:
         if isinstance(x, fx.Proxy):  # torch.fx traces the module that it is part of: a region is one call there
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *sides), {})
-        return self.run(x, self.bound(sides), self.backward)
+        return self.run(x, self.bound(sides), self.backward, sides)
 
-    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str) -> Any:
-        """The region on steps bound before, with the given kind of backward pass."""
+    def run(self, x: Tensor, steps: list[tuple[nn.Module, tuple[Any, ...]]], backward: str, sides: tuple[Any, ...]) -> Any:
+        """The region on steps bound before, with the given kind of backward pass, and all its side inputs."""
         if not isinstance(x, Tensor):
             raise StreamError(f"{self.name}: the stream must be a tensor, got {type(x).__name__}")
         dtypes = {dtype for step, _ in steps for dtype in self.dtypes(step)}
@@ -198,8 +199,9 @@ class ChainRegion(nn.Module):
             reads=self.read_maps,
             stored=self.stored,
         )
-        last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes)
-        return (last, *escaped, *extras) if escaped or any(step.extras for step in self.code) else last
+        running = self.totals.start(sides)
+        last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes, running.without)
+        return (last, *escaped, *extras, *running.values) if escaped or any(step.extras for step in self.code) else last
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} steps, gamma={self.factors[-1][0]:g}, backward={self.backward!r}"

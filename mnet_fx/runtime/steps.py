@@ -259,7 +259,10 @@ class Chain:
 
 
 def run_chain(
-    chain: Chain, steps: Sequence[tuple[nn.Module, tuple[Any, ...]]], escapes: Collection[int] = ()
+    chain: Chain,
+    steps: Sequence[tuple[nn.Module, tuple[Any, ...]]],
+    escapes: Collection[int] = (),
+    kept: Callable[[int, list[Any]], list[Any]] = lambda t, extras: extras,
 ) -> tuple[Tensor, list[Tensor], list[Any]]:
     """Runs a chain from time 0 to its end.
 
@@ -267,9 +270,10 @@ def run_chain(
         chain: on a `PlainTape`, autograd stores the activations (if grad mode is on); on others each step runs under checkpoint.
         steps: for each step its module, which returns (y, *extras) with y in the shape of x[t], and its side inputs.
         escapes: times t of the stream values x[t] to return.
+        kept: given t and the extra outputs of step t, which of them to keep.
 
     Returns:
-        x[T], the escaping x[t], and the extra outputs of all steps, in order.
+        x[T], the escaping x[t], and the extra outputs that were kept, in order.
 
     Raises:
         StreamError: a step changed the stream in place.
@@ -280,5 +284,5 @@ def run_chain(
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
             escaped.append(chain.x)
-        extras += chain.step(module, sides)
+        extras += kept(t, chain.step(module, sides))
     return chain.x, escaped, extras

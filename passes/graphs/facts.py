@@ -112,10 +112,12 @@ def _repeats(node: fx.Node, kind: str) -> bool:
 def graded(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes that gradients of some nodes may come to: these, and what they are computed from by values that require gradients.
 
-    Where no value is recorded to require any, as in an exported graph, all that they are computed from.
+    Where no result is recorded to require any, as in an exported graph, all that they are computed from.
     """
     stack = list(nodes)
-    known = any(_requires_grad(node, False) for root in stack[:1] for node in root.graph.nodes)
+    known = any(
+        _requires_grad(node, False) for root in stack[:1] for node in root.graph.nodes if node.op not in ("placeholder", "get_attr")
+    )
     found: set[fx.Node] = set()
     while stack:
         node = stack.pop()

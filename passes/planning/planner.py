@@ -23,7 +23,8 @@ from passes.planning.rules import check, refuse, refuse_projection
 from passes.planning.side_outputs import with_side_outputs
 from passes.planning.spans import Span, common_path, dead_ends_of, spans_of
 from passes.planning.streams import second_streams
-from passes.regions import Granularity, Plan, PlannedRegion, Refusal
+from passes.planning.totals import totals_of
+from passes.regions import Granularity, Plan, PlannedRegion, Refusal, Total
 
 __all__ = ["plan"]
 
@@ -81,13 +82,14 @@ def plan(
     nest = _with_sides(nest, graph)
     copied = {i: overwritten(nest.pieces[i], facts) for i, parent in nest.parent.items() if parent is None}
     nest.pieces = with_attributes_handed(nest.pieces, {node for nodes in copied.values() for node in nodes})
+    totals = _totals(nest, graph)
     seconds = second_streams(facts, sums, projections)
     refusals = {add: refuse_projection(found, facts) for add, found in projections.items()} | seconds | illegal | lost | disordered
     kept = {add for i in nest.parent for add in adds_of(nest.pieces[i])}
     adds = sorted({*sums, *projections, *seconds}, key=facts.index.__getitem__)
     return Plan(
         residual_adds=tuple(add.name for add in adds),
-        regions=_regions(nest, copied, _names(gm), facts),
+        regions=_regions(nest, copied, totals, _names(gm), facts),
         refusals=tuple(refusals[add] for add in adds if add not in kept),
         kept_outside=kept_outside(gm, {node for i in nest.parent for node in nodes_of(nest.pieces[i])}),
     )
@@ -226,8 +228,7 @@ def _first_stuck(nest: Nest, graph: _Graph) -> tuple[list[int], set[int]] | None
 def _stuck(level: list[int], pieces: Sequence[Piece], graph: _Graph) -> set[int]:
     """The pieces of one level that have no place in an order."""
     found = [pieces[i] for i in level]
-    copied = {node for piece in found for span in piece for node in span.copied_adds(graph.facts)}
-    return {level[i] for i in schedule(graph.facts, [nodes_of(piece) for piece in found], copied)[1]}
+    return {level[i] for i in schedule(graph.facts, [nodes_of(piece) for piece in found], _copied(found, graph.facts))[1]}
 
 
 def _part(worst: int, level: list[int], nest: Nest, graph: _Graph) -> Piece | None:
@@ -267,6 +268,19 @@ def _with_sides(nest: Nest, graph: _Graph) -> Nest:
     return replace(nest, pieces=pieces) if pieces != nest.pieces and not _stuck(level, pieces, graph) else nest
 
 
+def _totals(nest: Nest, graph: _Graph) -> dict[int, tuple[Total, ...]]:
+    """Of each outermost piece the running sums that its region can form; none where the graph could not run so."""
+    facts, level = graph.facts, [i for i, parent in nest.parent.items() if parent is None]
+    taken = {node for i in level for node in nodes_of(nest.pieces[i])} | graph.sums.keys()
+    found = {i: totals_of(nest.pieces[i], facts, taken) for i in level}
+    pieces, summed = [nest.pieces[i] for i in level], [{facts.named[name] for total in found[i] for name in total.nodes} for i in level]
+    return {} if schedule(facts, list(map(nodes_of, pieces)), _copied(pieces, facts), summed)[1] else found
+
+
+def _copied(pieces: Sequence[Piece], facts: Facts) -> set[fx.Node]:
+    return {node for piece in pieces for span in piece for node in span.copied_adds(facts)}
+
+
 def _names(gm: fx.GraphModule) -> Iterator[str]:
     taken = {name for name, _ in gm.named_children()} | {node.name for node in gm.graph.nodes}
     number = 0
@@ -276,10 +290,13 @@ def _names(gm: fx.GraphModule) -> Iterator[str]:
         number += 1
 
 
-def _regions(nest: Nest, copied: dict[int, list[fx.Node]], names: Iterator[str], facts: Facts) -> tuple[PlannedRegion, ...]:
+def _regions(
+    nest: Nest, copied: dict[int, list[fx.Node]], totals: dict[int, tuple[Total, ...]], names: Iterator[str], facts: Facts
+) -> tuple[PlannedRegion, ...]:
     kept = sorted(nest.parent, key=lambda i: facts.index[nest.pieces[i][0].nodes[0]])
     named: dict[int | None, str] = {None: "", **dict(zip(kept, names, strict=False))}
-    return tuple(_region(nest.pieces[i], named[i], named[nest.parent[i]], copied.get(i, ()), facts) for i in kept)
+    regions = (_region(nest.pieces[i], named[i], named[nest.parent[i]], copied.get(i, ()), facts) for i in kept)
+    return tuple(replace(region, totals=totals.get(i, ())) for i, region in zip(kept, regions, strict=True))
 
 
 def _region(piece: Piece, name: str, within: str, copied: Sequence[fx.Node], facts: Facts) -> PlannedRegion:

@@ -23,7 +23,7 @@ from passes.graphs.facts import Facts, bytes_of, recorded, shape_of
 from passes.graphs.ops import MIXING
 from passes.graphs.writes import is_hook
 from passes.planning.nesting import Piece, nodes_of
-from passes.planning.spans import Span
+from passes.planning.spans import Span, takes_from_list
 
 __all__ = ["with_side_outputs"]
 
@@ -131,11 +131,11 @@ class _Side:
         return self._tensors(found - gone) if gone else found
 
     def _useful(self, found: set[fx.Node]) -> set[fx.Node]:
-        """Without what neither leads to nor comes from an operation whose gradient needs what it is computed from."""
+        """Without what neither leads to nor comes from an operation whose gradient needs what it is computed from, nor is of a list."""
         useful: set[fx.Node] = set()
         in_order = sorted(found, key=self.facts.index.__getitem__)
         for node in in_order:
-            if self.facts.kinds[node] in _KEEPING or not useful.isdisjoint(node.all_input_nodes):
+            if self.facts.kinds[node] in _KEEPING or takes_from_list(node) or not useful.isdisjoint(node.all_input_nodes):
                 useful.add(node)
         for node in reversed(in_order):
             if any(user in useful for user in node.users):

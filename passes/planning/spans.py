@@ -21,7 +21,7 @@ from passes.graphs.ops import OUT_OF_PLACE, operands
 from passes.planning.matching import Chain, ResidualSum
 from passes.regions import Form, Granularity, Step
 
-__all__ = ["Span", "common_path", "dead_ends_of", "spans_of"]
+__all__ = ["Span", "common_path", "dead_ends_of", "spans_of", "takes_from_list"]
 
 _CLONES = ("clone", torch.clone, torch.ops.aten.clone.default)
 _CHECKS = frozenset({"shape", "layout", "elementwise", "scale", "add", "reduce"})
@@ -171,7 +171,7 @@ def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: di
             if private and not (node in cone or node in sums or node in blocked or facts.kinds[node] == "input"):
                 serving.add(node)
         outside = {node for node in serving if any(memory not in serving for memory in facts.writes.get(node, ()))}
-        outside |= {node for node in serving if _takes_from_list(node) and node.args[0] not in serving and node.args[0] not in cone}
+        outside |= {node for node in serving if takes_from_list(node) and node.args[0] not in serving and node.args[0] not in cone}
         outside |= {node for node in serving if _is_a_copy_to_keep(node, facts)}
         if not outside:
             return serving
@@ -186,7 +186,8 @@ def _is_a_copy_to_keep(node: fx.Node, facts: Facts) -> bool:
     return any(memory in written and facts.kinds[memory] == "input" for memory in facts.shares[node.all_input_nodes[0]])
 
 
-def _takes_from_list(node: fx.Node) -> bool:
+def takes_from_list(node: fx.Node) -> bool:
+    """Whether a node is an element of a list of tensors."""
     return node.target is operator.getitem and isinstance(recorded(node.args[0]), (list, tuple))  # type: ignore[arg-type]
 
 

@@ -61,7 +61,9 @@ def _verify_region(region: PlannedRegion, position: dict[str, int]) -> None:
     for before, after in zip(region.steps, region.steps[1:], strict=False):
         _require(before.target == after.source, f"{region.name} is not contiguous: {before.target} is followed by {after.source}")
     _require(all(1 <= t < len(region.steps) for t in region.escapes), f"{region.name} has escapes out of range: {region.escapes}")
-    inside = {name for step in region.steps for name in step.nodes}
+    inside = set(region.nodes)
+    summed = [name for total in region.totals for name in (*total.nodes, *(name for _, name, _ in total.terms))]
+    _require(len(set(summed)) == len(summed), f"{region.name} sums something twice")
     for step in region.steps:
         _verify_step(step, region, position)
         _require(not inside & set(step.sides), f"{region.name} has a side input from inside: {sorted(inside & set(step.sides))}")
@@ -97,7 +99,7 @@ def verify_rewrite(before: fx.GraphModule, after: fx.GraphModule, plan: Plan) ->
         after.graph.lint()
     except RuntimeError as error:
         raise InvariantError(f"the rewritten graph is malformed: {error}") from error
-    allowed = {node.name for node in after.graph.nodes} | {name for region in plan.regions for step in region.steps for name in step.nodes}
+    allowed = {node.name for node in after.graph.nodes} | {name for region in plan.regions for name in region.nodes}
     missing = [node.name for node in before.graph.nodes if node.op != "get_attr" and node.name not in allowed]
     _require(not missing, f"nodes outside of all regions are missing from the rewritten graph: {missing}")
     regions = sorted(region.name for region in plan.regions if not region.within)

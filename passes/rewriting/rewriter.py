@@ -89,7 +89,8 @@ def _order(regions: Sequence[PlannedRegion], facts: Facts) -> list[fx.Node | Pla
     named = facts.named
     steps = [(named[step.source], [named[name] for name in step.nodes]) for region in regions for step in region.steps]
     inside = [{named[name] for step in region.steps for name in step.nodes} for region in regions]
-    order, _ = schedule(facts, inside, {node for source, nodes in steps for node in facts.copied_adds(source, nodes)})
+    summed = [{named[name] for total in region.totals for name in total.nodes} for region in regions]
+    order, _ = schedule(facts, inside, {node for source, nodes in steps for node in facts.copied_adds(source, nodes)}, summed)
     return [regions[unit] if isinstance(unit, int) else unit for unit in order]
 
 
@@ -103,7 +104,7 @@ class _Rewriter:
         self.values: dict[fx.Node, fx.Node] = {}
 
     def graph(self) -> fx.Graph:
-        gone = {self.named[name] for region in self.regions for step in region.steps for name in step.nodes}
+        gone = {self.named[name] for region in self.regions for name in region.nodes}
         handed = {self.named[name] for region in self.regions for name in region.sides}
         for unit in _order(self.regions, self.facts):
             if isinstance(unit, PlannedRegion):

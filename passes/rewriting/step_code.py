@@ -59,7 +59,7 @@ def region_code(
 def outputs_of(region: PlannedRegion, named: Mapping[str, fx.Node]) -> list[fx.Node]:
     """The nodes of a graph whose values a region returns, in the order of `RegionCode`."""
     names = [region.steps[-1].target, *(region.steps[t].source for t in region.escapes)]
-    return [named[name] for name in (*names, *(name for step in region.steps for name in step.extras))]
+    return [named[name] for name in (*names, *region.extras, *(total.nodes[-1] for total in region.totals))]
 
 
 def call_region(
