@@ -79,6 +79,10 @@ CODES: dict[str, Code] = {
         "The preview could not read the module, so what is inside it is not seen.",
         "Call the model once, or give example_inputs: then Dynamo captures it.",
     ),
+    "left_to_python": Code(
+        "Python ran the code that the add is in: Dynamo left it to it, as it does with what is disabled or what it cannot capture.",
+        "TORCH_LOGS=graph_breaks may say why; or name the list of layers, momentumize(model, regions=[...]): no capture is needed.",
+    ),
     "lost_context": Code(
         "The adds lie in a block under autocast, inference_mode, vmap or a checkpoint of the model's, or the graph changes torch's state.",
         "Put the context around the call of the model, or around each branch; leave checkpoints out, a chain keeps no activations.",

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.utils import graph_break_reasons
 
 from ..errors import MnetError
 from .graphs import Graph
 
-__all__ = ["PREFIX", "Call", "Stopped", "function_of"]
+__all__ = ["PREFIX", "Call", "Stopped", "forget", "function_of"]
 
 PREFIX = "mnet_fx_forward_of_"  # of the names of these functions
 _number = itertools.count()
@@ -37,6 +38,7 @@ class Call:
         new: those captured in it.
         entered: paths of the modules inside that Python, and not Dynamo, called.
         within: those of them that it is in now, outermost first.
+        places: the innermost of them at each time that a graph ran, so that code of its own is not all left to Python.
         left: whether Python ran the model's function.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
         whole: whether the call needs one graph, and not several, for plain Python to run.
@@ -47,6 +49,7 @@ class Call:
         self.new: list[Graph] = []
         self.entered: set[str] = set()
         self.within: list[str] = []
+        self.places: set[str] = set()
         self.left, self.whole = False, whole
         self.dry, self.began, self.breaks_before = dry, time.perf_counter(), len(graph_break_reasons)
 
@@ -71,6 +74,7 @@ class Call:
         if graph.refused is not None:
             raise MnetError(graph.refused)
         self.graphs.append(graph)
+        self.places.add(self.place)
         if self.dry is not None:
             raise Stopped(None if self.entered else _running_code(self.dry))
 
@@ -113,3 +117,12 @@ def function_of(owner: nn.Module, has_own: bool) -> types.FunctionType:
     template = _through_instance if has_own else _through_class
     code = template.__code__.replace(co_name=f"{PREFIX}{type(owner).__name__}_{next(_number)}")
     return types.FunctionType(code, {"__builtins__": __builtins__, "__name__": __name__, "torch": torch, "_left": _left})
+
+
+def forget(owner: nn.Module) -> None:
+    """Has Dynamo begin anew with the code of a model's modules that it captured apart from the model's function."""
+    for cls in {type(module) for module in owner.modules()}:
+        function: Any = None if cls.__module__.startswith("torch.") else cls.forward
+        while hasattr(function, "__code__"):
+            reset_code(function.__code__)
+            function = getattr(function, "__wrapped__", None)

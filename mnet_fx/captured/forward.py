@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import cached_backends, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
@@ -44,10 +43,11 @@ from ..reporting.build import REPORT
 from ..reporting.report import Report
 from ..runtime.replay import exported, transformed
 from ..settings import Settings
-from .calls import Call, Stopped, function_of
+from .calls import Call, Stopped, forget, function_of
 from .capturing import Capture, cut, said
 from .configured import CONFIG, configured, stance, switched_off
 from .doors import check_caller, close, install, passed_by
+from .left_out import left_out
 from .network import Network
 from .previewed import Previewed, behind_a_break, previewed
 from .stand_ins import stand_ins
@@ -148,19 +148,17 @@ class CapturedForward:
         try:
             yield
         except BaseException as error:  # such as KeyboardInterrupt
-            self.spoilt |= before != convert_frame.FRAME_COUNTER and not isinstance(error, (TorchDynamoException, MnetError))
+            if before != convert_frame.FRAME_COUNTER and not isinstance(error, (TorchDynamoException, MnetError)):
+                self.spoilt = True
+                forget(self.owner)  # at once, as other models may have modules of these classes
             raise
 
     def _renew(self) -> None:
-        """Has Dynamo begin anew with the model's function, and with the code of its modules that it has captured apart from that."""
+        """Has Dynamo begin anew with the model's function too."""
         for name in ("compiled", "plain"):
             if name in self.__dict__:
                 remove_from_cache(self.__dict__.pop(name)[0].__code__)
-        for cls in {type(module) for module in self.owner.modules()}:
-            function: Any = None if cls.__module__.startswith("torch.") else cls.forward
-            while hasattr(function, "__code__"):
-                reset_code(function.__code__)
-                function = getattr(function, "__wrapped__", None)
+        forget(self.owner)
         self.regions, self.keepings, self.spoilt = [], [], False
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False) -> types.CodeType | None:
@@ -245,7 +243,9 @@ class CapturedForward:
         broken = [graph.broken for graph in call.new or call.graphs if graph.broken is not None]
         between = cut(self.owner, call.graphs, self.broken_at) if complete else None
         broken = broken or ([] if between is None else [between])
-        self.network.add(call.graphs, self.owner.training, complete, call.entered, passed_by(self.inside, call.entered))
+        left, missed = left_out(self.owner, call, self.settings) if complete else (None, None)
+        broken += [] if missed is None else [missed]
+        self.network.add(call.graphs, self.owner.training, complete, call.entered, passed_by(self.inside, call.entered), left)
         if self.network.reports:
             self.owner.__dict__ |= {REPORT: self.network.report} | ({"report": self.network.report} if shown else {})
         seconds = time.perf_counter() - call.began

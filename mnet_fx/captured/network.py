@@ -90,6 +90,7 @@ class Network:
         complete: bool = True,
         entered: Collection[str] = (),
         unseen: Collection[str] = (),
+        left_out: Report | None = None,
     ) -> None:
         """Takes in the graphs of one call, of which some are new.
 
@@ -99,6 +100,7 @@ class Network:
             complete: False if the call was stopped after its first graph and that ended in a graph break, so that nothing is known yet.
             entered: paths of the modules that Python called.
             unseen: of those that may have run without anybody seeing it.
+            left_out: what there is in modules that no graph has.
 
         Raises:
             MnetError: they make another momentum network than the captures before; then a later call that runs one of them raises it too.
@@ -126,7 +128,7 @@ class Network:
             self.ran |= ran
             self.entered |= set(entered)
             self.closed |= {path for graph in graphs for path in graph.closed}
-            known, found = self.reports.get(training), merged([graph.report for graph in graphs])
+            known, found = self.reports.get(training), merged([*(graph.report for graph in graphs), *([left_out] if left_out else [])])
             if known is None or (found.regions and not known.regions):
                 self.reports[training] = found
 

@@ -166,6 +166,16 @@ def beside_a_marked_list():
     return mnet_fx.report(model, regions="auto").refusals
 
 
+def behind_a_disabled_door():
+    """One that only a call gives: a module that Dynamo leaves to Python."""
+    model = program(lambda self, x: self.head(residual(self, x) * 2), f=linears(2), head=program(residual, f=linears(2)))
+    type(model.head).forward = torch.compiler.disable(type(model.head).forward)
+    net = mnet_fx.momentumize(model)
+    with pytest.warns(mnet_fx.MnetWarning, match="left their code to Python"):
+        net(torch.randn(2, 4))
+    return [refusal for refusal in net.report.refusals if refusal.code != "graph_break"]
+
+
 TRIGGERS = {
     "projection_shortcut": lambda: traced(projection_shortcut),
     "two_streams": lambda: traced(nodes_and_edges),
@@ -184,6 +194,7 @@ TRIGGERS = {
     "untraceable": lambda: mnet_fx.momentumize(program(branches, f=linears(3))).report.refusals,
     "lost_context": lambda: in_a_report(in_autocast),
     "list_left": beside_a_marked_list,
+    "left_to_python": behind_a_disabled_door,
     "graph_break": before_a_graph_break,
 }
 
