@@ -45,7 +45,7 @@ class InversionError(MnetError, RuntimeError):
             "The gradient of this step would be wrong, so it is not given. Likely causes: a nondeterministic operation in the step "
             "(try torch.use_deterministic_algorithms(True)); a parameter, side input or buffer changed between forward and backward "
             "(optimizer.step(), .data, load_state_dict; or the model itself, which writes to it after the chain: give the layers a "
-            "clone of it); state that is no attribute of the step's modules (Python's random, a global variable, what a global object "
+            "clone of it); state that is no attribute of the step's modules (a random.Random, a global variable, what a global object "
             "holds, a cache into whose tensors the step writes: use_cache=False); a compiled layer of which another form ran, for a "
             "mode or stance around one of the passes, or a compilation in between (then the next call is right); on CUDA, another "
             "algorithm for the same convolution (torch.backends.cudnn.benchmark, which each thread tunes by itself; memory so low that "

@@ -197,7 +197,8 @@ class Network:
         return (
             f"this kind of call would make another momentum network of the model than its first call did: chains of {', '.join(now)}, "
             f"where there were {', '.join(before)}. A graph break (TORCH_LOGS=graph_breaks), another number of layers, another dtype or "
-            "kind of tensor, or a context (autocast, no_grad) around some layers does that. Call it as at first, momentumize a second "
+            "kind of tensor, a context (autocast, no_grad) around some layers, or a block that is left out by a draw of Python's random "
+            "(draw by torch.rand, and multiply by it) does that. Call it as at first, momentumize a second "
             "model for this kind of call, or name its layers with regions=[...]"
         )
 

@@ -28,6 +28,7 @@ from ..runtime.own_copies import Learnt
 from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import Chain
+from ..runtime.unreturned import Leaving
 from ..settings import Settings
 from .layer_step import LayerCall, LayerStep, OwnForward
 
@@ -69,7 +70,7 @@ class NamedRegion:
         self.widest |= set() if settings.held is None else {settings.held}
         self.layers = list(layers.values())
         self.confirmed: set[int] | None = set() if found else None  # indices of layers that are known to begin or continue a chain
-        self.learnt, self.reserve = Learnt(), Reserve()
+        self.learnt, self.leaving, self.reserve = Learnt(), Leaving(), Reserve()
         self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(self.names))
         self._index()
 
@@ -151,6 +152,7 @@ class NamedRegion:
             self.learnt,
             self.reserve,
             self.read_maps,
+            leaving=self.leaving,
         )
         return recurrence.start(x)
 

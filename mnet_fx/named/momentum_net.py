@@ -23,6 +23,7 @@ from ..runtime.own_copies import Learnt
 from ..runtime.start import Recurrence
 from ..runtime.steps import Chain
 from ..runtime.tape import ReversingTape
+from ..runtime.unreturned import Leaving
 from ..settings import Settings
 from .layer_step import LayerCall, LayerStep
 from .layers import layers_of, name_region, paths_of
@@ -76,7 +77,7 @@ class MomentumNet(nn.Module):
             self.add_module("init", init_function)
         self.gamma, self.init_speed, self.use_backprop, self.is_residual = gamma, init_speed, use_backprop, is_residual
         self.n_functions = len(found)
-        self.learnt, self.reserve = Learnt(), Reserve()
+        self.learnt, self.leaving, self.reserve = Learnt(), Leaving(), Reserve()
         self._factors()
 
     @property
@@ -158,7 +159,8 @@ class MomentumNet(nn.Module):
     def _chain(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], backward: str, inverse: bool = False) -> Chain:
         velocity = self.init_function if self.init_speed else None
         widest = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        recurrence = Recurrence("MomentumNet", self._factors(), backward, "raise", velocity, widest, None, self.learnt, self.reserve)
+        known: dict[str, Any] = {"learnt": self.learnt, "leaving": self.leaving, "reserve": self.reserve}
+        recurrence = Recurrence("MomentumNet", self._factors(), backward, "raise", velocity, widest, None, **known)
         chain = recurrence.start(x, reversing=inverse)
         for i, function in enumerate(self.functions):
             call = LayerCall(str(i), (x, *args), kwargs)

@@ -22,6 +22,7 @@ from ..runtime.own_copies import Learnt
 from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_whole
 from ..runtime.sides import tensors_of
+from ..runtime.unreturned import Leaving
 from ..settings import Settings
 from .layer_step import OwnForward
 from .layers import NamedRegion
@@ -62,7 +63,7 @@ class RestModule(OwnForward):
 
     def __init__(self, owner: nn.Module, path: str, on_drift: str) -> None:
         super().__init__(owner)
-        self.path, self.on_drift, self.learnt = path, on_drift, Learnt()
+        self.path, self.on_drift, self.learnt, self.leaving = path, on_drift, Learnt(), Leaving()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -76,7 +77,8 @@ class RestModule(OwnForward):
         if not needs_grad or transformed() or exported() or len({t.device for t in parameters}) > 1:
             return self.original(*args, **kwargs)
         x = next((t for t in tensors if t.device.type != "cpu"), tensors[0]).detach()
-        return run_whole(self.path, self.on_drift, _Call(self.owner, self.original, self.path), x, (args, kwargs), self.learnt)
+        call = _Call(self.owner, self.original, self.path)
+        return run_whole(self.path, self.on_drift, call, x, (args, kwargs), self.learnt, self.leaving)
 
 
 class _Call(nn.Module):

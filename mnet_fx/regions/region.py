@@ -18,6 +18,7 @@ from ..errors import UNCOMPILED, StreamError
 from ..runtime.reads import Reads
 from ..runtime.start import Recurrence
 from ..runtime.steps import run_chain
+from ..runtime.unreturned import Leaving
 from ..settings import Settings
 from .program import Program
 from .totals import Totals
@@ -40,7 +41,9 @@ class _Step(nn.Module):
             self._bind(f"a{i}", owner, path)
 
     def path_of(self, name: str) -> str:
-        """Path in the model of a parameter or buffer of this step."""
+        """Path in the model of a parameter or buffer of this step; of its own for no name."""
+        if not name:
+            return self._code.path
         first, _, rest = name.partition(".")
         if isinstance(within := self._modules.get(first), _Within):
             return within.path_of(rest)
@@ -151,6 +154,7 @@ class ChainRegion(nn.Module):
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
         self.reserve = Reserve()
+        self.leaving: Leaving | None = None
         self.stored = 0  # of how many steps, the last ones, autograd stores the activations
         self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(step.path for step in code.region.steps))
         self.escapes, self.totals = code.region.escapes, Totals(code.region)
@@ -198,6 +202,7 @@ class ChainRegion(nn.Module):
             reserve=self.reserve,
             reads=self.read_maps,
             stored=self.stored,
+            leaving=self.leaving,
         )
         running = self.totals.start(sides)
         last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes, running.without)
@@ -219,6 +224,7 @@ class MomentumRegion(ChainRegion):
 
     def __init__(self, code: RegionCode, settings: Settings, owner: nn.Module) -> None:
         super().__init__(code, settings)
+        self.leaving = Leaving()  # its steps call modules, which may have hooks
         self._owner = (owner,)  # in a tuple, so as not to be a submodule: a cycle, and a second path to the same parameters
         programs = {id(step.body): Program(step.body) for step in {id(step.body): step for step in code.steps}.values()}
         self._programs = [programs[id(step.body)] for step in code.steps]

@@ -24,7 +24,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from .generators import Generator, named_by_code
 from .reach import CONTAINERS, Reached, is_historic, is_theirs, reached, values_of
 from .sides import leaves
 
@@ -52,12 +54,13 @@ class Attributes:
         empty: containers that hold nothing.
         tables: pairs of a module's table of buffers and a copy of it.
         tensors: those that containers and objects hold, and hidden modules; without those with a history.
-        generators: of random numbers, wherever they are.
+        generators: of random numbers, wherever they are, and those of Python and NumPy that the modules' code may draw from.
     """
 
     dicts: list[tuple[dict[str, Any], dict[str, Any]]]
     noted: list[tuple[Any, Any]]
     empty: list[Any]
+    generators: list[Any]
     tables: list[tuple[dict[str, Any], dict[str, Any]]]
 
     def __init__(self, modules: Sequence[nn.Module], also: Attributes | None = None, sides: Sequence[Any] = ()) -> None:
@@ -75,7 +78,8 @@ class Attributes:
         self.empty = [container for container in found.containers if not container]
         self.tables = [(module._buffers, module._buffers.copy()) for module in modules]
         self.tensors = [t for t in found.tensors if t.grad_fn is None]
-        self.generators = found.generators
+        self.generators = [*found.generators, *(source for cls in {type(module) for module in modules} for source in _drawn_by(cls))]
+        self.cached = _cached()
 
     def let_go(self) -> None:
         """After the first run: gives up what would keep a graph alive."""
@@ -100,7 +104,7 @@ class Attributes:
         now = self if self._holds() else Attributes(self.modules, self)
         self._restore(_fill)
         try:
-            with nullcontext() if self.given is None else self.given.put_back():
+            with nullcontext() if self.given is None else self.given.put_back(), _with_cached(self.cached):
                 yield
         finally:
             now._restore(_set)
@@ -121,6 +125,25 @@ class Attributes:
                 _refill(container, copy)
         for container in filter(None, self.empty):
             container.clear()
+
+
+def _cached() -> frozenset[Any] | None:
+    """What `parametrize.cached` keeps by now, by its keys; None where it is not on. Its values have histories."""
+    return frozenset(parametrize._cache) if parametrize._cache_enabled else None
+
+
+@contextmanager
+def _with_cached(keys: frozenset[Any] | None) -> Iterator[None]:
+    """Has `parametrize.cached` on or off as it was, and keep of what it keeps no more than it did: what the step cached it makes again."""
+    if keys is None and not parametrize._cache_enabled:
+        yield
+        return
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = int(keys is not None), {k: cache[k] for k in keys or () if k in cache}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache
 
 
 @contextmanager
@@ -168,6 +191,7 @@ def _own_classes(cls: type) -> list[type]:
 
 
 _GLOBAL_NAMES: WeakKeyDictionary[type, list[tuple[dict[str, Any], list[str]]]] = WeakKeyDictionary()
+_DRAWN_BY: WeakKeyDictionary[type, list[Generator]] = WeakKeyDictionary()
 
 
 def _global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
@@ -175,6 +199,13 @@ def _global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:
     if cls not in _GLOBAL_NAMES:
         _GLOBAL_NAMES[cls] = _find_global_names(cls)
     return _GLOBAL_NAMES[cls]
+
+
+def _drawn_by(cls: type) -> list[Generator]:
+    """What the code of a class may draw from besides torch's generators."""
+    if cls not in _DRAWN_BY:
+        _DRAWN_BY[cls] = named_by_code((name, space.get(name)) for space, names in _global_names(cls) for name in names)
+    return _DRAWN_BY[cls]
 
 
 def _find_global_names(cls: type) -> list[tuple[dict[str, Any], list[str]]]:

@@ -8,7 +8,10 @@ the current one.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import torch
@@ -16,11 +19,11 @@ from torch import Tensor
 
 from ..errors import MnetError
 
-__all__ = ["Generator", "generators", "moved"]
+__all__ = ["Generator", "generators", "moved", "named_by_code"]
 
 
 class Generator:
-    """A generator that gives its state as a tensor."""
+    """A generator by two functions, of which the one gives its state, as a tensor or what can be compared."""
 
     def __init__(self, get_state: Any, set_state: Any) -> None:
         self.get_state, self.set_state = get_state, set_state
@@ -51,7 +54,7 @@ class _OnCuda:
         self.generator.set_offset(offset)
 
 
-def generators(device: torch.device, own: Iterable[torch.Generator]) -> list[Any]:
+def generators(device: torch.device, own: Iterable[torch.Generator | Generator]) -> list[Any]:
     """What a step may draw from: the default generators of the CPU and of the stream's device, and its own, on any device."""
     return [Generator(torch.get_rng_state, torch.set_rng_state), *_default(device), *map(_source, own)]
 
@@ -65,7 +68,37 @@ def _default(device: torch.device) -> list[Any]:
     return [Generator(lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device))]
 
 
+def named_by_code(named: Iterable[tuple[str, Any]]) -> list[Generator]:
+    """The generators of Python's module `random` and of NumPy that code may draw from: their states take too long to be read for nothing.
+
+    Args:
+        named: the names in the code, each with the global of that name, if any.
+    """
+    found = dict(named)
+    ids = set(map(id, found.values())) | {
+        id(value.__self__) for value in found.values() if isinstance(value, BuiltinMethodType | MethodType)
+    }
+    pythons = {id(random), id(random.random.__self__)}  # type: ignore[attr-defined]
+    sources = [Generator(random.getstate, random.setstate)] if not ids.isdisjoint(pythons) else []
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpys = {id(numpy.random), id(numpy.random.rand.__self__)} | ({id(numpy)} if "random" in found else set())
+        sources += [Generator(_state_of_numpy, _set_numpy)] if not ids.isdisjoint(numpys) else []
+    return sources
+
+
+def _state_of_numpy() -> tuple[Any, ...]:
+    kind, key, *rest = sys.modules["numpy.random"].get_state()
+    return kind, key.tobytes(), *rest
+
+
+def _set_numpy(state: tuple[Any, ...]) -> None:
+    kind, key, *rest = state
+    sys.modules["numpy.random"].set_state((kind, sys.modules["numpy"].frombuffer(key, "uint32"), *rest))
+
+
 def _source(generator: Any) -> Any:
+    if isinstance(generator, Generator):
+        return generator
     return _OnCuda(generator) if generator.device.type == "cuda" else generator
 
 

@@ -3,7 +3,8 @@
 `Conditions` records it around the first run and restores it around every later one:
 
 - torch's switches: see `surroundings`;
-- random numbers: the states of the default generators, and of those that are attributes, kept only if the step draws from them;
+- random numbers: the states of the default generators, of those that are attributes, and of Python's and NumPy's where the step's code
+  names these, kept only if the step draws from them;
 - parameters: the very tensors the first run used, also if the module has others by now (swapped in for the time of the rerun, as by
   `torch.func.functional_call`); a fingerprint shows whether their values changed since, whatever changed them;
 - side inputs: likewise; lists and dictionaries of them hold what they held before the step;
@@ -13,8 +14,8 @@
 - buffers, and tensors that are attributes, that the step changed, in place or by assignment: the values before the step. A later run works
   on copies of them and leaves no trace, so batch statistics move once. The others must still have their values, as parameters must.
 
-Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, and other hidden state (Python's `random`, what an object that is
-no module holds, global variables) is not restored; if that changes a result, the proof says so.
+Not covered, as under `torch.utils.checkpoint`: forward hooks fire again, and other hidden state (global variables, what functions close
+over) is not restored; if that changes a result, the proof says so, also of what the step does not return (`unreturned`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Conditions:
         own: OwnCopies | None = None,
         known: Known = MappingProxyType({}),
     ) -> None:
-        self.module, self.device = module, device
+        self.module, self.device, self.forward = module, device, module.forward
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
         self.sides = rebuilt(sides)
         self.path_of: Callable[[str], str] = getattr(module, "path_of", str)
@@ -119,7 +120,7 @@ class Conditions:
             was, versions = {} if fake else fingerprints(before), {name: version(t) for name, t in before.items()}
             sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
-                result = self.module.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
+                result = self.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
             if self.attributes is not None:
                 self.attributes.let_go()
             if effects is not None:
@@ -204,9 +205,9 @@ class Conditions:
             sides = rebuilt(self.sides, {id(t): own[name].clone() for name, t in named.items() if name in own})
             lent = [(self.reached[name], swapped.pop(name)) for name in swapped.keys() & self.reached.keys()]
             if not swapped and not lent:
-                return self.module.forward(x, *sides)
+                return self.forward(x, *sides)
             with _reparametrize_module(self.module, swapped), _lent(lent):  # no tie_weights: each of several names is in `swapped`
-                return self.module.forward(x, *sides)
+                return self.forward(x, *sides)
 
     def _members(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors in the dictionaries `kind` of the step's modules, each once: what is swapped twice would not be put back."""

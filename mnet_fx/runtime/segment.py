@@ -7,6 +7,7 @@ they were, and its outputs must have the fingerprints of the first run's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from .proofs import Drift, Print, Proofs, differed, rerunning
 from .replay import Conditions, undisturbed
 from .sides import tensors_of
 from .steps import closed, graded, unwritten_saves
+from .unreturned import LEFT, Leaving, Unreturned
 
 __all__ = ["run_segment", "run_whole"]
 
@@ -44,7 +46,9 @@ def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: 
     return tuple(checkpoint(segment, use_reentrant=False, preserve_rng_state=False))
 
 
-def run_whole(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], learnt: Learnt) -> Any:
+def run_whole(
+    name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], learnt: Learnt, leaving: Leaving | None = None
+) -> Any:
     """Runs a part of which no graph is known under a checkpoint.
 
     A rerun goes to its end, where what it gives is compared; so results are handed on as they are: of any structure, inputs or views of
@@ -57,12 +61,15 @@ def run_whole(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Se
         x: as in `run_segment`.
         inputs: what the part reads, but for parameters and buffers.
         learnt: what earlier calls of the part found overwritten, in it or after it; it learns from this one.
+        leaving: likewise, what they left beside their results.
 
     Raises:
         InversionError: out of the backward pass, if a rerun differs.
         StreamError: the part writes to an input of which there is no copy.
     """
     segment = _Whole(name, on_drift, module, x, inputs, None, None if valueless(x) else OwnCopies(learnt))
+    if leaving is not None and on_drift != "ignore" and not valueless(x):
+        segment.unreturned = leaving.watched(segment.conditions)
     return checkpoint(segment, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
 
@@ -85,6 +92,7 @@ class _Segment:
         self.drifted, self.proofs = Drift(name, on_drift), Proofs()
         self.prints: Print = ()
         self.ran = False
+        self.unreturned: Unreturned | None = None
 
     def __call__(self) -> Any:
         if not self.ran:
@@ -92,12 +100,16 @@ class _Segment:
             return self._closed(False, self._first())
         with undisturbed():
             self.conditions.look(self.proofs, partial(self.drifted, None))
-            with rerunning(*self.place), unwritten_saves(self.place[0]):  # ends before `Close`, where the checkpoint stops the rerun
+            look = nullcontext() if self.unreturned is None else self.unreturned.rerun()
+            with look, rerunning(*self.place), unwritten_saves(self.place[0]):  # ends before `Close`, where the checkpoint stops the rerun
                 outputs = self.conditions.run(self.x)
+            if self.unreturned is not None:
+                self.proofs.compare(*self.unreturned.prints(), partial(differed, self.drifted, None, LEFT))
             return self._closed(True, outputs)
 
     def _first(self) -> Any:
-        return self.conditions.first_run(self.x)
+        with nullcontext() if self.unreturned is None else self.unreturned.first_run():
+            return self.conditions.first_run(self.x)
 
     def _closed(self, rerun: bool, outputs: Any) -> Any:
         if self.proof is None:

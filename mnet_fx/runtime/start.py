@@ -28,6 +28,7 @@ from .replay import exported, transformed
 from .shear import Factors
 from .steps import Chain
 from .tape import PlainTape, ReversingTape, StoringTape, Tape
+from .unreturned import Leaving
 
 __all__ = ["FLOATING", "Recurrence"]
 
@@ -55,6 +56,7 @@ class Recurrence:
         reserve: what the region's chains have spilled on a device so far.
         reads: where the steps read the stream; None: at x[t].
         stored: of how many steps, the last ones, autograd stores the activations though the others are taken back.
+        leaving: what is known of what the steps leave beside their outputs; None: they are graphs, which leave nothing.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Recurrence:
     reserve: Reserve | None = None
     reads: Reads | None = None
     stored: int = 0
+    leaving: Leaving | None = None
 
     def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
@@ -84,6 +87,7 @@ class Recurrence:
         v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
         tape = self._tape(x, v0, reversing)
         tape.own = None if self.learnt is None or valueless(x) else OwnCopies(self.learnt)  # on fake tensors: as after a first call
+        tape.leaving = self.leaving
         return Chain(tape, x, v0, self.reads)
 
     def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:

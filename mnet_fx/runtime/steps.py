@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..arithmetic.fingerprints import prints
+from ..arithmetic.valueless import valueless
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .float_tape import FloatTape
 from .guise import is_ordinary, plain
@@ -21,6 +22,7 @@ from .proofs import Print, unseen_write
 from .reads import Reads
 from .replay import Conditions, transformed, undisturbed
 from .tape import PlainTape, Rerun, Tape
+from .unreturned import LEFT, Unreturned
 
 __all__ = ["Chain", "closed", "graded", "run_chain", "unwritten_saves", "watched"]
 
@@ -48,17 +50,28 @@ class Step:
         self.prints: Print = ()
         conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own, known)
         tape.reruns.append(Rerun(conditions, x))
+        looks = tape.leaving is not None and tape.on_drift != "ignore" and not valueless(x)
+        self.unreturned = tape.leaving.watched(conditions) if tape.leaving is not None and looks else None
 
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:
             (x, print_), self.live = self.live, None
-            outputs = checked(self.tape.reruns[self.t].conditions.first_run, x, (), print_, self.tape, self.t)
+            with nullcontext() if self.unreturned is None else self.unreturned.first_run():
+                outputs = checked(self.tape.reruns[self.t].conditions.first_run, x, (), print_, self.tape, self.t)
             self.running = False
             return self.closed(False, *outputs)
         with undisturbed():
             if self.running:
                 return self.rerun(self._from_tape(self.tape.present))
-            return self.closed(True, *self.rerun(self._from_tape(self.tape.hand_out)))
+            x = self._from_tape(self.tape.hand_out)
+            return self.closed(True, *(self.rerun(x) if self.unreturned is None else self._looked_at(self.unreturned, x)))
+
+    def _looked_at(self, unreturned: Unreturned, x: Tensor) -> tuple[Any, ...]:
+        """The step on x[t] once more, and a look at what it leaves beside its outputs."""
+        with unreturned.rerun():
+            outputs = self.rerun(x)
+        self.tape.prove(*unreturned.prints(), self.t, LEFT)
+        return outputs
 
     def rerun(self, x: Tensor) -> tuple[Any, ...]:
         """The step on x[t] once more."""
@@ -135,7 +148,7 @@ class _Noted(list[tuple[Tensor, int]]):
     pack: Callable[[Tensor], Any]
 
     def note(self, t: Tensor) -> Any:
-        self.append((t, t._version))
+        self.append((t.detach() if t.grad_fn is not None else t, t._version))  # it would hold what it is an output of
         return self.pack(t)
 
 

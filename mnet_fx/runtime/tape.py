@@ -58,6 +58,7 @@ from .own_copies import OwnCopies
 from .proofs import Drift, Print, Proofs, differed, looked, rerunning, unseen_write
 from .replay import Conditions
 from .shear import Enter, Factors, Shear
+from .unreturned import Leaving
 
 __all__ = ["PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
 
@@ -94,6 +95,7 @@ class Tape:
         self.reruns: list[Rerun] = []
         self.fresh: Print = ()  # of x[t + 1], where `push` has taken it together with that of the state
         self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
+        self.leaving: Leaving | None = None  # what is known of what steps leave beside their outputs, where they may
 
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x[0] and v[0] with their gradients' history."""

@@ -21,6 +21,7 @@ import weakref
 from collections import Counter, UserDict, deque
 from contextvars import ContextVar
 from pathlib import Path
+from random import sample
 
 import numpy as np
 import pytest
@@ -266,6 +267,118 @@ def test_a_generator_of_pythons_own_is_refused_and_getenv_is_named():
         momentumize(Draws())
     with pytest.warns(MnetWarning, match=r"Asks asks os.getenv, and Dynamo keeps the answer of the first call"):
         momentumize(Asks())
+
+
+class Picks(Stack):
+    def forward(self, x):
+        return super().forward(x[:, random.sample(range(x.shape[1]), x.shape[1])])
+
+
+class Shuffles(Stack):
+    def forward(self, x):
+        order = list(range(x.shape[1]))
+        self.shuffled(order)
+        return super().forward(x[:, order])
+
+    def shuffled(self, order):
+        random.shuffle(order)
+
+
+class PicksByAFunction(Stack):
+    def forward(self, x):
+        return super().forward(picked(x))
+
+
+def picked(x):
+    return x[:, sample(range(x.shape[1]), x.shape[1])]
+
+
+LAST = deque(maxlen=2)
+
+
+class Remembers(Stack):
+    def __init__(self):
+        super().__init__()
+        self.seen = deque([torch.zeros(WIDTH)] * 2, maxlen=2)
+
+    def forward(self, x):
+        self.seen.append(x.detach().mean(0))
+        return super().forward(x - sum(self.seen))
+
+
+class RemembersGlobally(Stack):
+    def forward(self, x):
+        LAST.appendleft(x.detach().mean(0))
+        return super().forward(x - sum(LAST))
+
+
+@pytest.mark.parametrize("make", [Picks, Shuffles, PicksByAFunction, Remembers, RemembersGlobally])
+def test_what_dynamo_does_once_for_all_calls_is_refused(make):
+    LAST.clear()
+    with pytest.raises(MnetError, match=f"{make.__name__} (draws by random.sample or random.shuffle|appends to (seen|LAST), a deque)"):
+        momentumize(make())
+    model = make()
+    net = momentumize(copy.deepcopy(model), gamma=0, regions=["blocks"])  # where Python runs that itself
+    for _ in range(4):
+        x, found = points(), []
+        for one in (model, net):
+            random.seed(0)
+            LAST.clear()
+            found.append(one(x))
+        zoo.assert_agree(*found)
+
+
+class MakesItsMean(Stack):
+    def forward(self, x):
+        try:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        except AttributeError:
+            self.mean = x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
+class Tries(MakesItsMean):
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        except (KeyError, AttributeError):
+            return x
+
+
+def test_attributes_that_are_missing_are_named():
+    for make in (MakesItsMean, Tries):
+        with pytest.warns(
+            MnetWarning, match=f"{make.__name__} catches AttributeError, .*; getattr.self, name, None. and hasattr are asked"
+        ):
+            momentumize(make())
+
+
+def test_nothing_is_said_of_what_dynamo_does_right():
+    class Draws(Stack):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.order = deque([torch.zeros(WIDTH)] * 2, maxlen=2), []
+
+        def forward(self, x):
+            self.seen.popleft()
+            self.seen.append(x.detach().mean(0))
+            if not isinstance(x, torch.Tensor):
+                raise AttributeError
+            return super().forward(x - sum(self.seen)) * random.choice([0.5, 1.0])
+
+        def reorder(self):  # which no forward calls
+            random.shuffle(self.order)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Draws()
+        net = momentumize(copy.deepcopy(model), gamma=0)
+    for _ in range(4):
+        x, found = points(), []
+        for one in (model, net):
+            random.seed(0)
+            found.append(one(x))
+        zoo.assert_agree(*found)
 
 
 def test_keys_that_a_dict_of_attributes_lacks_are_named():

@@ -51,7 +51,8 @@ def read(monkeypatch):
 @pytest.mark.parametrize(("way", "forward_hashes"), [({}, 1), ({"regions": [""]}, STEPS)], ids=["captured", "named"])
 def test_launches_and_reads_of_a_training_step(way, forward_hashes, launched, read):
     net, x = momentumize(nn.Sequential(*(Block() for _ in range(STEPS))), gamma=0.9, **way), torch.randn(3, D, requires_grad=True)
-    net(x).sum().backward()  # captured, and all tables made
+    for _ in range(2):
+        net(x).sum().backward()  # captured, all tables made, and looked at what layers leave beside what they return
     launched.clear()
     read.clear()
     out = net(x)
