@@ -3,8 +3,7 @@
 `Conditions` records it around the first run and restores it around every later one:
 
 - torch's switches: see `surroundings`;
-- random numbers: the states of the default generators, of those that are attributes, and of Python's and NumPy's where the step's code
-  names these, kept only if the step draws from them;
+- random numbers: the states of the default generators, of attributes, and of Python and NumPy, kept only if the step draws from them;
 - parameters: the very tensors the first run used, also if the module has others by now (swapped in for the time of the rerun, as by
   `torch.func.functional_call`); a fingerprint shows whether their values changed since, whatever changed them;
 - side inputs: likewise; lists and dictionaries of them hold what they held before the step;

@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_tape import TAPES, D, chain, factors
 from torch import nn
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 import mnet_fx
 from mnet_fx import InversionError
 from mnet_fx.arithmetic.fingerprints import fingerprints
 from mnet_fx.arithmetic.fixed_point import State
-from mnet_fx.runtime import noted
+from mnet_fx.runtime import noted, replay
 from mnet_fx.runtime.noted import version
 from mnet_fx.runtime.replay import SMALL, _may_differ
 from mnet_fx.runtime.steps import Chain, run_chain
@@ -255,3 +256,85 @@ def test_what_counts_as_changed_of_a_buffer_whose_fingerprints_stay_on_a_device(
         assert _may_differ(small, now, now.clone(), version(small), proof)
         large.add_(0)
         assert _may_differ(large, now, now.clone(), then, proof)
+
+
+class DrawsIf(nn.Module):
+    def __init__(self, draws):
+        super().__init__()
+        self.linear, self.draws = nn.Linear(D, D), draws
+
+    def forward(self, x, generator=None):
+        y = torch.tanh(self.linear(x))
+        return y * torch.rand(D, generator=generator) if self.draws else y
+
+
+@pytest.mark.parametrize("kind", TAPES)
+def test_random_states_are_kept_of_steps_that_draw(kind):
+    _, tape = chain(kind, [DrawsIf(draws) for draws in (True, False, True)], factors([0.9] * 3), torch.randn(5, D, requires_grad=True))
+    assert [len(rerun.conditions.random) for rerun in tape.reruns] == [1, 0, 1]
+
+
+def test_a_generator_that_is_an_argument_of_a_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(DrawsIf(True) for _ in range(4))
+
+        def forward(self, x):
+            generator = torch.Generator().manual_seed(5)
+            for layer in self.layers:
+                x = layer(x, generator=generator)
+            return x
+
+    x, found = torch.randn(3, D), []
+    for backward in ("reversible", "stored"):
+        net = mnet_fx.momentumize(Net(), regions=["layers"], backward=backward)
+        net(x).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_what_a_step_overwrites_in_a_list_is_afterwards_what_it_was_before_the_backward_pass():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(D, D), [torch.zeros(())]
+
+        def forward(self, x):
+            self.seen[0].add_(1.0)
+            return x + torch.tanh(self.linear(x)) * self.seen[0]
+
+    net = mnet_fx.momentumize(nn.Sequential(*(Counts() for _ in range(3))), regions=[""])
+    out = net(torch.randn(3, D))
+    for layer in net:
+        layer.seen[0].mul_(10)  # in between
+    out.sum().backward()
+    assert [layer.seen[0].item() for layer in net] == [10.0] * 3
+
+
+def test_reruns_take_turns(monkeypatch):
+    """Those that a forward pass brings about too, which are not within a backward pass that does."""
+    _, tape = chain(TAPES[0], [DrawsIf(True)] * 3, factors([0.9] * 3), torch.randn(5, D, requires_grad=True))
+    entered, own = [], replay._TURNS
+
+    class Turns:
+        def __enter__(self):
+            entered.append(True)
+            return own.__enter__()
+
+        def __exit__(self, *error):
+            return own.__exit__(*error)
+
+    monkeypatch.setattr(replay, "_TURNS", Turns())
+    tape.reruns[0].conditions.run(torch.randn(5, D))
+    assert entered
+
+
+def test_a_functional_mode_without_a_tracer_takes_the_recurrence_in_floats():
+    """As where AOTAutograd looks at a function once without recording it."""
+    net, x = mnet_fx.momentumize(nn.Sequential(*(DrawsIf(False) for _ in range(3))), gamma=0.5, regions=[""]), torch.randn(3, D)
+    with torch.no_grad(), FunctionalTensorMode():
+        out = net(FunctionalTensor.to_functional(x))
+    torch._sync(out)
+    torch.testing.assert_close(torch._from_functional_tensor(out.elem), net(x).detach())
