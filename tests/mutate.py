@@ -518,7 +518,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/unseen.py", "one not in found and one.__module__ in files]", "False]"),
     ("mnet_fx/captured/unseen.py", "methods.get(name) or function.__globals__.get(name)", "methods.get(name)"),
     ("mnet_fx/captured/unseen.py", 'if not {"pop", "popleft"}.isdisjoint', "if False and not {0}.isdisjoint"),
-    ("mnet_fx/captured/unseen.py", "any(value == one for one in drawn.values())", "False"),
+    ("mnet_fx/captured/unseen.py", "any(value is one for one in drawn.values())", "False"),
     ("mnet_fx/captured/unseen.py", '{"CHECK_EXC_MATCH"}', "set()"),
     ("mnet_fx/captured/left_out.py", "call.entered - call.places if", "call.entered if"),
     ("mnet_fx/captured/left_out.py", " if not _is_rewritten(owner, path)", ""),

@@ -65,12 +65,14 @@ def _check_the_way(owner: str, module: nn.Module) -> None:
     if not {"vars", "__dict__"}.isdisjoint(names):
         _warn(
             f"{owner} reads the dict of a module's attributes, and where a key is missing in it, Dynamo keeps that of the first call; "
-            "getattr is asked at each"
+            "getattr is asked at each",
+            level=8,
         )
     if any(_follows(code, {"AttributeError"}, {"CHECK_EXC_MATCH"}) for function in functions for code in _codes(function.__code__)):
         _warn(
             f"{owner} catches AttributeError, and where an attribute is missing, Dynamo keeps that of the first call; "
-            "getattr(self, name, None) and hasattr are asked at each"
+            "getattr(self, name, None) and hasattr are asked at each",
+            level=8,
         )
     for function in functions:
         _check_draws(owner, function)
@@ -81,7 +83,7 @@ def _check_draws(owner: str, function: FunctionType) -> None:
     drawn = {"sample": random.sample, "shuffle": random.shuffle}
     for name, value in _globals(function).items():
         by_module = value is random and any(_follows(code, {name}, set(drawn)) for code in _codes(function.__code__))
-        if by_module or any(value == one for one in drawn.values()):
+        if by_module or any(value is one for one in drawn.values()):
             raise MnetError(
                 f"{owner} draws by random.sample or random.shuffle in {function.__name__}, whose first draw Dynamo would keep for every "
                 "call: draw by torch.randperm, or by random.randrange and its like, or name the list of layers with regions=[...], which "
@@ -108,8 +110,8 @@ _GROWING = {"append", "appendleft", "extend", "extendleft"}
 _OF_TENSORS = {"is_leaf", "grad_fn", "_base", "_is_view"}
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, MnetWarning, stacklevel=5)
+def _warn(text: str, level: int = 7) -> None:
+    warnings.warn(text, MnetWarning, stacklevel=level)
 
 
 def _own_functions(cls: type) -> Iterator[FunctionType]:
