@@ -337,11 +337,17 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the first program; the others have the next ones")
     parser.add_argument("--show", action="store_true", help="print the source of each program")
+    parser.add_argument("--kind", help="only programs of this kind, see `fuzz_programs`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds, failed = collections.defaultdict[str, list[int]](list), []
     with _quiet():
-        for seed in tqdm(range(options.seed, options.seed + options.programs), mininterval=10):
+        wanted = [
+            seed
+            for seed in range(options.seed, options.seed + options.programs)
+            if options.kind in (None, fuzz_programs.written(seed).kind)
+        ]
+        for seed in tqdm(wanted, mininterval=10):
             outcome, source = tried(options.way, seed)
             seeds[f"{outcome.kind} {outcome.detail}".strip() if outcome.kind != "FAILED" else "FAILED"].append(seed)
             if options.show:

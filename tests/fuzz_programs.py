@@ -3,6 +3,7 @@
     flat        straight-line code, residual steps among other things, writes, state, loops, other outputs
     layered     the same in the layers of a ModuleList, with code between them
     chain       x = x + b[t](x, s) for t = 0, 1, ..., T - 1, in many spellings, where each b[t] is a method: the chain is known
+    sums        residual steps, and a running sum of what comes out of them, or two, which others look at or write to at times
 
 Written apart from `strategies`: nothing here knows what the passes can read.
 """
@@ -187,6 +188,50 @@ READS = """
 {a} * 0.5 ** len(self.log)
 """.strip().splitlines()
 
+FIRST = """
+total = 0
+total = 0.0
+total = torch.zeros_like(x)
+total = torch.zeros(4, dtype=x.dtype)
+total = torch.zeros_like(x, dtype=torch.float32)
+total = s.tanh()
+total = s
+total = x
+total = self.stem(x)
+total = self.mean.clone()
+""".strip().splitlines()
+ADDED = """
+{t} = {t} + {e}
+{t} = {t} + {e}
+{t} += {e}
+{t} += {e}
+{t} = {e} + {t}
+{t} = {t} + {e} + {e2}
+{t} = {t} + ({e} + {e2})
+{t} = {t} + {e}.mean()
+{t} = {t} + {e}.sum(0)
+{t} = {t} + 0.5 * {e}
+{t} = {t} + {e}.detach()
+{t} = {t} - {e}
+{t} = {t} + {v0}
+{v} = {e}; {t} = {t} + {v}; {x} = {x} + self.f{i}({v}.tanh())
+{v} = {e}; {t} = {t} + {v}; outs.append({v})
+{v}, {w} = {e}.chunk(2, -1); {t} = {t} + torch.cat([{w}, {v}], -1)
+with torch.no_grad(): {t} = {t} + {e}
+""".strip().splitlines()
+LOOKED = """
+outs.append({t} * 1)
+{x} = {x} * torch.sigmoid({t})
+{t} = {t} * 0.5
+{t} = torch.tanh({t} + 0 * {x})
+{t} = {t} + 0 * {x}; {v} = {t}[:1]; outs.append({v})
+{t} = {t} + 0 * {x}; {t}.mul_(0.5)
+{t} = {t} + 0 * {x}; {v} = {t}.t(); {v}[0] = 0.5
+{x} = {x} + F.dropout(self.f{i}({x}), 0.3, self.training)
+outs.append(torch.rand_like({x}))
+{x} = {x}.cumsum(-1).tanh()
+""".strip().splitlines()
+
 WHOLE = [STEPS[k] for k in (0, 1, 2, 4, 5)]  # those in which the residual is the branch itself
 PURE = [e for e in UNARY if "+" not in e and "inplace" not in e and "as_strided" not in e and "helper" not in e]
 MEMBERS = """
@@ -233,7 +278,7 @@ class Source:
 
     Attributes:
         text: Python, in which the class `Program` is called as (x, s) -> a tensor, a tuple or a dictionary.
-        kind: "flat", "layered" or "chain".
+        kind: "flat", "layered", "chain" or "sums".
         steps: length T of the chain, where it is known.
     """
 
@@ -323,6 +368,8 @@ def written(seed: int, kind: str | None = None) -> Source:
     """
     rng = random.Random(seed)
     kind = kind or rng.choice(["flat", "flat", "layered", "chain"])
+    if kind == "sums" or random.Random(f"sums {seed}").random() < 0.15:
+        return _sums(rng)
     writes, state = rng.choice([0.0, 0.0, 0.3, 0.6]), rng.choice([0.0, 0.0, 0.5])
     if kind == "chain":
         return _chain(rng)
@@ -363,6 +410,30 @@ def _looped(rng: random.Random, layers: int, writes: float, state: float, more: 
     loop = rng.choice(["for layer in self.layers:", f"for layer in [*self.layers, self.layers[{rng.randrange(layers)}]]:"])
     inside = [f"    {line}" for line in [*call, *between.lines]]
     return ["x = self.stem(x)", "outs = []", loop, *inside, "return x, *outs"]
+
+
+def _sums(rng: random.Random) -> Source:
+    writer, names = Writer(rng, rng.choice([0.0, 0.0, 0.3]), 0.0), ["total"] + ["more"] * (rng.random() < 0.3)
+    for name in names:
+        writer.lines.append(rng.choice(FIRST).replace("total", name))
+    for _ in range(rng.randint(3, 6)):
+        writer.step()
+        if rng.random() < 0.3:
+            writer.lines.append(f"v0 = {writer.branch()}")
+            writer.values.append("v0")
+        if rng.random() < 0.9:
+            terms = {"t": rng.choice(names), "e": writer.branch(), "e2": writer.branch(), "v0": "v0" if "v0" in writer.values else "s"}
+            writer.lines.append(rng.choice(ADDED).format(**writer.names(**terms)))
+        if rng.random() < 0.12:
+            writer.lines.append(rng.choice(LOOKED).format(**writer.names(t=rng.choice(names))))
+    if rng.random() < 0.2:  # all at the end
+        terms = [(line.removeprefix("total += ").removeprefix("total = total + "), line) for line in writer.lines]
+        closed = [line if term == line or ";" in term else f"found.append({term})" for term, line in terms]
+        how = rng.choice(["sum(found)", "sum(found) + total", "torch.stack([f + 0 * x for f in found]).sum(0) if found else x"])
+        writer.lines = ["found = []", *closed, f"total = {how}"]
+    return Source(
+        HEAD + _class("Program", ["x = self.stem(x)", "outs = []", *writer.lines, f"return x, {', '.join(names)}, *outs"]), "sums"
+    )
 
 
 def _chain(rng: random.Random) -> Source:

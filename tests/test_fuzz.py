@@ -20,7 +20,7 @@ def test_a_seed_gives_one_program():
         source = fuzz_programs.written(seed)
         assert source == fuzz_programs.written(seed)
         compile(source.text, "program", "exec")
-    assert {fuzz_programs.written(seed).kind for seed in range(50)} == {"flat", "layered", "chain"}
+    assert {fuzz_programs.written(seed).kind for seed in range(50)} == {"flat", "layered", "chain", "sums"}
 
 
 def other_momentum(model, trial, gamma, **options):

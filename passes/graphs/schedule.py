@@ -20,15 +20,15 @@ Unit = fx.Node | int
 
 
 def schedule(
-    facts: Facts, regions: Sequence[Set[fx.Node]], copied: Set[fx.Node] = frozenset(), summed: Sequence[Set[fx.Node]] = ()
+    facts: Facts, regions: Sequence[Set[fx.Node]], copied: Set[fx.Node] = frozenset(), ends: Sequence[fx.Node] = ()
 ) -> tuple[list[Unit], set[int]]:
-    """Order the units of a graph, as near to the order of the graph as their dependencies allow; a region stands for its last node.
+    """Order the units of a graph, as near to the order of the graph as their dependencies allow.
 
     Args:
         facts: facts of the graph.
         regions: disjoint sets of nodes.
         copied: nodes that write in place in the graph but to fresh memory in the region, so that earlier readers need not run before.
-        summed: for each region, further nodes that it computes, wherever they stand.
+        ends: the node that each region stands for, since what it computes for others may come much later; default its last one.
 
     Returns:
         The units in order, and no regions; or no units, and the regions that have to run both before and after something else.
@@ -37,9 +37,7 @@ def schedule(
     for i, nodes in enumerate(regions):
         unit |= dict.fromkeys(nodes, i)
     position = {unit[node]: facts.index[node] for node in facts.nodes}
-    for i, nodes in enumerate(summed):
-        unit |= dict.fromkeys(nodes, i)
-        position = {u: where for u, where in position.items() if u not in nodes}
+    position |= {i: facts.index[node] for i, node in enumerate(ends)}
     needs = networkx.DiGraph()
     needs.add_nodes_from(position)
     for node in facts.nodes:

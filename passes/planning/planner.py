@@ -273,8 +273,8 @@ def _totals(nest: Nest, graph: _Graph) -> dict[int, tuple[Total, ...]]:
     facts, level = graph.facts, [i for i, parent in nest.parent.items() if parent is None]
     taken = {node for i in level for node in nodes_of(nest.pieces[i])} | graph.sums.keys()
     found = {i: totals_of(nest.pieces[i], facts, taken) for i in level}
-    pieces, summed = [nest.pieces[i] for i in level], [{facts.named[name] for total in found[i] for name in total.nodes} for i in level]
-    return {} if schedule(facts, list(map(nodes_of, pieces)), _copied(pieces, facts), summed)[1] else found
+    inside = [nodes_of(nest.pieces[i]) | {facts.named[name] for total in found[i] for name in total.nodes} for i in level]
+    return {} if schedule(facts, inside, _copied([nest.pieces[i] for i in level], facts))[1] else found
 
 
 def _copied(pieces: Sequence[Piece], facts: Facts) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from passes.graphs.facts import Facts, dtype_of, recorded, shape_of
+from passes.graphs.facts import Facts, dtype_of, shape_of
 from passes.graphs.ops import is_add, operands
 from passes.planning.nesting import Piece, nodes_of
 from passes.regions import Total
@@ -46,7 +46,7 @@ def totals_of(piece: Piece, facts: Facts, taken: Container[fx.Node]) -> tuple[To
                 sums.pop(total, None)
                 sums[node] = so_far.and_term(term, step_of[term], is_left, node)
                 break
-    return tuple(found.named() for found in sums.values() if found.is_worth_it() and found.is_alike() and found.is_unseen(facts))
+    return tuple(found.named() for found in sums.values() if found.is_worth_it() and found.is_unseen(facts))
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,6 @@ class _Sum:
     def is_worth_it(self) -> bool:
         """Whether two values of steps or more go into it."""
         return len(self.terms) + (self.begins != -1) > 1
-
-    def is_alike(self) -> bool:
-        """Whether its gradients are the same where its steps are under no_grad: what it begins with may not be."""
-        return not (isinstance(self.first, fx.Node) and _needs_gradient(self.first)) or any(
-            _needs_gradient(term) for _, term, _ in self.terms
-        )
 
     def is_unseen(self, facts: Facts) -> bool:
         """Whether only its own nodes, and what reads the last, see the memory that its sums in place write to."""
@@ -95,17 +89,11 @@ def _is_plain(node: fx.Node, facts: Facts) -> bool:
     if not is_add(node) or node.kwargs.get("alpha", 1) != 1 or len(operands(node)) != 2:
         return False
     left, right = operands(node)
-    if not _needs_gradient(node) and any(map(_needs_gradient, node.all_input_nodes)):
-        return False  # under no_grad
     if not all(isinstance(term, fx.Node) for term in (left, right)):
         return node not in facts.writes and all(isinstance(term, (fx.Node, int, float)) for term in (left, right))
     shape, dtype = shape_of(left), dtype_of(left)
     alike = None not in (shape, dtype) and -1 not in (shape or ()) and (shape, dtype) == (shape_of(right), dtype_of(right))
     return alike or node not in facts.writes
-
-
-def _needs_gradient(node: fx.Node) -> bool:
-    return getattr(recorded(node), "requires_grad", False)
 
 
 def _descendants(nodes: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:

@@ -88,9 +88,8 @@ def _order(regions: Sequence[PlannedRegion], facts: Facts) -> list[fx.Node | Pla
     """The nodes outside of some disjoint regions, and these, in an order in which the graph can run."""
     named = facts.named
     steps = [(named[step.source], [named[name] for name in step.nodes]) for region in regions for step in region.steps]
-    inside = [{named[name] for step in region.steps for name in step.nodes} for region in regions]
-    summed = [{named[name] for total in region.totals for name in total.nodes} for region in regions]
-    order, _ = schedule(facts, inside, {node for source, nodes in steps for node in facts.copied_adds(source, nodes)}, summed)
+    inside, ends = [{named[name] for name in region.nodes} for region in regions], [named[region.steps[-1].target] for region in regions]
+    order, _ = schedule(facts, inside, {node for source, nodes in steps for node in facts.copied_adds(source, nodes)}, ends)
     return [regions[unit] if isinstance(unit, int) else unit for unit in order]
 
 

@@ -74,6 +74,22 @@ class Recycled(nn.Module):
         return self.body(x + seen)
 
 
+class Besides(nn.Module):
+    """What a chain under no_grad gives besides its stream was made with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = x + self.first(x).tanh()
+        learnt = self.second(x + 1).tanh()
+        with torch.no_grad():
+            total = self.third((x + learnt).tanh())
+        return (x * torch.sigmoid(total)).sub(self.second(learnt).tanh())
+
+
 class Frozen(nn.Module):
     """One chain, the first half of which is under no_grad."""
 
@@ -169,7 +185,7 @@ class Truncated(Frozen):
         return x
 
 
-MODELS = [Distilled, MeanTeacher, Recycled, Frozen, Within, Written, Returned, Flipped, Middle, Truncated]
+MODELS = [Distilled, MeanTeacher, Recycled, Besides, Frozen, Within, Written, Returned, Flipped, Middle, Truncated]
 WAYS = {
     "captured": lambda model, **o: mnet_fx.momentumize(model, **o),
     "aot": lambda model, **o: mnet_fx.momentumize(model, inner="aot_eager", **o),

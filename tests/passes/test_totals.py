@@ -283,14 +283,47 @@ def doubled(x, blocks):
     return x, total
 
 
+def scaled(x, blocks):
+    total = torch.zeros_like(x)
+    for block in blocks:
+        x, k = block(x)
+        total = torch.add(total, k, alpha=2)
+    return x, total
+
+
+def under_no_grad_with_a_flag_set(x, blocks):
+    """Where the blocks cannot be written without their grad mode."""
+    total, seen, probe = 0, torch.zeros_like(x), torch.ones_like(x).requires_grad_()
+    for block in blocks:
+        x, k = block(x)
+        total = total + k
+        with torch.no_grad():
+            seen = seen + x.tanh()
+    return x * probe, total, seen
+
+
+def of_a_chain_without_gradients(x, blocks):
+    """What the sum begins with has a gradient."""
+    total, y = blocks[0].k.bias.expand_as(x) * 2, x
+    with torch.no_grad():
+        found = []
+        for block in blocks:
+            y, k = block(y)
+            found.append(k)
+    for k in found:
+        total = total + k
+    return y, total
+
+
 def drawn_in_between(x, blocks):
-    """Random numbers are drawn where the model draws them: before the chain is done with its sum, and behind the chain."""
+    """Random numbers are drawn in the chain, and then before its sum is formed."""
     found = []
     for block in blocks:
         x, k = block(x)
+        x = torch.nn.functional.dropout(x, 0.2)
         found.append(k)
-    noise = torch.rand_like(k)
-    return torch.nn.functional.dropout(x), sum(found) + noise
+    noise = torch.rand(3, D, dtype=x.dtype)
+    return x, sum(found) + noise
 
 
 ODD = [
@@ -305,6 +338,9 @@ ODD = [
     after_the_end,
     backwards,
     doubled,
+    scaled,
+    under_no_grad_with_a_flag_set,
+    of_a_chain_without_gradients,
     drawn_in_between,
 ]
 
@@ -321,6 +357,10 @@ def test_none_is_formed_where_the_bits_might_be_others(sums):
 
 def test_a_sum_that_somebody_looks_at_ends_there():
     assert totals(Net(watched), torch.randn(3, D)) == [(3,)]
+
+
+def test_the_order_is_that_of_the_model():
+    assert totals(Net(backwards), torch.randn(3, D)) == [(2,)]  # of the last two, of which the order is all one
 
 
 def test_two_chains_add_to_one_sum():
