@@ -56,7 +56,7 @@ TESTS = {
     "passes/graphs/effects.py": EFFECTS,
     "passes/graphs/doubles.py": EFFECTS,
     "passes/planning/overwritten.py": EFFECTS,
-    "passes/planning/side_outputs.py": EFFECTS,
+    "passes/planning/side_outputs.py": [*EFFECTS, *TOTALS],
     "passes/planning/totals.py": TOTALS,
     "mnet_fx/regions/totals.py": TOTALS,
     "passes/planning/kept.py": EFFECTS,

@@ -139,6 +139,21 @@ def test_a_whole_decoder_stays_outside():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_do_not_leave_steps():
+    class Sized(Net):
+        def forward(self, x, target):
+            x, skip = self.stem(x), 0
+            for f, r, k in zip(self.f, self.r, self.k, strict=True):
+                h = torch.tanh(f(x))
+                x, n = x + r(h), k(h).size(0)
+                skip = skip + k(h).reshape(n, 2, -1).mean(1)
+            return self.out(x).reshape(n, -1), skip
+
+    steps = passes.plan(torch.fx.symbolic_trace(Sized("wavenet"))).regions[0].steps
+    assert any(step.extras for step in steps)
+    assert not [name for step in steps for name in step.extras if "size" in name]
+
+
 def test_a_preview_and_a_traced_graph_do_likewise():
     gm = torch.fx.symbolic_trace(Net("wavenet"))
     net = mnet_fx.momentumize(gm, gamma=0)
