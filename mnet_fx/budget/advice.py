@@ -38,10 +38,10 @@ def advice(estimate: Estimate, report: Report, handed: int = 0) -> tuple[str, ..
             f"{short} of {len(report.regions)} chains are so short that their inputs are kept, as a checkpoint does, whatever gamma is: "
             "longer runs of blocks of one shape gain more."
         )
-    if handed > way.total_bytes / 10 and all(part.front_end != "named" for part in report.captured):
+    if handed > way.total_bytes / 5 and all(part.front_end != "named" for part in report.captured):
         found.append(
             f"{shown(handed)} are what the steps of a chain give to the outside, such as skip outputs, and are there at once when it ends: "
-            "with named layers, regions=[...], the model's own loop sums them one by one."
+            "add each up as it comes, total = total + skip, in place of a stack, and the chain forms that sum while it runs."
         )
     if way.parts["spilled bits"] > way.total_bytes / 10:
         found.append("Much of it is spilled bits, log2(1/gamma) for each element and step: gamma nearer to 1 keeps fewer.")

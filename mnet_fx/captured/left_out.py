@@ -9,6 +9,7 @@ from torch import nn
 
 from passes import CODES, Refusal, joined
 
+from ..errors import MnetError
 from ..reporting.build import REPORT
 from ..reporting.report import AddReport, Report
 from ..settings import Settings
@@ -57,7 +58,11 @@ def _may_add(module: nn.Module) -> bool:
 
 
 def _adds(owner: nn.Module, path: str, settings: Settings) -> tuple[AddReport, ...]:
-    return with_paths(previewed(owner.get_submodule(path), settings).report, partial(joined, path)).adds
+    try:
+        seen = previewed(owner.get_submodule(path), settings).report
+    except MnetError:  # it cannot be copied, as under fully_shard
+        return ()
+    return with_paths(seen, partial(joined, path)).adds
 
 
 def _report(adds: Sequence[AddReport]) -> Report:
