@@ -305,6 +305,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("passes/planning/totals.py", "len(total.users) == 1)", "True)"),
     ("passes/planning/totals.py", "len(node.users) == 1}", "True}"),
     ("passes/planning/totals.py", " and found.is_unseen(facts)", ""),
+    ("passes/planning/totals.py", "len(self.first.users) > 1:", "False:"),
     ("passes/planning/totals.py", "return alike or node not in facts.writes", "return True"),
     ("passes/planning/totals.py", 'node.kwargs.get("alpha", 1) != 1 or', ""),
     ("passes/graphs/schedule.py", "position |= {i: facts.index[node] for i, node in enumerate(ends)}", "pass"),

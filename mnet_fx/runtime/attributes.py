@@ -76,7 +76,9 @@ class Attributes:
         self.dicts = [(space, space.copy()) for space in spaces]
         self.noted = [(container, container.copy()) for container in found.containers if container]
         self.empty = [container for container in found.containers if not container]
-        self.tables = [(module._buffers, module._buffers.copy()) for module in modules]
+        self.tables = [
+            (module._buffers, module._buffers.copy()) for module in modules if isinstance(module._buffers, dict)
+        ]  # no ScriptModule's
         self.tensors = [t for t in found.tensors if t.grad_fn is None]
         self.generators = [*found.generators, *(source for cls in {type(module) for module in modules} for source in _drawn_by(cls))]
         self.cached = _cached()

@@ -88,21 +88,22 @@ class Unreturned:
 
     @contextmanager
     def _in_place(self, function: Callable[..., Any]) -> Iterator[None]:
-        own, self.conditions.forward = self.conditions.forward, function
+        self.conditions.forward = function
         try:
             yield
         finally:
-            self.conditions.forward = own
+            self.conditions.forward = self.conditions.module.forward
 
     def _first(self, x: Tensor, *sides: Any) -> Any:
+        self.conditions.forward = self.conditions.module.forward  # for reruns meanwhile, of a step that differentiates within itself
         self.noted = []
         self.buffers = {_address(b) for _, module in self.conditions.tree for b in module._buffers.values()} - {0}
         with _packed(self._note):
             return self.conditions.module.forward(x, *sides)
 
     def _note(self, t: Tensor, packed: Any) -> Any:
-        with torch.no_grad():  # a buffer has its value from before only later, and is proved apart
-            self.noted.append(None if _address(t) in self.buffers else _print(t))
+        with torch.no_grad():  # a buffer has its value from before only later, and is proved apart; bytes are a kernel's workspace
+            self.noted.append(None if t.dtype is torch.uint8 or _address(t) in self.buffers else _print(t))
         return packed
 
     def _again(self, x: Tensor, *sides: Any) -> Any:

@@ -72,6 +72,8 @@ class _Sum:
         written = {memory for node in self.nodes for memory in facts.writes.get(node, ())}
         own = {self.first, *self.nodes, *(term for _, term, _ in self.terms)}
         last = facts.index[self.nodes[-1]]
+        if written and isinstance(self.first, fx.Node) and len(self.first.users) > 1:
+            return False  # another name of it reads what is written
         return not any(
             facts.kinds[node] == "input" or (node not in own and facts.index[node] < last)
             for node in facts.nodes

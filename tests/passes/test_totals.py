@@ -233,6 +233,24 @@ def seen_in_part(x, blocks):
     return x, part * 2, total
 
 
+def of_two_names(x, blocks):
+    total = torch.zeros_like(x)
+    other = total
+    for block in blocks:
+        x, k = block(x)
+        total += k
+    return x, total, other * 2
+
+
+def of_two_names_from_the_middle(x, blocks):
+    total, other = torch.zeros_like(x), None
+    for t, block in enumerate(blocks):
+        x, k = block(x)
+        total += k
+        other = total if t == 2 else other
+    return x, total, other * 2
+
+
 def overwritten_between(x, blocks):
     total = torch.zeros_like(x)
     for t, block in enumerate(blocks):
@@ -333,6 +351,8 @@ ODD = [
     of_another_dtype,
     of_another_shape,
     seen_in_part,
+    of_two_names,
+    of_two_names_from_the_middle,
     overwritten_between,
     fed_back,
     after_the_end,
@@ -350,7 +370,7 @@ def test_what_cannot_move_stays(sums):
     assert_right(Net(sums), torch.randn(3, D))
 
 
-@pytest.mark.parametrize("sums", [seen_in_part, of_another_dtype], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sums", [seen_in_part, of_two_names, of_another_dtype], ids=lambda f: f.__name__)
 def test_none_is_formed_where_the_bits_might_be_others(sums):
     assert totals(Net(sums).double(), torch.randn(3, D, dtype=torch.float64)) == [()]
 

@@ -245,3 +245,60 @@ def test_parametrizations_that_are_cached(inside, reads):
             assert not parametrize._cache_enabled
         results.append([p.grad for p in net.parameters() if p.grad is not None])
     assert all(map(torch.equal, *results))
+
+
+class Pulled(nn.Module):
+    """A force: the gradient of an energy, taken while the step runs, whose norm is a loss besides."""
+
+    aux = True
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x):
+        energy = self.linear(x).tanh().square().sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        self.loss = force.square().mean()
+        return x - 0.1 * force
+
+
+class Remembers(nn.Module):
+    """Of an LSTM, autograd saves a workspace, not all of which is ever written."""
+
+    aux = True
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(D, D, batch_first=True)
+
+    def forward(self, x):
+        h, (_, c) = self.recurrent(x[None])
+        self.loss = c.square().mean()
+        return x + h[0]
+
+
+class Scripted(nn.Module):
+    """A module whose code is not Python."""
+
+    aux = None
+
+    def __init__(self):
+        super().__init__()
+        self.script = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Tanh()))
+
+    def forward(self, x):
+        return x + self.script(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("layer", [Pulled, Remembers, Scripted])
+def test_layers_that_are_hard_to_run_again(layer):
+    x, results = torch.randn(6, D), []
+    for backward in ("reversible", "stored"):
+        torch.manual_seed(0)
+        net = Net()
+        net.blocks = nn.ModuleList(layer() for _ in range(3))
+        net = named(net, backward=backward)
+        results.append([t for _ in range(4) for t in grads(net, x)] + list(net.buffers()))
+    assert all(map(torch.equal, *results))
