@@ -1,5 +1,6 @@
 """What layers leave beside what they return, as losses in attributes: its gradients are right, or there is an error."""
 
+import contextlib
 import random
 from collections import deque
 
@@ -279,7 +280,7 @@ class Remembers(nn.Module):
 
 
 class Scripted(nn.Module):
-    """A module whose code is not Python; of the first call, as the interpreter takes another form of it later."""
+    """A module whose code is not Python."""
 
     aux = None
 
@@ -291,8 +292,7 @@ class Scripted(nn.Module):
         return x + self.script(x)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-@pytest.mark.parametrize("layer", [Pulled, Remembers, Scripted])
+@pytest.mark.parametrize("layer", [Pulled, Remembers])
 def test_layers_that_are_hard_to_run_again(layer):
     x, results = torch.randn(6, D), []
     for backward in ("reversible", "stored"):
@@ -300,5 +300,19 @@ def test_layers_that_are_hard_to_run_again(layer):
         net = Net()
         net.blocks = nn.ModuleList(layer() for _ in range(3))
         net = named(net, backward=backward)
-        results.append([t for _ in range(1 if layer is Scripted else 4) for t in grads(net, x)] + list(net.buffers()))
+        results.append([t for _ in range(4) for t in grads(net, x)] + list(net.buffers()))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_scripted_modules_repeat_or_are_an_error():
+    """TorchScript takes another form of a graph once it has seen it run, which may save other tensors."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(6, D)
+    net.blocks = nn.ModuleList(Scripted() for _ in range(3))
+    reversible, stored = named(net), named(net, backward="stored")
+    for _ in range(4):
+        expected = grads(stored, x)
+        with contextlib.suppress(mnet_fx.InversionError):
+            for a, b in zip(grads(reversible, x), expected, strict=True):  # which differ in rounding from call to call
+                torch.testing.assert_close(a, b)
