@@ -199,6 +199,8 @@ total = s
 total = x
 total = self.stem(x)
 total = self.mean.clone()
+total = torch.zeros_like(x); outs.append(total)
+total = x.tanh() * 1; outs.append(total[:2])
 """.strip().splitlines()
 ADDED = """
 {t} = {t} + {e}
@@ -221,6 +223,8 @@ with torch.no_grad(): {t} = {t} + {e}
 """.strip().splitlines()
 LOOKED = """
 outs.append({t} * 1)
+{t} = {t} + 0 * {x}; outs.append({t})
+{t} = {t} + 0 * {x}; outs.append([{t}][0].t())
 {x} = {x} * torch.sigmoid({t})
 {t} = {t} * 0.5
 {t} = torch.tanh({t} + 0 * {x})
