@@ -255,7 +255,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/unreturned.py", "t.dtype is torch.uint8 or _address(t) in self.buffers", "t.dtype is torch.uint8"),
     ("mnet_fx/runtime/unreturned.py", "t.dtype is torch.uint8 or _address(t) in self.buffers", "_address(t) in self.buffers"),
     ("mnet_fx/runtime/unreturned.py", "self.conditions.forward = self.conditions.module.forward  # for", "pass  # for"),
-    ("mnet_fx/runtime/unreturned.py", "result = tree_map(_apart, result)", "pass"),
+    ("mnet_fx/runtime/unreturned.py", "t.detach().requires_grad_() for", "t for"),
     ("mnet_fx/runtime/unreturned.py", "t.detach()))  # an output", "t))  # an output"),
     ("mnet_fx/runtime/steps.py", "t.detach() if t.grad_fn is not None else t, t._version", "t, t._version"),
     ("mnet_fx/runtime/segment.py", "self.proofs.compare(*self.unreturned.prints(), partial(differed, self.drifted, None, LEFT))", "pass"),

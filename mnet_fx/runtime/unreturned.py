@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks
-from torch.utils._pytree import tree_map
 
 from ..arithmetic.fingerprints import prints
 from .guise import is_ordinary, plain
 from .replay import Conditions
+from .sides import leaves, rebuilt
 
 __all__ = ["LEFT", "Leaving", "Unreturned"]
 
@@ -117,7 +117,9 @@ class Unreturned:
         torch._dynamo.eval_frame.skip_code(hold.__code__)
         with _packed(hold):
             result = self.conditions.module.forward(x, *sides)
-        result = tree_map(_apart, result)
+        result = rebuilt(
+            result, {id(t): t.detach().requires_grad_() for t in leaves(result) if isinstance(t, Tensor) and t.grad_fn is not None}
+        )
         with torch.no_grad():
             self.found = {i: _print(t) for i, (held, t) in enumerate(saved) if held() is not None}
         if self.found:
@@ -153,13 +155,6 @@ def _packed(wrap: Callable[[Tensor, Any], Any]) -> Iterator[None]:
         torch._dynamo.eval_frame.skip_code(function.__code__)
     with torch.autograd.graph.saved_tensors_hooks(pack_, unpack_):
         yield
-
-
-def _apart(output: Any) -> Any:
-    """An output without its graph, which needs a gradient all the same."""
-    if not isinstance(output, Tensor) or output.grad_fn is None:
-        return output
-    return output.detach().requires_grad_()
 
 
 def _address(t: Tensor | None) -> int:
