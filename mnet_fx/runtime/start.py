@@ -86,8 +86,9 @@ class Recurrence:
         """
         v0 = None if self.velocity is None else self._checked(self.velocity(x), x)
         tape = self._tape(x, v0, reversing)
-        tape.own = None if self.learnt is None or valueless(x) else OwnCopies(self.learnt)  # on fake tensors: as after a first call
-        tape.leaving = self.leaving
+        fake = valueless(x)
+        tape.own = None if self.learnt is None or fake else OwnCopies(self.learnt)  # on fake tensors: as after a first call
+        tape.leaving = None if fake or self.on_drift == "ignore" else self.leaving
         return Chain(tape, x, v0, self.reads)
 
     def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:

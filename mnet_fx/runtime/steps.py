@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..arithmetic.fingerprints import prints
-from ..arithmetic.valueless import valueless
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
 from .float_tape import FloatTape
 from .guise import is_ordinary, plain
@@ -50,8 +49,7 @@ class Step:
         self.prints: Print = ()
         conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own, known)
         tape.reruns.append(Rerun(conditions, x))
-        looks = tape.leaving is not None and tape.on_drift != "ignore" and not valueless(x)
-        self.unreturned = tape.leaving.watched(conditions) if tape.leaving is not None and looks else None
+        self.unreturned = None if tape.leaving is None else tape.leaving.watched(conditions)
 
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:
