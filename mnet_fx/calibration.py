@@ -13,40 +13,45 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import call_from
+from .arguments import Call, call_from
 from .captured.forward import CapturedForward
 from .checkpoints import note_config
 from .closeness import evaluated, mean_cosine, outputs, relative_error
 from .errors import MnetWarning, SettingsError
 from .lockstep import OutOfStep, walking
+from .map_fits import FULL_AT_LEAST, FULL_FROM, Kind, affine, chosen, frame
 from .named.layers import NamedLayer
 from .read_maps import Maps, Place, ReadMap, data_of
 from .regions.region import MomentumRegion
 from .reporting.build import REPORT
-from .runtime.reads import channel_axis, observed
+from .runtime.reads import observed
 from .settings import Settings
+from .step_streams import Seen, Step, Streams, sensitivities, streams, tokens
 from .verifying.subject import Subject
 
 __all__ = ["Calibration", "RegionCalibration", "calibrate"]
 
-Kind = Literal["auto", "diagonal", "low-rank", "full"]
-RIDGE = 3e-3  # of the mean variance of a channel
-FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: from where "auto" fits full maps, and below which they are worse than none
-PER_RANK, WIDEST = 16, 4  # tokens that a rank takes where "auto" has too few for full maps; what part of the width a rank is at most
 PATIENCE = 60.0, 20.0  # seconds at least, and times a whole call's, that a call may take from one step to the next
-Step = tuple[Place, int]
-Streams = dict[Step, tuple[Tensor, Tensor]]
-_Tokens = list[tuple[Tensor, Tensor]]  # of each call, (tokens, n): x[t], and what it is short of z[t]
-_Asked = tuple[Kind, int | None]  # kind and rank
+_Tokens = list[tuple[Tensor, Tensor]]  # of each call, (tokens, n): what `step_streams` has of a step
+
+
+class _Asked(NamedTuple):
+    """What was asked for."""
+
+    kind: Kind
+    rank: int | None
+    rotate: bool
+
+
 _Fit = tuple[str, int, int, int | None]  # kind, tokens, width, rank
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +68,7 @@ class RegionCalibration:
         tokens: positions of the stream that the maps were fitted on.
         width: channels.
         rank: of W, where it is of low rank.
+        rotated: after how many steps the velocity is rotated.
     """
 
     path: str
@@ -72,9 +78,11 @@ class RegionCalibration:
     tokens: int
     width: int
     rank: int | None = None
+    rotated: int = 0
 
     def __str__(self) -> str:
         kind = self.kind if self.rank is None else f"of rank {self.rank}"
+        kind += f", {self.rotated} rotated" if self.rotated else ""
         return f"{self.path or '(root)'}: {self.mapped} of {self.steps} steps, {kind}, {self.tokens} tokens of width {self.width}"
 
 
@@ -110,7 +118,7 @@ class Calibration:
         )
 
 
-def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", rank: int | None = None) -> Calibration:
+def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", rank: int | None = None, rotate: bool = False) -> Calibration:
     """Brings a momentum network closer to the original one at the same bits: each step reads at x[t] + m[t] + x[t] W[t].
 
     The maps are fitted by ridge regression in eval mode, without gradients, and stay frozen: no keys of the state_dict, no parameters.
@@ -120,7 +128,7 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
     mapping with an "attention_mask" of the shape of the tokens, those masked out do not count.
 
     Args:
-        net: from `momentumize(..., weights="matched")`; already calibrated: its maps are replaced.
+        net: from `momentumize(..., weights="matched")`, or "signed"; already calibrated: its maps are replaced.
         batches: calls of the net, each a tuple of positional arguments, a mapping of keyword arguments, or one tensor; at least two. The
             last quarter is held out. The others run three times, once side by side, each in a thread of its own: two streams of each, and
             what else their calls hold at a step, are kept. Of a model whose calls disturb each other, or that runs chains in an order of
@@ -128,9 +136,14 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
         kind: "full": W is n x n; "low-rank": the product of n x rank and rank x n, which costs a step 2 rank / n of what a full one does;
             "diagonal": n numbers; "auto": full from 6 n tokens on, else of rank tokens / 16, at most n / 4, with a warning.
         rank: of W, at most n; for kind="low-rank" alone. Default n / 4.
+        rotate: also fit, for each step, an orthogonal matrix Q that turns its velocity into the directions to which the step after it is
+            least sensitive. At the same bits again closer to the original, mostly at large gammas; a step makes two more products with
+            n x n matrices forward and three back, in float64 on the integers, and runs without the kernels for CPUs and GPUs. Of each
+            batch but the held-out ones it also takes a backward pass of the original for each of 4 random projections of the outputs.
 
     Raises:
-        SettingsError: the net has other weights, is no network of `momentumize`, or runs a chain more than once in a call, or none.
+        SettingsError: the net has other weights, is no network of `momentumize`, or runs a chain more than once in a call, or none; or
+            rotate is set, and no gradient reaches the steps.
 
     Source: z[t] is that of `settings.matched_weights`.
     """
@@ -145,7 +158,7 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
     old = dict(maps)
     try:
         with evaluated(net):
-            found = _calibrated(net, maps, calls[:-held], calls[-held:], (kind, rank))
+            found = _calibrated(net, maps, calls[:-held], calls[-held:], _Asked(kind, rank, rotate))
         note_config(net)
         return found
     except BaseException:
@@ -154,10 +167,10 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
         raise
 
 
-def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], asked: _Asked) -> Calibration:
+def _calibrated(net: nn.Module, maps: Maps, fitted: list[Call], held: list[Call], asked: _Asked) -> Calibration:
     maps.clear()
     began = time.monotonic()
-    ways = [list(_streams(net, call)) for call in fitted]
+    ways = [list(streams(net, call, asked.rotate)) for call in fitted]
     patience = max(PATIENCE[0], PATIENCE[1] * (time.monotonic() - began))
     steps = list(dict.fromkeys(step for way in ways for step in way))
     if not steps:
@@ -165,31 +178,61 @@ def _calibrated(net: nn.Module, maps: Maps, fitted: list[Any], held: list[Any], 
     before = [outputs(net, call) for call in held]
     with Subject(net, (), {}, None).set(gamma=0.0):
         expected = [outputs(net, call) for call in held]
+    fitting = _Fitting(maps, steps, asked, sensitivities(net, fitted) if asked.rotate else {})
     try:
-        fits = _fitted(maps, steps, _side_by_side(net, fitted, ways, steps, patience), asked)
+        fitting.run(_side_by_side(net, fitted, ways, steps, asked.rotate, patience))
     except OutOfStep:
         _LOG.info("calls of %s disturb each other: all are made anew for each of %d steps", type(net).__name__, len(steps))
-        fits = _fitted(maps, steps, _one_by_one(net, fitted, ways, steps), asked)
-    regions = tuple(RegionCalibration(place[0], len(place), len(found), *min(found)) for place, found in fits.items())
-    _warn(regions, asked[0])
+        fitting.run(_one_by_one(net, fitted, ways, steps, asked.rotate))
+    regions = fitting.regions()
+    _warn(regions, asked.kind)
     after = [outputs(net, call) for call in held]
     errors = relative_error(before, expected), relative_error(after, expected)
     cosines = mean_cosine(before, expected), mean_cosine(after, expected)
     return Calibration(regions, len(held), *errors, *cosines, data_of(maps))
 
 
-def _fitted(maps: Maps, steps: Sequence[Step], streams: Iterator[_Tokens], asked: _Asked) -> dict[Place, list[_Fit]]:
-    """Fits the map of each step to what `streams` gives for it, before that goes on to the next; how each was fitted."""
-    maps.update({place: (None,) * len(place) for place, _ in steps})
-    fits: dict[Place, list[_Fit]] = {}
-    for (place, t), pairs in zip(steps, streams, strict=True):
-        read, fit = _fitted_step(pairs, asked)
-        maps[place] = tuple(read if i == t else known for i, known in enumerate(maps[place]))
-        fits.setdefault(place, []).append(fit)
-    return fits
+class _Fitting:
+    """Fits what is asked for to the streams of each step, before the calls go on to the next."""
+
+    def __init__(self, maps: Maps, steps: Sequence[Step], asked: _Asked, felt: dict[tuple[Place, int], Tensor]) -> None:
+        self.maps, self.steps, self.asked, self.felt = maps, steps, asked, felt
+        self.fits: dict[Place, list[_Fit]] = {}
+        self.rotated: Counter[Place] = Counter()
+
+    def run(self, found: Iterator[_Tokens]) -> None:
+        """Goes through all steps; `found` gives the tokens of each."""
+        self.maps.update({place: (None,) * len(place) for place, _, _ in self.steps})
+        self.fits, self.rotated = {}, Counter()
+        for (place, t, after), pairs in zip(self.steps, found, strict=True):
+            dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
+            tensors = self._fitted(place, t, after, *(torch.cat(part).double() for part in zip(*pairs, strict=True)))
+            known = self.maps[place][t]
+            read = ReadMap(**({} if known is None else known.data()), **{name: tensor.to(dtype) for name, tensor in tensors.items()})
+            self.maps[place] = tuple(read if i == t else other for i, other in enumerate(self.maps[place]))
+
+    def _fitted(self, place: Place, t: int, after: bool, stream: Tensor, ahead: Tensor) -> dict[str, Tensor]:
+        """The tensors of one step's map that tell of it, or of what comes after it."""
+        kind, rank = chosen(self.asked.kind, self.asked.rank, *stream.shape)
+        if not after:
+            self.fits.setdefault(place, []).append((kind, *stream.shape, rank))
+            return affine(stream, ahead, kind, rank)
+        self.rotated[place] += 1
+        later = [found for (where, i), found in self.felt.items() if where == place and i > t]
+        return {"frame": frame(stream, ahead, kind, rank, later[0] if later else torch.zeros(stream.shape[-1], dtype=torch.float64))}
+
+    def regions(self) -> tuple[RegionCalibration, ...]:
+        """What was fitted."""
+        fits = [(place, len(found), min(found)) for place, found in self.fits.items()]
+        return tuple(
+            RegionCalibration(place[0], len(place), mapped, kind, tokens, width, rank, self.rotated[place])
+            for place, mapped, (kind, tokens, width, rank) in fits
+        )
 
 
-def _side_by_side(net: nn.Module, calls: list[Any], ways: list[list[Step]], steps: list[Step], patience: float) -> Iterator[_Tokens]:
+def _side_by_side(
+    net: nn.Module, calls: list[Call], ways: list[list[Step]], steps: list[Step], rotate: bool, patience: float
+) -> Iterator[_Tokens]:
     """For each step its tokens in all calls, which go on together; in the end, that each came out as it does alone.
 
     Raises:
@@ -198,7 +241,9 @@ def _side_by_side(net: nn.Module, calls: list[Any], ways: list[list[Step]], step
     found: list[Streams] = [{} for _ in calls]
 
     def call_of(i: int, stop: Callable[[Step], None]) -> list[Tensor]:
-        with _seen(found[i], stop):
+        seen = Seen(rotate, stop)
+        found[i] = seen.found
+        with observed(seen):
             return outputs(net, calls[i])
 
     with walking([partial(call_of, i) for i in range(len(calls))], patience) as walks:
@@ -206,7 +251,7 @@ def _side_by_side(net: nn.Module, calls: list[Any], ways: list[list[Step]], step
             there = [i for i, way in enumerate(ways) if step in way]
             for i in there:
                 walks[i].to(step)
-            yield [_tokens(found[i][step], calls[i]) for i in there]
+            yield [tokens(found[i][step], calls[i]) for i in there]
         for walk in walks:
             walk.to(None)
     for walk, call in zip(walks, calls, strict=True):
@@ -214,90 +259,11 @@ def _side_by_side(net: nn.Module, calls: list[Any], ways: list[list[Step]], step
             raise OutOfStep
 
 
-def _one_by_one(net: nn.Module, calls: list[Any], ways: list[list[Step]], steps: list[Step]) -> Iterator[_Tokens]:
+def _one_by_one(net: nn.Module, calls: list[Call], ways: list[list[Step]], steps: list[Step], rotate: bool) -> Iterator[_Tokens]:
     """For each step its tokens in all calls, each made anew."""
     for step in steps:
-        streams = [(_streams(net, call).get(step), call) for call, way in zip(calls, ways, strict=True) if step in way]
-        yield [_tokens(found, call) for found, call in streams if found is not None]
-
-
-def _fitted_step(pairs: list[tuple[Tensor, Tensor]], asked: _Asked) -> tuple[ReadMap, _Fit]:
-    """The map of one step, and how it was fitted."""
-    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    x, ahead = (torch.cat(part).double() for part in zip(*pairs, strict=True))
-    kind, rank = _chosen(*asked, *x.shape)
-    return ReadMap(**{name: t.to(dtype) for name, t in _fit(x, ahead, kind, rank).items()}), (kind, *x.shape, rank)
-
-
-def _chosen(kind: Kind, rank: int | None, tokens: int, width: int) -> tuple[Kind, int | None]:
-    """Kind and rank of a map fitted to so many tokens."""
-    if kind == "auto" and tokens >= FULL_FROM * width:
-        kind = "full"
-    elif kind == "auto":
-        kind, rank = "low-rank", min(tokens // PER_RANK, width // WIDEST)
-    elif kind == "low-rank" and rank is None:
-        rank = width // WIDEST
-    return kind, None if rank is None else min(max(rank, 1), width)
-
-
-def _fit(x: Tensor, e: Tensor, kind: str, rank: int | None) -> dict[str, Tensor]:
-    """m and W of e ~ m + x W, for (tokens, n) float64 each.
-
-    Source of the low-rank fit: reduced-rank regression, Izenman 1975, doi 10.1016/0047-259X(75)90042-1: the fit of full rank, projected
-    onto the directions in which what it predicts varies most.
-    """
-    mean_x, mean_e = x.mean(0), e.mean(0)
-    x, e = x - mean_x, e - mean_e
-    if kind == "diagonal":
-        weight = (x * e).mean(0) / ((x * x).mean(0) * (1 + RIDGE) + 1e-12)
-        return {"shift": mean_e - mean_x * weight, "weight": weight}
-    covariance = x.T @ x / len(x)
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
-    weight = torch.linalg.solve(covariance, x.T @ e / len(x))
-    if rank is None:
-        return {"shift": mean_e - mean_x @ weight, "weight": weight}
-    up = torch.linalg.eigh(weight.T @ covariance @ weight).eigenvectors[:, -rank:].T  # orthonormal rows
-    down = weight @ up.T
-    return {"shift": mean_e - mean_x @ down @ up, "down": down, "up": up}
-
-
-def _streams(net: nn.Module, call: Any) -> Streams:
-    """x[t] and c[t] v[t] = z[t] - x[t] of every step that has a velocity, in one call of the net."""
-    found: Streams = {}
-    with _seen(found):
-        net(*call[0], **call[1])
-    return found
-
-
-def _seen(found: Streams, stop: Callable[[Step], None] | None = None) -> AbstractContextManager[None]:
-    """Has the streams of the calls that this thread makes noted; those of the last step alone where `stop` stops before each."""
-    before: dict[Place, tuple[int, Tensor]] = {}
-
-    def see(place: Place, t: int, reach: float, x: Tensor) -> None:
-        last, earlier = before.get(place, (-1, x))
-        if t <= last:
-            where = place[0] or "the root"
-            raise SettingsError(f"the chain from {where} runs more than once in a call, and maps are fitted for one run of it")
-        before[place] = t, x.detach().clone()
-        if not reach:
-            return
-        if stop is not None:
-            found.clear()
-        found[place, t] = before[place][1], reach * (x.detach() - earlier)
-        if stop is not None:
-            stop((place, t))
-
-    return observed(see)
-
-
-def _tokens(streams: tuple[Tensor, Tensor], call: Any) -> tuple[Tensor, Tensor]:
-    """Streams as (tokens, n) each, without those masked out."""
-    mask, found = call[1].get("attention_mask"), []
-    for x in streams:
-        rows = x.movedim(channel_axis(x), -1)
-        masked = isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]
-        found.append(rows[mask.bool()] if masked else rows.reshape(-1, rows.shape[-1]))
-    return found[0], found[1]
+        found = [(streams(net, call, rotate).get(step), call) for call, way in zip(calls, ways, strict=True) if step in way]
+        yield [tokens(pair, call) for pair, call in found if pair is not None]
 
 
 def _warn(regions: Sequence[RegionCalibration], kind: Kind) -> None:
@@ -325,7 +291,9 @@ def _maps(net: nn.Module) -> Maps:
     holders += [f.region for f in forwards if isinstance(f, NamedLayer)] + [m for m in net.modules() if isinstance(m, MomentumRegion)]
     if not holders:
         raise SettingsError(f"{type(net).__name__} has no chain to calibrate; print(net.report) says why")
-    if holders[0].weights != "matched":
-        raise SettingsError("calibrate needs weights='matched', under which the original stream can be told from x: momentumize with that")
+    if holders[0].weights == "momentum":
+        raise SettingsError(
+            "calibrate needs weights='matched' or 'signed', under which the original stream can be told from x: momentumize with that"
+        )
     first = holders[0]
     return first.calibration if isinstance(first, Settings) else first.read_maps.maps

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .arguments import Call
 
-__all__ = ["evaluated", "mean_cosine", "outputs", "relative_error"]
+__all__ = ["evaluated", "graded_outputs", "mean_cosine", "outputs", "relative_error"]
 
 
 @contextmanager
@@ -30,9 +30,15 @@ def evaluated(net: nn.Module) -> Iterator[None]:
 
 def outputs(net: nn.Module, call: Call) -> list[Tensor]:
     """The floating tensors of an output, in float64; of those with a row for each token, the rows that are not masked out."""
+    with torch.no_grad():
+        return graded_outputs(net, call)
+
+
+def graded_outputs(net: nn.Module, call: Call) -> list[Tensor]:
+    """The same, with what autograd knows of them."""
     output = net(*call[0], **call[1])
     leaves = pytree.tree_leaves(list(output.values()) if isinstance(output, Mapping) else output)
-    floats = [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    floats = [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     mask = call[1].get("attention_mask")
     return [t[mask.bool()] if isinstance(mask, Tensor) and mask.shape == t.shape[:-1] else t.clone() for t in floats]
 

@@ -14,16 +14,18 @@ from .errors import SettingsError
 __all__ = ["Maps", "Place", "ReadMap", "data_of", "fingerprint", "maps_of"]
 
 _NAMES = ("shift", "weight", "down", "up")  # of the tensors of a map, in the order in which they act
+_FRAME = "frame"
 Place = tuple[str, ...]
 """What tells a chain from the others of its model: the paths of its layers, or of the modules that own its steps."""
 
 
 class ReadMap:
-    """One affine map of channels: x + m + x W.
+    """What a step reads and leaves: one affine map of channels, x + m + x W, and the frame of the velocity after the step.
 
     Args:
         tensors: "shift": m, of shape (n,), and W: as "weight" of shape (n, n), or (n,) for a diagonal one; or as its factors "down", of
-            shape (n, rank), and "up", of shape (rank, n). All of one floating dtype.
+            shape (n, rank), and "up", of shape (rank, n); and "frame", orthogonal, of shape (n, n), see `arithmetic.rotations`. The first
+            of these or the last may be missing. All of one floating dtype.
 
     Raises:
         TypeError, ValueError: they are others, or of other shapes.
@@ -34,19 +36,40 @@ class ReadMap:
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             raise ValueError(f"a read map of {shapes}")
         self._own = {name: nn.Parameter(tensors[name].detach(), requires_grad=False) for name in _NAMES if name in tensors}
+        self._frame = tensors[_FRAME].detach() if _FRAME in tensors else None
+        self._frames: dict[torch.device, Tensor] = {}
         self._given: dict[Any, dict[str, nn.Parameter]] = {}
 
     @property
     def width(self) -> int:
         """Channels."""
-        return len(self._own["shift"])
+        return len(next(iter(self.data().values())))
+
+    @property
+    def reads(self) -> bool:
+        """Whether the step reads elsewhere than at x[t]."""
+        return bool(self._own)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the velocity has another frame after the step."""
+        return self._frame is not None
+
+    def frame(self, device: torch.device) -> Tensor | None:
+        """That of the velocity after the step, (n, n); None where the step leaves it as it is."""
+        if self._frame is None or self._frame.device == device:
+            return self._frame
+        if device not in self._frames:
+            with torch.no_grad(), torch.inference_mode(False):
+                self._frames[device] = self._frame.to(device)
+        return self._frames[device]
 
     def data(self) -> dict[str, Tensor]:
         """The tensors, by name."""
-        return {name: t.data for name, t in self._own.items()}
+        return {name: t.data for name, t in self._own.items()} | ({} if self._frame is None else {_FRAME: self._frame})
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_given": {}}
+        return self.__dict__ | {"_given": {}, "_frames": {}}
 
     def parameters(self, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
         """The tensors, by name, as a stream of this kind needs them."""
@@ -61,8 +84,15 @@ class ReadMap:
         return self._given[dtype, device, versions]
 
 
-def _fitting(shift: Tensor, weight: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None) -> bool:
+def _fitting(frame: Tensor | None = None, **affine: Tensor) -> bool:
     """Whether these make a map."""
+    if frame is None:
+        return _is_affine(**affine)
+    square = frame.dim() == 2 and frame.shape[0] == frame.shape[1]
+    return square and (not affine or (_is_affine(**affine) and affine["shift"].shape[0] == len(frame)))
+
+
+def _is_affine(shift: Tensor, weight: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None) -> bool:
     width = shift.shape[0] if shift.dim() == 1 else -1
     if weight is not None:
         return down is up is None and tuple(weight.shape) in ((width,), (width, width))
@@ -107,6 +137,8 @@ def fingerprint(maps: Maps) -> str:
     digest = hashlib.sha256()
     for place, found in sorted(maps.items()):
         tensors = [None if m is None else list(m.data().values()) for m in found]
+        rotated = [m is not None and m.rotates for m in found]
+        digest.update(repr(rotated).encode() if any(rotated) else b"")
         digest.update(repr((place, [None if m is None else (m[-1].dtype, *(tuple(t.shape) for t in m[1:])) for m in tensors])).encode())
         for tensor in (t for m in tensors if m is not None for t in m):
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -23,7 +23,7 @@ Granularity = Literal["add", "module"]
 OnDrift = Literal["raise", "warn", "ignore"]
 Precision = Literal["standard", "high"]
 Rest = Literal["store", "checkpoint"]
-Weights = Literal["momentum", "matched"]
+Weights = Literal["momentum", "matched", "signed"]
 
 
 def momentum_weights(gammas: Sequence[float]) -> tuple[float, ...]:
@@ -116,14 +116,19 @@ class Settings:
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
         if self.velocity is not None and not isinstance(self.velocity, nn.Module):
             raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
-        if self.weights == "matched" and self.velocity is not None:
-            raise SettingsError("weights='matched' needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
+        if self.matched and self.velocity is not None:
+            raise SettingsError(f"weights={self.weights!r} needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
         object.__setattr__(self, "keep", parsed(self.keep, "keep", least=0))
         object.__setattr__(self, "calibration", maps_of(self.calibration))
-        if self.calibration and self.weights != "matched":
-            raise SettingsError("calibration needs weights='matched', as calibrate does")
+        if self.calibration and not self.matched:
+            raise SettingsError("calibration needs weights='matched' or 'signed', as calibrate does")
         if isinstance(self.min_steps, bool) or not isinstance(self.min_steps, int) or self.min_steps < 1:
             raise SettingsError(f"min_steps must be a whole number of steps, 1 or more, got {self.min_steps!r}")
+
+    @property
+    def matched(self) -> bool:
+        """Whether the chain ends where the original network's recurrence does, but for where f is read: see `matched_weights`."""
+        return self.weights != "momentum"
 
     @property
     def held(self) -> torch.dtype | None:
@@ -156,7 +161,7 @@ class Settings:
     def factors(self, steps: int) -> tuple[tuple[float, float], ...]:
         """(g[t], b[t]) for t = 0, ..., steps - 1."""
         gammas = self.gammas(steps)
-        weights = matched_weights(gammas) if self.weights == "matched" else momentum_weights(gammas)
+        weights = matched_weights(gammas) if self.matched else momentum_weights(gammas)
         return tuple(zip(gammas, weights, strict=True))
 
 

@@ -12,6 +12,7 @@ from .errors import MnetError
 
 __all__ = ["Candidate", "Tuning"]
 
+KINDS = "momentum", "matched", "signed", "calibrated", "rotated"
 WORDS = (
     "Total bits decide how close a chain stays, not the bits of a step: at equal bits, fewer, larger\nsteps are closer to the original. "
     "Their price is what the backward pass of one step holds."
@@ -44,8 +45,11 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """ "momentum", "matched" or "calibrated"."""
-        return "calibrated" if self.options.get("calibration") is not None else str(self.options["weights"])
+        """One of `KINDS`: the weights; or "calibrated", or that and "rotated"."""
+        maps = self.options.get("calibration")
+        if maps is None:
+            return str(self.options["weights"])
+        return "rotated" if any(read is not None and "frame" in read for chain in maps for read in chain["maps"]) else "calibrated"
 
     @property
     def gamma(self) -> float:
@@ -121,7 +125,7 @@ class Tuning:
         )
 
     def _table(self) -> str:
-        kinds = [kind for kind in ("momentum", "matched", "calibrated") if any(row.kind == kind for row in self.rows)]
+        kinds = [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
         grouped: dict[tuple[str, float], dict[str, Candidate]] = {}
         for row in self.rows:
             grouped.setdefault((row.cut, row.gamma), {})[row.kind] = row

@@ -42,6 +42,7 @@ def tune(
     gammas: Sequence[float] = GAMMAS,
     optimizer: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
+    rotate: bool = False,
     **options: Any,
 ) -> Tuning:
     """Tries momentum networks of a model, and picks the cheapest that is faithful enough, or the most faithful that fits.
@@ -61,6 +62,7 @@ def tune(
         gammas: those to try, numbers in [0, 1).
         optimizer: as for `estimate`, which counts the bytes.
         loss: likewise.
+        rotate: try calibrated networks with rotated velocities too, as `calibrate(rotate=True)` fits them.
         options: others of `momentumize`, such as regions, granularity, weights, precision; not gamma and calibration.
 
     Returns:
@@ -76,7 +78,7 @@ def tune(
     batches = inputs if isinstance(inputs, list) else [inputs]
     if not batches:
         raise SettingsError("inputs must be a call of the model, or a list of calls, got an empty list")
-    search = _Search(model, batches, metric, gammas, {"optimizer": optimizer, "loss": loss}, options)
+    search = _Search(model, batches, metric, gammas, {"optimizer": optimizer, "loss": loss}, options, (False, True) if rotate else (False,))
     size = None if memory is None else parsed(memory)
     with working(f"tuning {type(model).__name__}") as say:
         rows = tuple(search.rows(say))
@@ -130,11 +132,20 @@ class _Search:
         model, metric, gammas, options: as for `tune`.
         batches: calls of the model, as `calibrate` takes them.
         counted: optimizer and loss, for `estimate`.
+        rotations: the ways to calibrate: without rotated velocities, and with.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Any], metric: Any, gammas: Sequence[float], counted: dict[str, Any], options: dict[str, Any]
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        metric: Any,
+        gammas: Sequence[float],
+        counted: dict[str, Any],
+        options: dict[str, Any],
+        rotations: tuple[bool, ...],
     ) -> None:
+        self.rotations = rotations
         self.model, self.batches, self.gammas, self.counted, self.options = model, batches, gammas, counted, options
         self.held = [call_from(batch) for batch in batches[-max(1, len(batches) // 4) :]]
         self.notes: dict[str, None] = {}
@@ -198,12 +209,15 @@ class _Search:
                 return
             self.seen.add(steps)
             yield self._candidate(cut, net, chosen, fidelity)
-            if weights == "matched" and len(self.batches) > 1 and gamma > 0 and (found := self._calibrated(net)):
-                yield self._candidate(cut, net, {**chosen, "calibration": found.maps}, self._fidelity(net))
+            if weights == "momentum" or len(self.batches) == 1 or gamma == 0:
+                continue
+            for rotate in self.rotations:
+                if found := self._calibrated(net, rotate):
+                    yield self._candidate(cut, net, {**chosen, "calibration": found.maps}, self._fidelity(net))
 
-    def _calibrated(self, net: nn.Module) -> Calibration | None:
+    def _calibrated(self, net: nn.Module, rotate: bool) -> Calibration | None:
         try:
-            return calibrate(net, self.batches)
+            return calibrate(net, self.batches, rotate=rotate)
         except SettingsError as error:
             self.notes[f"Not calibrated: {error}"] = None
             return None

@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import nn
 
 import mnet_fx
+from mnet_fx import map_fits
 
 WIDTH = 16
 
@@ -149,6 +150,16 @@ def test_copies_pickles_and_dtypes_have_the_maps(way):
     assert torch.equal(net(x), expected)  # a copy has maps of its own
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_exported_reads_where_the_maps_say(way):
+    net = made(way).eval()
+    mnet_fx.calibrate(net, batches())
+    x = batches(1, 9)[0]
+    expected = net(x)
+    assert torch.allclose(torch.export.export(net, (x,)).module()(x), expected, atol=1e-5)
+    assert not torch.allclose(made(way).eval()(x), expected, atol=1e-3)
+
+
 def test_too_few_tokens_give_maps_of_low_rank_and_a_warning():
     with pytest.warns(mnet_fx.MnetWarning, match="on 64 tokens of width 16.*low-rank"):
         found = mnet_fx.calibrate(made(), batches(3))
@@ -185,10 +196,10 @@ def test_a_rank_is_the_best_of_its_size_and_the_width_is_all():
     x = torch.linalg.qr(torch.randn(400, WIDTH, generator=generator, dtype=torch.float64)).Q
     x = torch.linalg.qr(x - x.mean(0)).Q
     e = x @ torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) + 1
-    full = mnet_fx.calibration._fit(x, e, "full", None)
+    full = map_fits.affine(x, e, "full", None)
     values = torch.linalg.svdvals(full["weight"])
     for rank in (1, 5, WIDTH):
-        low = mnet_fx.calibration._fit(x, e, "low-rank", rank)
+        low = map_fits.affine(x, e, "low-rank", rank)
         off = torch.linalg.norm(low["down"] @ low["up"] - full["weight"])
         assert torch.allclose(off, values[rank:].square().sum().sqrt(), atol=1e-9)
         assert torch.allclose(x @ low["down"] @ low["up"] + low["shift"] - 1, (x @ low["down"] @ low["up"]), atol=1e-9)

@@ -112,6 +112,18 @@ def test_the_cheapest_that_is_faithful_and_the_most_faithful_that_fits(found):
     assert both.best == tight.best
 
 
+def test_rotated_velocities_are_tried_where_asked_for():
+    found = mnet_fx.tune(made(), batches(), gammas=[0.5], rotate=True, regions=["blocks"])
+    assert [one.kind for one in found.rows] == ["momentum", "matched", "calibrated", "rotated"]
+    assert found.best.kind == "rotated"
+    assert found.rows[3].error < found.rows[2].error
+    assert found.rows[3].total_bytes == found.rows[2].total_bytes + (found.rows[2].steps - 1) * WIDTH * WIDTH * 4
+    assert "rotated" in str(found)
+    assert figures(mnet_fx.momentumize(made(), **found.options), made())[1] == pytest.approx(found.rows[3].error, abs=1e-5)
+    signed = mnet_fx.tune(made(), batches(), gammas=[0.5], weights="signed", regions=["blocks"])
+    assert [one.kind for one in signed.rows] == ["signed", "calibrated"]
+
+
 def test_small_gammas_cost_bytes_where_chains_are_long():
     found = mnet_fx.tune(made(16), batches(1), fidelity=0.0, gammas=[0.01, 0.9], weights="matched", regions=["blocks"])
     close, cheap = found.rows

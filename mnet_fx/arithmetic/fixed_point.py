@@ -53,7 +53,8 @@ from torch import Tensor
 from ..errors import StreamError
 from .fingerprints import prints
 from .formats import Format, has_float64
-from .kernels.eager import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unshear_x, unspill
+from .kernels.eager import EAGER, LARGEST, Kernels, Spill, fill, max_abs, read, spill, strides, unspill
+from .rotations import Rotation
 
 __all__ = ["Record", "State"]
 
@@ -63,7 +64,7 @@ class Record:
     """What the inverse of one step needs besides y: host numbers, and what was spilled.
 
     `scale`, `ratio`: the two factors of the shears. `unit`, `old_ratio`, `bounds`, `mask`, `dtype`, `format`: the state's fields before the
-    step (after it, while `unstep_x` has been done).
+    step (after it, while `unstep_x` has been done). `rotation`: see `RotatedState`.
     """
 
     scale: float
@@ -77,6 +78,7 @@ class Record:
     format: Format
     x_spill: Spill | None = None
     u_spill: Spill | None = None
+    rotation: Rotation | None = None
 
 
 class State:
@@ -146,7 +148,7 @@ class State:
         Returns:
             What the inverse needs, and the new x as a fresh tensor.
         """
-        record = Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype, self.format)
+        record = self._record()
         y, y_bound = self._finite(y)
         record.finite = self.mask is record.mask
         self.dtype = torch.promote_types(self.dtype, y.dtype)
@@ -154,18 +156,23 @@ class State:
         self._make_room(record, gamma, abs(weight) * y_bound)
         record.ratio, record.scale = self.ratio, weight / (self.ratio * self.unit)
         out = torch.empty_like(self.X, dtype=self.dtype)
-        kernels = self.kernels if record.finite else EAGER
-        kernels.shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
-        # What the dtype cannot hold would be inf in the plain model, and stay so.
+        self._loops(record, record.finite).shear(self.X, self.U, y, out, record.scale, record.ratio, self.unit, record.finite)
+        return record, self._held(out)
+
+    def _held(self, out: Tensor) -> Tensor:
+        """x after a step, masked: what the dtype cannot hold would be inf in the plain model, and stay so."""
         if self.x_bound > torch.finfo(self.dtype).max and (beyond := torch.isinf(out)).any():
             self.mask = beyond if self.mask is None else self.mask | beyond
-        return record, self._masked(out)
+        return self._masked(out)
+
+    def _record(self) -> Record:
+        return Record(1.0, 1.0, True, self.unit, self.ratio, (self.x_bound, self.v_bound), self.mask, self.dtype, self.format)
 
     def unstep_x(self, record: Record) -> Tensor:
         """First half of the inverse, which needs no y: x is x[t] again, u still u[t+1]. Returns x[t]."""
         out = torch.empty_like(self.X, dtype=record.dtype)  # before anything moves, as it may fail
         self._swap(record)
-        self.kernels.unshear_x(self.X, self.U, out, record.ratio, self.unit)
+        self._loops(record).unshear_x(self.X, self.U, out, record.ratio, self.unit)
         if record.x_spill is None and record.format == self.format:
             return self._masked(out)
         if record.x_spill is not None:
@@ -175,8 +182,7 @@ class State:
 
     def unstep_u(self, record: Record, y: Tensor) -> None:
         """Second half of the inverse: u is u[t] again."""
-        kernels = self.kernels if record.finite else EAGER
-        kernels.unshear_u(self.U, self._aligned(y), record.scale, record.finite)
+        self._loops(record, record.finite).unshear_u(self.U, self._aligned(y), record.scale, record.finite)
         if record.u_spill is not None:
             unspill(self.U, record.u_spill)
         if self.U.dtype != self.format.u_dtype:
@@ -188,7 +194,11 @@ class State:
         self.X = _shifted(self.X, self.format.dtype, record.format.widening(self.format))
         if record.x_spill is not None:
             spill(self.X, record.x_spill.bits, self.format.limit)
-        unshear_x(self.X, self.U, torch.empty_like(self.X), -record.ratio, 1.0)
+        self._loops(record, False).unshear_x(self.X, self.U, torch.empty_like(self.X), -record.ratio, 1.0)
+
+    def _loops(self, record: Record, finite: bool = True) -> Kernels:
+        """The loops for one step; `finite`: whether any will do."""
+        return self.kernels if finite else EAGER
 
     def read(self) -> Tensor:
         """x as a fresh tensor of the stream's dtype, in the layout of X, with NaN where the mask is set."""

@@ -49,7 +49,7 @@ LOSS = "Function (output) -> loss; by default output.loss, or the sum of all out
 momentum_options = _all(
     click.option("--gamma", type=float, default=0.9, show_default=True, help=GAMMA),
     _choice("--initial-velocity", "zero first", "v[0] = 0, or the speed of the first residual."),
-    _choice("--weights", "momentum matched", "Weights of the residuals: as in the paper, or closest to the original."),
+    _choice("--weights", "momentum matched signed", "Weights of the residuals: as in the paper; closest to the original; with signs."),
     _choice("--granularity", "add module", "A step for each residual add, or for each repeated block."),
     click.option("--regions", multiple=True, metavar="PATH", help="Make the layers of this list steps; may be repeated; or auto."),
     _choice("--backward", "reversible stored", "Take chains back, or store activations."),

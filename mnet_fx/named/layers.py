@@ -71,7 +71,7 @@ class NamedRegion:
         self.layers = list(layers.values())
         self.confirmed: set[int] | None = set() if found else None  # indices of layers that are known to begin or continue a chain
         self.learnt, self.leaving, self.reserve = Learnt(), Leaving(), Reserve()
-        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(self.names))
+        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(self.names), settings.weights == "signed")
         self._index()
 
     @property

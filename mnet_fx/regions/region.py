@@ -156,7 +156,8 @@ class ChainRegion(nn.Module):
         self.reserve = Reserve()
         self.leaving: Leaving | None = None
         self.stored = 0  # of how many steps, the last ones, autograd stores the activations
-        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, tuple(step.path for step in code.region.steps))
+        paths = tuple(step.path for step in code.region.steps)
+        self.weights, self.read_maps = settings.weights, Reads(settings.calibration, paths, settings.weights == "signed")
         self.escapes, self.totals = code.region.escapes, Totals(code.region)
         self.code = tuple(dataclasses.replace(step, body=_COMPILED) for step in code.steps)
         self._velocity, self._path = (settings.velocity,), code.region.path

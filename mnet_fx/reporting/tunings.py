@@ -10,7 +10,7 @@ from .plots import INK, bytes_axis, figure, written
 __all__ = ["plot_tuning"]
 
 _CUTS = {"named layers": ("-", "o"), "each block": ("--", "s"), "each add": (":", "^")}  # dash and marker
-_KINDS = {"momentum": "#d55e00", "matched": "#0072b2", "calibrated": "#009e73"}
+_KINDS = {"momentum": "#d55e00", "matched": "#0072b2", "signed": "#cc79a7", "calibrated": "#009e73", "rotated": "#e69f00"}
 
 
 def plot_tuning(tuning: Any, path: str | Path | None = None) -> Any:

@@ -30,6 +30,7 @@ class FloatTape(PlainTape):
     def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
         gamma, weight = self.factors[t]
         dtype = torch.promote_types(x.dtype, y.dtype)
-        y = weight * y.to(torch.promote_types(dtype, torch.float32))
+        y, rotation = weight * y.to(torch.promote_types(dtype, torch.float32)), self.rotations.get(t)
+        y = y if rotation is None else rotation.residual(y)
         v = y if v is None else gamma * v + y
-        return (x + v).to(dtype), v
+        return (x + (v if rotation is None else rotation.velocity(v))).to(dtype), v

@@ -1,11 +1,13 @@
 """Read maps: step t of a chain reads x[t] + m + x[t] W in place of x[t], a prediction of where the original network would.
 
 The stream itself is left alone, so the recurrence is undone as ever: f[t] is another function of x[t], no more. A map is frozen, and is a
-parameter of its step: a rerun pins and proves it as any other.
+parameter of its step: a rerun pins and proves it as any other. What a map says of the velocity, or signs that are drawn, becomes the
+`Rotation` of the step.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,31 +18,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arithmetic.rotations import Rotation
 from ..arithmetic.valueless import valueless
 from ..errors import MnetWarning, StreamError
 from ..read_maps import Maps, Place, ReadMap
+from .replay import exported
 
-__all__ = ["Read", "Reads", "channel_axis", "observed"]
+__all__ = ["Observer", "Read", "Reads", "channel_axis", "is_observed", "observed"]
+
+
+class Observer:
+    """What is told of each step that a thread runs.
+
+    Attributes:
+        rotates: whether it may say, by the maps, how the velocity is rotated after the step that it was told of.
+    """
+
+    rotates = False
+
+    def before(self, place: Place, t: int, reach: float, x: Tensor) -> None:
+        """Called before a step, with the chain's place, t, the reach c[t] of its map, and x[t]."""
+
+    def reading(self, place: Place, t: int, step: nn.Module, x: Tensor) -> nn.Module:
+        """What runs in the place of the step, which may read elsewhere."""
+        return step
+
+    def after(self, place: Place, t: int, reach: float, y: Tensor, frame: Tensor | None) -> None:
+        """Called with c[t+1], f[t](x[t]), before that is added, and the frame of v; the rotation that follows is looked up afterwards."""
 
 
 class _Observers(threading.local):
     """Those of one thread."""
 
     def __init__(self) -> None:
-        self.all: list[Callable[[Place, int, float, Tensor], None]] = []
+        self.all: list[Observer] = []
 
 
 _OBSERVERS = _Observers()
 
 
 @contextmanager
-def observed(see: Callable[[Place, int, float, Tensor], None]) -> Iterator[None]:
-    """Has `see` called before each step that this thread runs, for a time: with the chain's place, t, the reach of its map, and x[t]."""
-    _OBSERVERS.all.append(see)
+def observed(observer: Observer) -> Iterator[None]:
+    """Has an observer told of each step that this thread runs, for a time."""
+    _OBSERVERS.all.append(observer)
     try:
         yield
     finally:
-        _OBSERVERS.all.remove(see)
+        _OBSERVERS.all.remove(observer)
+
+
+def _is_counted(x: Tensor) -> bool:
+    """Whether the chain runs without values, so that maps would only stand in the way: what is exported runs so too, and has them."""
+    return valueless(x) and not exported()
+
+
+def is_observed() -> bool:
+    """Whether anybody is told of the steps that this thread runs."""
+    return bool(_OBSERVERS.all)
 
 
 def channel_axis(x: Tensor) -> int:
@@ -55,10 +89,38 @@ class Reads:
     Attributes:
         maps: those of the whole network, by place; for each step one, or None.
         place: of the chain.
+        signed: whether v gets signs after each step where no map says how it is to be rotated.
     """
 
     maps: Maps
     place: Place
+    signed: bool = False
+
+    def rotates(self, x: Tensor) -> bool:
+        """Whether the velocity of a chain that starts at x may be rotated."""
+        known = any(read is not None and read.rotates for read in self.maps.get(self.place, ()))
+        may = self.signed or known or any(observer.rotates for observer in _OBSERVERS.all)
+        return may and x.dim() > 0 and not _is_counted(x)
+
+    def rotation(self, index: int, reach: float, before: Tensor | None, y: Tensor) -> Rotation | None:
+        """How the velocity is rotated after step `index`, which gave y; None if it is not.
+
+        Args:
+            reach: c[t+1]; 0 where v is forgotten, or read no more: then it is in no frame.
+            before: the frame that it is in.
+        """
+        for observer in _OBSERVERS.all:
+            observer.after(self.place, index, reach, y, before)
+        found, axis = self.maps.get(self.place, ()), channel_axis(y)
+        read, after = found[index] if index < len(found) else None, before
+        if not reach:
+            after = None
+        elif read is not None and read.rotates:
+            _check_width(read, y, axis)
+            after = read.frame(y.device)
+        elif self.signed:
+            after = _signs(index, y.shape[axis]).to(y.device)
+        return None if before is after is None else Rotation(axis, before, after, reach)
 
     def of(self, module: nn.Module, index: int, reach: float, x: Tensor) -> nn.Module:
         """The step `module`, which is number `index`, reading where its map says; as it is where it has none.
@@ -66,15 +128,16 @@ class Reads:
         Args:
             reach: c[t] of `settings.matched_weights`, by which v[t] counts; 0 where v[t] = 0, at the start of a chain. There no map acts.
         """
-        for see in _OBSERVERS.all:
-            see(self.place, index, reach, x)
+        for observer in _OBSERVERS.all:
+            observer.before(self.place, index, reach, x)
+            module = observer.reading(self.place, index, module, x)
         if not self.maps or not reach:
             return module
         found = self.maps.get(self.place, ())
         if not found:
             self._uncalibrated()
         read = found[index] if index < len(found) else None
-        return module if read is None or valueless(x) else Read(module, read, x)
+        return module if read is None or not read.reads or _is_counted(x) else Read(module, read, x)
 
     def _uncalibrated(self) -> None:
         """Warns, once for each chain."""
@@ -86,6 +149,19 @@ class Reads:
             MnetWarning,
             stacklevel=2,
         )
+
+
+def _check_width(read: ReadMap, x: Tensor, axis: int) -> None:
+    if x.shape[axis] != read.width:
+        raise StreamError(
+            f"a chain was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
+        )
+
+
+def _signs(index: int, width: int) -> Tensor:
+    """Signs of the channels of v after step `index`: a fair coin each, the same ones for every chain, on every machine."""
+    bits = random.Random(index * 2**32 + width).getrandbits(width)
+    return torch.tensor([1.0 if bits >> i & 1 else -1.0 for i in range(width)])
 
 
 class Read(nn.Module):
@@ -106,10 +182,7 @@ class Read(nn.Module):
     def __init__(self, inner: nn.Module, read: ReadMap, x: Tensor) -> None:
         super().__init__()
         self.axis, self.stateless, self.is_pure = channel_axis(x), getattr(inner, "stateless", False), getattr(inner, "is_pure", False)
-        if x.shape[self.axis] != read.width:
-            raise StreamError(
-                f"a chain was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
-            )
+        _check_width(read, x, self.axis)
         self._modules["inner"] = inner
         self._parameters.update(read.parameters(x.dtype, x.device))
 

@@ -41,13 +41,14 @@ class Shear(Function):
     """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
 
     v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of
-    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less.
+    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less. Where velocities are rotated, it is
+    that of u, see `arithmetic.rotations`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Any, t: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.factors, ctx.dtypes = tape.factors[t : t + 2], (x.dtype, y.dtype)
+        ctx.factors, ctx.dtypes, ctx.rotation = tape.factors[t : t + 2], (x.dtype, y.dtype), tape.rotations.get(t)
         if y.device != x.device:
             raise StreamError(
                 f"{tape.region}, step {t}: the stream is on {x.device}, and what the step adds to it on {y.device}: one region per device, "
@@ -62,14 +63,17 @@ class Shear(Function):
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gamma, weight), (x_dtype, y_dtype) = ctx.factors[0], ctx.dtypes
+        (gamma, weight), (x_dtype, y_dtype), rotation = ctx.factors[0], ctx.dtypes, ctx.rotation
+        by_x = gx if gx is None or rotation is None else rotation.velocity_gradient(gx)
         if gv is not None:
             next_gamma = ctx.factors[1][0]
-            gv = gv * next_gamma if gx is None else torch.add(gx, gv, alpha=next_gamma)
-        total = gx if gv is None else gv
+            gv = gv * next_gamma if by_x is None else torch.add(by_x, gv, alpha=next_gamma)
+        total = by_x if gv is None else gv
         if total is None:
             return None, None, None, None, None
-        gy = (total * weight).to(y_dtype) if ctx.needs_input_grad[2] else None
+        gy = None
+        if ctx.needs_input_grad[2]:
+            gy = ((total if rotation is None else rotation.residual_gradient(total)) * weight).to(y_dtype)
         return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
 
 

@@ -18,6 +18,7 @@ from ..arithmetic.fake_state import FakeState
 from ..arithmetic.fixed_point import State
 from ..arithmetic.kernels.choice import kernels
 from ..arithmetic.kernels.eager import Kernels
+from ..arithmetic.rotated_state import RotatedState
 from ..arithmetic.valueless import valueless
 from ..errors import MnetError, StreamError
 from .float_tape import FloatTape
@@ -119,6 +120,8 @@ class Recurrence:
         horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))
         if valueless(x):
             return FakeState(x, v0, horizon, self.arithmetic or kernels(), held)
+        if self.reads is not None and self.reads.rotates(x):
+            return RotatedState(x, v0, horizon, self.arithmetic or kernels(), held)
         if supported(x, self.factors, held):
             proof = goes_back and self.on_drift != "ignore"
             return DeviceState(x, v0, self.factors, horizon, held, goes_back, self.reserve, proof)

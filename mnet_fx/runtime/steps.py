@@ -18,7 +18,7 @@ from .guise import is_ordinary, plain
 from .noted import Known, noted
 from .own_checkpoint import CheckpointError, checkpoint
 from .proofs import Print, unseen_write
-from .reads import Reads
+from .reads import Reads, is_observed
 from .replay import Conditions, transformed, undisturbed
 from .tape import PlainTape, Rerun, Tape
 from .unreturned import LEFT, Unreturned
@@ -229,7 +229,10 @@ class Chain:
         print: the fingerprint of x, which nobody may write to.
         known: fingerprints of what the steps read, where they are known already.
         reads: where the steps read the stream; None: at x[t].
+        frame: that of the velocity, see `arithmetic.rotations`; None: the one in which it began.
     """
+
+    frame: Tensor | None
 
     def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None, reads: Reads | None = None) -> None:
         self.tape, self.t, self.reads = tape, 0, reads
@@ -237,6 +240,7 @@ class Chain:
         self.x: Any
         self.x, self.v = tape.begin(x0, v0)
         self.print = stream_print(tape, self.x)
+        self.rotates, self.frame = reads is not None and reads.rotates(x0), None
 
     def step(self, module: nn.Module, sides: tuple[Any, ...], index: int | None = None) -> list[Any]:
         """Runs a step `module(x, *sides) -> (y, *extras)`; returns the extras. `index`: its number among all steps, if that is not t.
@@ -259,6 +263,8 @@ class Chain:
         else:
             step = Step(self.tape, self.t, module, sides, self.x, self.print, self.known)
             y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
+        if self.reads is not None and (self.rotates or is_observed()):
+            self._rotate(self.reads, index, y)
         self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
         self.t += 1
         for watch in _WATCHERS:
@@ -267,6 +273,14 @@ class Chain:
         if self.t == len(self.tape.factors) and isinstance(self.tape, PlainTape):
             self.tape.proofs.settle()  # no backward pass of ours would
         return extras
+
+    def _rotate(self, reads: Reads, index: int | None, y: Tensor) -> None:
+        """Has the velocity rotated after this step, which gave y."""
+        gamma, weight = self.tape.factors[self.t + 1] if self.t + 1 < len(self.tape.factors) else (0.0, 1.0)
+        rotation = reads.rotation(self.t if index is None else index, gamma / weight, self.frame, y)
+        self.frame = None
+        if rotation is not None:
+            self.tape.rotations[self.t], self.frame = rotation, rotation.after
 
 
 def run_chain(

@@ -51,6 +51,8 @@ from torch import Tensor
 from ..arithmetic.device_state import DeviceState, LostBits
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.fixed_point import Record, State
+from ..arithmetic.rotated_state import RotatedState
+from ..arithmetic.rotations import Rotation
 from ..errors import InversionError
 from .cuda_streams import Handover
 from .guise import Guise, dressed, plain
@@ -93,6 +95,7 @@ class Tape:
         self.region, self.factors, self.on_drift, self.end = region, factors, on_drift, len(factors)
         self.drifted, self.proofs = Drift(region, on_drift), Proofs()
         self.reruns: list[Rerun] = []
+        self.rotations: dict[int, Rotation] = {}  # of the velocity, after step t
         self.fresh: Print = ()  # of x[t + 1], where `push` has taken it together with that of the state
         self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
         self.leaving: Leaving | None = None  # what is known of what steps leave beside their outputs, where they may
@@ -125,6 +128,9 @@ class Tape:
     def _step(self, t: int, y: Tensor, x: Tensor | None = None, state: State | DeviceState | None = None) -> tuple[Any, Tensor]:
         """A step of the state: its record and x[t + 1]. A device looks meanwhile whether x still is what was handed out."""
         state = state or self.state
+        if t in self.rotations:
+            assert isinstance(state, RotatedState)
+            return state.step(y, *self.factors[t], self.rotations[t])
         if not isinstance(state, DeviceState):
             return state.step(y, *self.factors[t])
         given = x if x is not None and self.watches(x) else None

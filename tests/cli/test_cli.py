@@ -291,7 +291,7 @@ WRONG = [  # arguments, and what the error must name
     (["report", *NET[:2], "own_model.py:nothing"], "--input: own_model.py has no 'nothing'"),
     (["report", *NET, "--gamma", "1.5"], "--gamma: gamma must be a number in [0, 1), got 1.5"),
     (["report", *NET, "--gamma", "high"], "'--gamma': 'high' is not a valid float"),
-    (["report", *NET, "--weights", "own"], "'--weights': 'own' is not one of 'momentum', 'matched'"),
+    (["report", *NET, "--weights", "own"], "'--weights': 'own' is not one of 'momentum', 'matched', 'signed'"),
     (["report", *NET, "--weights", "matched", "--min-steps", "0"], "'--min-steps': 0 is not in the range x>=1"),
     (["report", *NET, "--regions", "layer"], "--regions: "),
     (["report", *NET, "--format", "xml"], "'--format': 'xml' is not one of"),
