@@ -25,6 +25,7 @@ TAPE += [
 TAPE += ["tests/runtime/test_attributes.py", "tests/runtime/test_surroundings.py", "tests/passes/test_effects.py"]
 UNRETURNED = "tests/runtime/test_unreturned.py"
 ARITHMETIC = ["tests/arithmetic/test_fixed_point.py", "tests/arithmetic/test_dtypes.py"]
+ROTATED = ["tests/arithmetic/test_rotated_state.py", "tests/test_rotations.py"]
 TESTS = {
     "mnet_fx/runtime/tape.py": TAPE,
     "mnet_fx/runtime/shear.py": TAPE,
@@ -50,6 +51,11 @@ TESTS = {
     "mnet_fx/named/rest.py": ["tests/named/test_named_rest.py"],
     "mnet_fx/runtime/turns.py": ["tests/runtime/test_threads.py"],
     "mnet_fx/arithmetic/fixed_point.py": ARITHMETIC,
+    "mnet_fx/arithmetic/rotated_state.py": ROTATED,
+    "mnet_fx/arithmetic/rotations.py": ROTATED,
+    "mnet_fx/runtime/reads.py": ["tests/test_rotations.py", "tests/test_calibration.py"],
+    "mnet_fx/step_streams.py": ["tests/test_rotations.py", "tests/test_calibration.py"],
+    "mnet_fx/map_fits.py": ["tests/test_rotations.py", "tests/test_calibration.py"],
     "mnet_fx/arithmetic/formats.py": ARITHMETIC,
     "mnet_fx/arithmetic/kernels/eager.py": ARITHMETIC,
     "mnet_fx/arithmetic/fingerprints.py": ["tests/arithmetic/test_fingerprints.py"],
@@ -169,8 +175,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/shear.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
     ("mnet_fx/runtime/shear.py", "gv = gv * ctx.gamma  # see Shear", "pass"),
     ("mnet_fx/runtime/shear.py", "alpha=next_gamma", "alpha=gamma"),
-    ("mnet_fx/runtime/shear.py", "gv * next_gamma if gx is None", "gv if gx is None"),
-    ("mnet_fx/runtime/shear.py", "total = gx if gv is None else", "total = gx if gx is not None else"),
+    ("mnet_fx/runtime/shear.py", "gv * next_gamma if by_x is None", "gv if gx is None"),
+    ("mnet_fx/runtime/shear.py", "total = by_x if gv is None else", "total = gx if gx is not None else"),
     ("mnet_fx/runtime/float_tape.py", "y.to(torch.promote_types(dtype, torch.float32))", "y.to(dtype)"),
     # What a rerun sees.
     ("mnet_fx/runtime/replay.py", "source.set_state(state)\n", "pass\n"),
@@ -394,4 +400,52 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/kernels/c.py", "if numbers([ctypes.addressof(buffer)], [len(sample)]) !=", "if not run([sample]) and"),
     ("mnet_fx/arithmetic/kernels/c.py", "except OSError as error:  # nothing", "except ValueError as error:  # nothing"),
     ("mnet_fx/arithmetic/kernels/c.py", "(_Float16)(float)((double)(x) * unit)", "(_Float16)((double)(x) * unit)"),
+    # Rotated velocities.
+    (
+        "mnet_fx/arithmetic/rotated_state.py",
+        "            part.copy_(_in_frame(turn, given, record.finite))",
+        "            part.copy_(given)",
+    ),
+    ("mnet_fx/arithmetic/rotated_state.py", "        record.finite = self.mask is record.mask\n", ""),
+    ("mnet_fx/arithmetic/rotated_state.py", "        self._widen(Format.of(self.dtype))\n", ""),
+    ("mnet_fx/arithmetic/rotated_state.py", "if self._is_full(self.x_bound + v_bound):", "if False:"),
+    ("mnet_fx/arithmetic/rotated_state.py", "max(v_bound, max_abs(_moves(rotation, v, v)) + roundings)", "v_bound"),
+    ("mnet_fx/arithmetic/rotated_state.py", "self.v_bound / (self.ratio * self.unit))", "0.0)"),
+    ("mnet_fx/arithmetic/rotated_state.py", "        self._room_in_x(record, self.x_bound + most)\n", ""),
+    ("mnet_fx/arithmetic/rotated_state.py", "(1 + 1e-9) + 2 * self.unit", "(1 + 1e-9)"),
+    ("mnet_fx/arithmetic/rotated_state.py", "(1 + 1e-9) + self.ratio * self.unit", "(1 + 1e-9)"),
+    ("mnet_fx/arithmetic/rotated_state.py", "most = max_abs(moved)", "most = 0.5 * max_abs(moved)"),
+    ("mnet_fx/arithmetic/rotated_state.py", "if finite else torch.where(y.abs() <= LARGEST, y, 0.0)", ""),
+    ("mnet_fx/arithmetic/rotated_state.py", "return record, self._held(out)", "return record, self._masked(out)"),
+    (
+        "mnet_fx/arithmetic/rotated_state.py",
+        "rotation.axis == 0 or any(stride > first.stride(0) for stride, _ in strides(first))",
+        "rotation.axis == 0",
+    ),
+    ("mnet_fx/arithmetic/rotated_state.py", "if strides(other) == strides(t) else", "if True else"),
+    ("mnet_fx/arithmetic/rotations.py", "self._times(y, _transposed(self.before))", "self._times(y, self.before)"),
+    ("mnet_fx/arithmetic/rotations.py", "self._times(gradient, self.before)", "self._times(gradient, _transposed(self.before))"),
+    (
+        "mnet_fx/arithmetic/rotations.py",
+        "self._times(gradient, _transposed(self._matrix(gradient)))",
+        "self._times(gradient, self._matrix(gradient))",
+    ),
+    ("mnet_fx/arithmetic/rotations.py", "(1 + self.reach) * before", "before"),
+    ("mnet_fx/arithmetic/rotations.py", "if before.dim() != after.dim():", "if False:"),
+    ("mnet_fx/runtime/reads.py", "return valueless(x) and not exported()", "return valueless(x)"),
+    ("mnet_fx/runtime/reads.py", "        if not reach:\n            after = None\n        elif read", "        if read"),
+    ("mnet_fx/runtime/reads.py", "            _check_width(read, y, axis)\n", ""),
+    ("mnet_fx/runtime/reads.py", "None if before is after is None else Rotation", "None if after is None else Rotation"),
+    (
+        "mnet_fx/runtime/steps.py",
+        "self.tape.rotations[self.t], self.frame = rotation, rotation.after",
+        "self.tape.rotations[self.t] = rotation",
+    ),
+    ("mnet_fx/step_streams.py", ", Rotation(channel_axis(x), frame, frame, 0.0).residual(z - x))", ", z - x)"),
+    ("mnet_fx/step_streams.py", "            net(*call[0], **call[1])  #", "            pass  #"),
+    ("mnet_fx/step_streams.py", 'set(gamma=0.0, backward="stored")', 'set(gamma=0.5, backward="stored")'),
+    ("mnet_fx/step_streams.py", "            parameter.requires_grad_(False)", "            pass"),
+    ("mnet_fx/step_streams.py", "            parameter.requires_grad_(True)", "            pass"),
+    ("mnet_fx/map_fits.py", ".eigenvectors.flip(1)", ".eigenvectors"),
+    ("mnet_fx/map_fits.py", "    rest = e - z - shift", "    rest = e"),
 ]
