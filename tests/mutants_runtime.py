@@ -175,8 +175,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/shear.py", "elif gx is not None and ctx.needs_input_grad[1]:", "elif False:"),
     ("mnet_fx/runtime/shear.py", "gv = gv * ctx.gamma  # see Shear", "pass"),
     ("mnet_fx/runtime/shear.py", "alpha=next_gamma", "alpha=gamma"),
-    ("mnet_fx/runtime/shear.py", "gv * next_gamma if by_x is None", "gv if gx is None"),
-    ("mnet_fx/runtime/shear.py", "total = by_x if gv is None else", "total = gx if gx is not None else"),
+    ("mnet_fx/runtime/shear.py", "gv * next_gamma if by_x is None", "gv if by_x is None"),
+    ("mnet_fx/runtime/shear.py", "total = by_x if gv is None else", "total = by_x if by_x is not None else"),
     ("mnet_fx/runtime/float_tape.py", "y.to(torch.promote_types(dtype, torch.float32))", "y.to(dtype)"),
     # What a rerun sees.
     ("mnet_fx/runtime/replay.py", "source.set_state(state)\n", "pass\n"),
