@@ -448,4 +448,5 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/step_streams.py", "            parameter.requires_grad_(True)", "            pass"),
     ("mnet_fx/map_fits.py", ".eigenvectors.flip(1)", ".eigenvectors"),
     ("mnet_fx/map_fits.py", "    rest = e - z - shift", "    rest = e"),
+    ("mnet_fx/arithmetic/rotations.py", "if torch.is_autocast_enabled(t.device.type) else", "if False else"),
 ]

@@ -16,6 +16,7 @@ Q[t+1] = Q[t] O[t], and both lines are shears as ever:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,10 @@ class Rotation:
 
     def _times(self, t: Tensor, factor: Tensor) -> Tensor:
         moved, factor = t.movedim(self.axis, -1), factor.to(t)
-        return (moved * factor if factor.dim() == 1 else moved @ factor).movedim(-1, self.axis)
+        if factor.dim() == 1:
+            return (moved * factor).movedim(-1, self.axis)
+        with torch.autocast(t.device.type, enabled=False) if torch.is_autocast_enabled(t.device.type) else nullcontext():
+            return (moved @ factor).movedim(-1, self.axis)
 
 
 def _transposed(frame: Tensor) -> Tensor:

@@ -127,3 +127,11 @@ def test_parts_are_views_that_make_up_the_whole():
         assert [tuple(one.shape) for _, one, _ in rotated_state._parts(wide, images, images)] == [(1, 4, 3, 5)] * 2
         across = images.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
         assert [tuple(one.shape) for _, one, _ in rotated_state._parts(wide, across, across)] == [(2, 4, 3, 5)]
+
+
+def test_no_product_is_made_in_less_than_its_dtype():
+    rotation, g = Rotation(1, orthogonal(8, 0), orthogonal(8, 1), 0.5), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rotation.residual(g), rotation.residual_gradient(g), rotation.velocity(g), rotation.velocity_gradient(g)
+    expected = rotation.residual(g), rotation.residual_gradient(g), rotation.velocity(g), rotation.velocity_gradient(g)
+    assert all(map(torch.equal, found, expected))
