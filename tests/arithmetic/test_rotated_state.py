@@ -135,3 +135,22 @@ def test_no_product_is_made_in_less_than_its_dtype():
         found = rotation.residual(g), rotation.residual_gradient(g), rotation.velocity(g), rotation.velocity_gradient(g)
     expected = rotation.residual(g), rotation.residual_gradient(g), rotation.velocity(g), rotation.velocity_gradient(g)
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_stream_that_is_promoted_is_as_fine_as_what_is_added():
+    state, y = RotatedState(torch.ones(3, 8, dtype=torch.bfloat16)), torch.full((3, 8), 1.0 + 2.0**-20)
+    _, x = state.step(y, 0.0, 1.0, Rotation(1, None, orthogonal(8, 0), 0.0))
+    assert x.dtype is torch.float32
+    assert torch.allclose(x, 1.0 + y, rtol=0, atol=2.0**-24)
+
+
+def test_what_the_dtype_cannot_hold_is_gone_for_good():
+    state, rotation = RotatedState(torch.full((2, 4), 6e4, dtype=torch.float16)), Rotation(1, None, signs(4, 0), 0.0)
+    y = torch.zeros(2, 4, dtype=torch.float16)
+    y[0, 1] = 6e4
+    records = [state.step(t, 0.0, 1.0, rotation) for t in (y, -y)]
+    assert all(torch.equal(x.isfinite(), y == 0) for _, x in records)
+    for (record, _), t in zip(reversed(records), (-y, y), strict=True):
+        x = state.unstep_x(record)
+        state.unstep_u(record, t)
+    assert torch.equal(x, torch.full((2, 4), 6e4, dtype=torch.float16))
