@@ -139,7 +139,8 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
         rotate: also fit, for each step, an orthogonal matrix Q that turns its velocity into the directions to which the step after it is
             least sensitive. At the same bits again closer to the original, mostly at large gammas; a step makes two more products with
             n x n matrices forward and three back, in float64 on the integers, and runs without the kernels for CPUs and GPUs. Of each
-            batch but the held-out ones it also takes a backward pass of the original for each of 4 random projections of the outputs.
+            batch but the held-out ones it also takes a forward and backward pass of the original for each of 4 random projections of the
+            outputs.
 
     Raises:
         SettingsError: the net has other weights, is no network of `momentumize`, or runs a chain more than once in a call, or none; or
@@ -155,20 +156,22 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise SettingsError("batches must be a list of at least two: the last quarter is held out")
     calls, held = [call_from(batch) for batch in batches], max(1, len(batches) // 4)
-    old = dict(maps)
+    old = Maps(maps, maps.dims)
     try:
-        with evaluated(net):
+        with torch.inference_mode(False), evaluated(net):  # maps made in inference mode could not be trained with
             found = _calibrated(net, maps, calls[:-held], calls[-held:], _Asked(kind, rank, rotate))
         note_config(net)
         return found
     except BaseException:
         maps.clear()
         maps.update(old)
+        maps.dims = old.dims
         raise
 
 
 def _calibrated(net: nn.Module, maps: Maps, fitted: list[Call], held: list[Call], asked: _Asked) -> Calibration:
     maps.clear()
+    maps.dims.clear()
     began = time.monotonic()
     ways = [list(streams(net, call, asked.rotate)) for call in fitted]
     patience = max(PATIENCE[0], PATIENCE[1] * (time.monotonic() - began))
@@ -206,7 +209,7 @@ class _Fitting:
         self.fits, self.rotated = {}, Counter()
         for (place, t, after), pairs in zip(self.steps, found, strict=True):
             dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
-            tensors = self._fitted(place, t, after, *(torch.cat(part).double() for part in zip(*pairs, strict=True)))
+            tensors = self._fitted(place, t, after, *_joined(place, t, pairs))
             known = self.maps[place][t]
             read = ReadMap(**({} if known is None else known.data()), **{name: tensor.to(dtype) for name, tensor in tensors.items()})
             self.maps[place] = tuple(read if i == t else other for i, other in enumerate(self.maps[place]))
@@ -228,6 +231,21 @@ class _Fitting:
             RegionCalibration(place[0], len(place), mapped, kind, tokens, width, rank, self.rotated[place])
             for place, mapped, (kind, tokens, width, rank) in fits
         )
+
+
+def _joined(place: Place, t: int, pairs: _Tokens) -> tuple[Tensor, Tensor]:
+    """The tokens of all calls, (tokens, n) each, in float64.
+
+    Raises:
+        SettingsError: they have another number of channels in each call, or are not finite.
+    """
+    where = f"at step {t} of the chain from {place[0] or 'the root'}"
+    if len(widths := {pair[0].shape[-1] for pair in pairs}) > 1:
+        raise SettingsError(f"{where} the batches' streams have {sorted(widths)} channels: give batches of one kind")
+    first, second = (torch.cat(part).double() for part in zip(*pairs, strict=True))
+    if not bool(first.isfinite().all() and second.isfinite().all()):
+        raise SettingsError(f"{where} the batches' streams hold inf or NaN, which no map can be fitted to")
+    return first, second
 
 
 def _side_by_side(

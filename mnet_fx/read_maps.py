@@ -88,8 +88,16 @@ def _fitting(frame: Tensor | None = None, **affine: Tensor) -> bool:
     """Whether these make a map."""
     if frame is None:
         return _is_affine(**affine)
-    square = frame.dim() == 2 and frame.shape[0] == frame.shape[1]
-    return square and (not affine or (_is_affine(**affine) and affine["shift"].shape[0] == len(frame)))
+    square = frame.dim() == 2 and frame.shape[0] == frame.shape[1] and frame.dtype.is_floating_point
+    return square and _is_orthogonal(frame) and (not affine or (_is_affine(**affine) and affine["shift"].shape[0] == len(frame)))
+
+
+def _is_orthogonal(frame: Tensor) -> bool:
+    """Whether it leaves the lengths of four random vectors as they are, but for roundings of bfloat16."""
+    with torch.no_grad(), torch.inference_mode(False):
+        drawn = torch.randn(4, len(frame), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(frame.device)
+        off = (drawn @ frame.detach().double()).norm(dim=1) / drawn.norm(dim=1) - 1
+        return bool((off.abs() < 0.01).all())
 
 
 def _is_affine(shift: Tensor, weight: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None) -> bool:
@@ -99,13 +107,22 @@ def _is_affine(shift: Tensor, weight: Tensor | None = None, down: Tensor | None 
     return down is not None and up is not None and tuple(down.shape) == (width, len(up)) and tuple(up.shape) == (len(up), width)
 
 
-Maps = dict[Place, tuple[ReadMap | None, ...]]
-"""Those of a network: for each chain, one for each step, or None."""
+class Maps(dict[Place, tuple[ReadMap | None, ...]]):
+    """Those of a network: for each chain, one for each step, or None.
+
+    Attributes:
+        dims: how many dimensions the stream of a chain has, by which its channels are told; known from the first run that asks.
+    """
+
+    def __init__(self, given: Mapping[Place, tuple[ReadMap | None, ...]], dims: Mapping[Place, int] | None = None) -> None:
+        super().__init__(given)
+        self.dims: dict[Place, int] = dict(dims or {})
 
 
 def data_of(maps: Maps) -> list[dict[str, Any]]:
     """Maps as lists, dictionaries and tensors, which torch.load(weights_only=True) reads. The tensors are shared."""
-    return [{"place": list(place), "maps": [None if m is None else m.data() for m in found]} for place, found in maps.items()]
+    found = {place: {"place": list(place), "maps": [None if m is None else m.data() for m in row]} for place, row in maps.items()}
+    return [chain | ({"dims": maps.dims[place]} if place in maps.dims else {}) for place, chain in found.items()]
 
 
 def maps_of(given: Any) -> Maps:
@@ -119,9 +136,10 @@ def maps_of(given: Any) -> Maps:
     """
     given = getattr(given, "maps", given)
     if given is None or isinstance(given, Mapping):
-        return dict(given or {})
+        return Maps(given or {}, getattr(given, "dims", None))
     try:
-        return {tuple(chain["place"]): tuple(map(_map_of, chain["maps"])) for chain in given}
+        found = {tuple(chain["place"]): tuple(map(_map_of, chain["maps"])) for chain in given}
+        return Maps(found, {tuple(chain["place"]): int(chain["dims"]) for chain in given if "dims" in chain})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(
             f"calibration must be what mnet_fx.calibrate returned, or its maps, got {type(given).__name__} ({error!r})"

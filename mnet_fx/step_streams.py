@@ -19,7 +19,7 @@ from .verifying.subject import Subject
 
 __all__ = ["Seen", "Step", "Streams", "sensitivities", "streams", "tokens"]
 
-PROBES = 4  # random projections of the outputs of each call
+PROBES = 4  # random projections of the outputs of each call, and forward passes that are made for them
 Step = tuple[Place, int, bool]  # a step of a chain; whether after it has run
 Streams = dict[Step, tuple[Tensor, Tensor]]
 
@@ -120,26 +120,28 @@ def sensitivities(net: nn.Module, calls: list[Call]) -> dict[tuple[Place, int], 
     with torch.enable_grad(), _all_graded(net):
         for call in calls:
             net(*call[0], **call[1])  # captures each kind of call, as none can be at gamma 0
-        for call in calls:
+        for call in calls * PROBES:  # not one forward pass with several backward passes, which compilers of steps may not bear
             probes = _Probes()
             with Subject(net, (), {}, None).set(gamma=0.0, backward="stored"), observed(probes):
                 results = [t / t.detach().norm().clamp_min(1e-300) for t in graded_outputs(net, call) if t.requires_grad]
             if results and probes.zeros:
                 _add(found, probes, results, call, generator)
     if not any(bool(torch.any(s)) for s in found.values()):
-        raise SettingsError("rotate=True needs gradients by what the steps read, and the outputs of the calls have none")
+        raise SettingsError(
+            "rotate=True needs gradients by what the steps read, and the outputs of the calls have none; nor have streams before which "
+            "nothing needs any, as where layers have no parameters"
+        )
     return found
 
 
 def _add(found: dict[tuple[Place, int], Tensor], probes: _Probes, results: list[Tensor], call: Call, generator: torch.Generator) -> None:
-    """Adds what the outputs of one call are sensitive to."""
+    """Adds what a random projection of the outputs of one call is sensitive to."""
     zeros = list(probes.zeros.values())
-    for _ in range(PROBES):
-        drawn = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in results]
-        given = torch.autograd.grad(results, zeros, drawn, retain_graph=True, allow_unused=True)
-        for step, zero, g in zip(probes.zeros, zeros, given, strict=True):
-            rows = tokens((zero if g is None else g, zero), call)[0].detach().double()
-            found[step] = rows.T @ rows + found.get(step, 0.0)
+    drawn = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in results]
+    given = torch.autograd.grad(results, zeros, drawn, allow_unused=True)
+    for step, zero, g in zip(probes.zeros, zeros, given, strict=True):
+        rows = tokens((zero if g is None else g, zero), call)[0].detach().double()
+        found[step] = rows.T @ rows + found.get(step, 0.0)
 
 
 def tokens(pair: tuple[Tensor, Tensor], call: Call) -> tuple[Tensor, Tensor]:

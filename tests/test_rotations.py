@@ -9,8 +9,11 @@ import torch
 from test_calibration import WAYS, WIDTH, Net, ResNet, batches, gradients
 
 import mnet_fx
+from mnet_fx.closeness import evaluated
+from mnet_fx.map_fits import frame
 from mnet_fx.runtime.reads import _signs
 from mnet_fx.settings import Settings, matched_weights
+from mnet_fx.step_streams import sensitivities
 
 
 def made(way="named", dropout=0.0, gamma=0.5, weights="matched", **options):
@@ -198,9 +201,129 @@ def test_what_cannot_be_rotated_is_a_clear_error():
     )
     with pytest.raises(mnet_fx.StreamError, match="stream of 8 channels"):
         wide(batches()[0])
-    for bad in ({"frame": torch.eye(8)[:3]}, {"frame": torch.eye(8), "shift": torch.zeros(4)}, {"frame": torch.eye(8), "up": torch.eye(8)}):
+    wrong = [{"frame": 3 * torch.eye(8)}, {"frame": torch.eye(8).long()}, {"frame": torch.full((8, 8), float("nan"))}]
+    for bad in (
+        *wrong,
+        {"frame": torch.eye(8)[:3]},
+        {"frame": torch.eye(8), "shift": torch.zeros(4)},
+        {"frame": torch.eye(8), "up": torch.eye(8)},
+    ):
         with pytest.raises(mnet_fx.SettingsError, match="calibration must be"):
             mnet_fx.momentumize(Net(), weights="matched", calibration=[{"place": ["a"], "maps": [bad]}])
+
+
+class Conv(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", ["signed", "rotated", "calibrated"])
+def test_another_number_of_dimensions_is_an_error_and_not_another_network(kind, tmp_path):
+    """Channels are told by it; here height, width and channels are 8 each."""
+    torch.manual_seed(0)
+    weights = "signed" if kind == "signed" else "matched"
+    net = mnet_fx.momentumize(Stack(), gamma=0.5, weights=weights, regions=["layers"], backward="stored").eval()
+    x = torch.randn(3, 8, 8, 8)
+    if kind != "signed":
+        mnet_fx.calibrate(net, [torch.randn(3, 8, 8, 8) for _ in range(4)], rotate=kind == "rotated")
+        mnet_fx.save(net, tmp_path / "net.pt")
+        net = mnet_fx.load(Stack(), tmp_path / "net.pt").eval()
+    else:
+        net(x)
+    with pytest.raises(mnet_fx.StreamError, match="for a stream of 4 dimensions"):
+        net(x[0])
+    with pytest.raises(mnet_fx.StreamError, match="for a stream of 4 dimensions"):
+        torch.func.vmap(net)(x)
+    if kind == "signed":
+        assert torch.allclose(torch.func.vmap(lambda one: net(one[None])[0])(x), net(x), atol=1e-5)
+
+
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Conv() for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("backward", ["stored", "reversible"])
+def test_a_frame_that_changes_before_the_backward_is_an_error(backward):
+    net, found = rotated("named", backward=backward)
+    y = net(batches(1)[0])
+    found.maps[0]["maps"][1]["frame"].copy_(torch.eye(WIDTH).flip(0))
+    with pytest.raises(mnet_fx.MnetError, match=r"frame of the calibration was changed|does not repeat"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_net_that_was_trained_over_a_compiler_with_calls_of_two_sizes_is_rotated(inner):
+    net = made("captured", inner=inner)
+    for _ in range(2):
+        net(batches(1)[0]).sum().backward()
+        net.eval()
+    net.train()
+    found = mnet_fx.calibrate(net, batches(4) + [b[:3] for b in batches(4, 2)], rotate=True)
+    assert found.regions[0].rotated == 3
+    assert found.error_after < 0.2 * found.error_before
+
+
+def test_what_outputs_are_sensitive_to_is_the_originals():
+    found = []
+    for gamma in (0.9, 0.1):
+        net = made(gamma=gamma)
+        with evaluated(net):
+            found.append(sensitivities(net, [((b,), {}) for b in batches(3)]))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][key], found[1][key], rtol=1e-4, atol=1e-9) for key in found[0])
+
+
+@pytest.mark.parametrize("way", ["named", "captured"])
+def test_a_frozen_network_is_rotated_and_stays_frozen(way):
+    net = made(way)
+    for parameter in list(net.parameters())[:9]:
+        parameter.requires_grad_(False)
+    frozen = [p.requires_grad for p in net.parameters()]
+    found = mnet_fx.calibrate(net, batches(), rotate=True)
+    assert [p.requires_grad for p in net.parameters()] == frozen
+    assert found.error_after == pytest.approx(rotated(way)[1].error_after, rel=1e-3)
+
+
+def test_a_frame_turns_what_no_map_tells_to_where_it_does_least_harm():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    told = 5 * z @ torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.float64)  # large, in the last direction
+    rest = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.1, 0.01])
+    turn = frame(z, told + rest, "full", None, torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64).diag())
+    assert torch.allclose(turn.abs(), torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.float64), atol=0.02)
+    assert torch.allclose(turn @ turn.T, torch.eye(3, dtype=torch.float64), atol=1e-9)
+
+
+def test_batches_that_cannot_be_fitted_are_named():
+    bad = batches()
+    bad[1] = bad[1].clone()
+    bad[1][0, 0, 0] = float("nan")
+    for rotate in (False, True):
+        with pytest.raises(mnet_fx.SettingsError, match="hold inf or NaN"):
+            mnet_fx.calibrate(made(), bad, rotate=rotate)
+    net, data = made(), batches()
+    with torch.inference_mode():
+        mnet_fx.calibrate(net, data, rotate=True)
+    net(data[0]).sum().backward()
+
+
+def test_signs_are_drawn_whatever_the_default_device_is():
+    net = made(weights="signed").eval()
+    x = batches(1)[0]
+    expected = net(x)
+    with torch.device("meta"):
+        assert torch.equal(net(x), expected)
 
 
 def test_signs_are_the_same_everywhere_and_fair():

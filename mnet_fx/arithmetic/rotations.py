@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import MnetError
+
 __all__ = ["Rotation"]
 
 
@@ -40,6 +42,24 @@ class Rotation:
     before: Tensor | None
     after: Tensor | None
     reach: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._now())
+
+    def check(self) -> None:
+        """
+        Raises:
+            MnetError: a frame was changed in place since the chain ran.
+        """
+        if self._now() != self.__dict__["_versions"]:
+            raise MnetError(
+                "a frame of the calibration was changed in place since the forward pass, which its gradient needs as it was: calibrate "
+                "before the forward pass, or give momentumize other maps"
+            )
+
+    def _now(self) -> list[int]:
+        """Versions of the frames."""
+        return [frame._version for frame in (self.before, self.after) if frame is not None and not frame.is_inference()]
 
     def residual(self, y: Tensor) -> Tensor:
         """y Q[t]': what the step adds to u."""
@@ -60,10 +80,10 @@ class Rotation:
     def _matrix(self, like: Tensor) -> Tensor:
         """M, in float64, as a vector where frames are signs."""
         one = torch.ones(like.shape[self.axis], dtype=torch.float64, device=like.device)
-        before, after = (one if frame is None else frame.to(one) for frame in (self.before, self.after))
+        before, after = (one if frame is None else frame.to(like.device) for frame in (self.before, self.after))
         if before.dim() != after.dim():
             before, after = (frame.diag() if frame.dim() == 1 else frame for frame in (before, after))
-        return (1 + self.reach) * before - self.reach * after
+        return before.to(torch.float64, copy=True).mul_(1 + self.reach).sub_(after, alpha=self.reach)
 
     def _times(self, t: Tensor, factor: Tensor) -> Tensor:
         moved, factor = t.movedim(self.axis, -1), factor.to(t)

@@ -116,10 +116,11 @@ class Reads:
         if not reach:
             after = None
         elif read is not None and read.rotates:
-            _check_width(read, y, axis)
+            self._check(read, y)
             after = read.frame(y.device)
         elif self.signed:
-            after = _signs(index, y.shape[axis]).to(y.device)
+            self._check(None, y)
+            after = _signs(index, int(y.shape[axis]), y.device)
         return None if before is after is None else Rotation(axis, before, after, reach)
 
     def of(self, module: nn.Module, index: int, reach: float, x: Tensor) -> nn.Module:
@@ -137,7 +138,28 @@ class Reads:
         if not found:
             self._uncalibrated()
         read = found[index] if index < len(found) else None
-        return module if read is None or not read.reads or _is_counted(x) else Read(module, read, x)
+        if read is None or not read.reads or _is_counted(x):
+            return module
+        self._check(read, x)
+        return Read(module, read, x)
+
+    def _check(self, read: ReadMap | None, x: Tensor) -> None:
+        """Sees that the channels of x are those that the map, if there is one, and the signs are for.
+
+        Raises:
+            StreamError: they are others, or the stream has another number of dimensions than it had, by which channels are told.
+        """
+        dims, axis = self.maps.dims.setdefault(self.place, x.dim()), channel_axis(x)
+        where = f"the chain from {self.place[0] or 'the root'}"
+        if x.dim() != dims:
+            raise StreamError(
+                f"{where} was calibrated, or got its signs, for a stream of {dims} dimensions, by which its channels are told, and got "
+                f"one of shape {tuple(x.shape)}: give the model whole batches, under torch.func.vmap too (x[None])"
+            )
+        if read is not None and x.shape[axis] != read.width:
+            raise StreamError(
+                f"{where} was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
+            )
 
     def _uncalibrated(self) -> None:
         """Warns, once for each chain."""
@@ -151,17 +173,10 @@ class Reads:
         )
 
 
-def _check_width(read: ReadMap, x: Tensor, axis: int) -> None:
-    if x.shape[axis] != read.width:
-        raise StreamError(
-            f"a chain was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
-        )
-
-
-def _signs(index: int, width: int) -> Tensor:
+def _signs(index: int, width: int, device: torch.device | None = None) -> Tensor:
     """Signs of the channels of v after step `index`: a fair coin each, the same ones for every chain, on every machine."""
     bits = random.Random(index * 2**32 + width).getrandbits(width)
-    return torch.tensor([1.0 if bits >> i & 1 else -1.0 for i in range(width)])
+    return torch.tensor([1.0 if bits >> i & 1 else -1.0 for i in range(width)], dtype=torch.float32, device=device)
 
 
 class Read(nn.Module):
@@ -173,7 +188,7 @@ class Read(nn.Module):
         x: the stream, for its dtype, device and number of dimensions.
 
     Raises:
-        StreamError: the map is of another width than the stream; or, when called, the step writes to its input.
+        StreamError: when called, the step writes to its input.
     """
 
     inner: nn.Module
@@ -182,7 +197,6 @@ class Read(nn.Module):
     def __init__(self, inner: nn.Module, read: ReadMap, x: Tensor) -> None:
         super().__init__()
         self.axis, self.stateless, self.is_pure = channel_axis(x), getattr(inner, "stateless", False), getattr(inner, "is_pure", False)
-        _check_width(read, x, self.axis)
         self._modules["inner"] = inner
         self._parameters.update(read.parameters(x.dtype, x.device))
 

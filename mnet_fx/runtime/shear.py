@@ -64,6 +64,8 @@ class Shear(Function):
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         (gamma, weight), (x_dtype, y_dtype), rotation = ctx.factors[0], ctx.dtypes, ctx.rotation
+        if rotation is not None:
+            rotation.check()
         by_x = gx if gx is None or rotation is None else rotation.velocity_gradient(gx)
         if gv is not None:
             next_gamma = ctx.factors[1][0]
