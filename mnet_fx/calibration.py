@@ -156,7 +156,7 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
     if not isinstance(batches, Sequence) or len(batches) < 2:
         raise SettingsError("batches must be a list of at least two: the last quarter is held out")
     calls, held = [call_from(batch) for batch in batches], max(1, len(batches) // 4)
-    old = Maps(maps, maps.dims)
+    old = Maps(maps, maps.streams)
     try:
         with torch.inference_mode(False), evaluated(net):  # maps made in inference mode could not be trained with
             found = _calibrated(net, maps, calls[:-held], calls[-held:], _Asked(kind, rank, rotate))
@@ -165,13 +165,13 @@ def calibrate(net: nn.Module, batches: Sequence[Any], *, kind: Kind = "auto", ra
     except BaseException:
         maps.clear()
         maps.update(old)
-        maps.dims = old.dims
+        maps.streams = old.streams
         raise
 
 
 def _calibrated(net: nn.Module, maps: Maps, fitted: list[Call], held: list[Call], asked: _Asked) -> Calibration:
     maps.clear()
-    maps.dims.clear()
+    maps.streams.clear()
     began = time.monotonic()
     ways = [list(streams(net, call, asked.rotate)) for call in fitted]
     patience = max(PATIENCE[0], PATIENCE[1] * (time.monotonic() - began))

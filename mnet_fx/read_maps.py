@@ -111,18 +111,19 @@ class Maps(dict[Place, tuple[ReadMap | None, ...]]):
     """Those of a network: for each chain, one for each step, or None.
 
     Attributes:
-        dims: how many dimensions the stream of a chain has, by which its channels are told; known from the first run that asks.
+        streams: of each chain, how many dimensions its stream has, by which its channels are told, and how many channels; known from the
+            first run that asks.
     """
 
-    def __init__(self, given: Mapping[Place, tuple[ReadMap | None, ...]], dims: Mapping[Place, int] | None = None) -> None:
+    def __init__(self, given: Mapping[Place, tuple[ReadMap | None, ...]], streams: Mapping[Place, tuple[int, int]] | None = None) -> None:
         super().__init__(given)
-        self.dims: dict[Place, int] = dict(dims or {})
+        self.streams: dict[Place, tuple[int, int]] = dict(streams or {})
 
 
 def data_of(maps: Maps) -> list[dict[str, Any]]:
     """Maps as lists, dictionaries and tensors, which torch.load(weights_only=True) reads. The tensors are shared."""
     found = {place: {"place": list(place), "maps": [None if m is None else m.data() for m in row]} for place, row in maps.items()}
-    return [chain | ({"dims": maps.dims[place]} if place in maps.dims else {}) for place, chain in found.items()]
+    return [chain | ({"stream": list(maps.streams[place])} if place in maps.streams else {}) for place, chain in found.items()]
 
 
 def maps_of(given: Any) -> Maps:
@@ -136,10 +137,11 @@ def maps_of(given: Any) -> Maps:
     """
     given = getattr(given, "maps", given)
     if given is None or isinstance(given, Mapping):
-        return Maps(given or {}, getattr(given, "dims", None))
+        return Maps(given or {}, getattr(given, "streams", None))
     try:
         found = {tuple(chain["place"]): tuple(map(_map_of, chain["maps"])) for chain in given}
-        return Maps(found, {tuple(chain["place"]): int(chain["dims"]) for chain in given if "dims" in chain})
+        streams = {tuple(chain["place"]): (int(chain["stream"][0]), int(chain["stream"][1])) for chain in given if "stream" in chain}
+        return Maps(found, streams)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(
             f"calibration must be what mnet_fx.calibrate returned, or its maps, got {type(given).__name__} ({error!r})"

@@ -438,7 +438,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/reads.py", "            self._check(read, y)\n", ""),
     ("mnet_fx/runtime/reads.py", "            self._check(None, y)\n", ""),
     ("mnet_fx/runtime/reads.py", "        self._check(read, x)\n", ""),
-    ("mnet_fx/runtime/reads.py", "if x.dim() != dims:", "if False:"),
+    ("mnet_fx/runtime/reads.py", "if x.dim() == dims and width", "if width"),
     ("mnet_fx/runtime/shear.py", "            rotation.check()\n", "            pass\n"),
     ("mnet_fx/read_maps.py", "return square and _is_orthogonal(frame) and", "return square and"),
     ("mnet_fx/calibration.py", "if not bool(first.isfinite().all() and second.isfinite().all()):", "if False:"),

@@ -199,7 +199,7 @@ def test_what_cannot_be_rotated_is_a_clear_error():
             for chain in mnet_fx.calibrate(other, batches(), rotate=True).maps
         ],
     )
-    with pytest.raises(mnet_fx.StreamError, match="stream of 8 channels"):
+    with pytest.raises(mnet_fx.StreamError, match="and 8 channels"):
         wide(batches()[0])
     wrong = [{"frame": 3 * torch.eye(8)}, {"frame": torch.eye(8).long()}, {"frame": torch.full((8, 8), float("nan"))}]
     for bad in (
@@ -293,6 +293,23 @@ def test_a_frozen_network_is_rotated_and_stays_frozen(way):
     found = mnet_fx.calibrate(net, batches(), rotate=True)
     assert [p.requires_grad for p in net.parameters()] == frozen
     assert found.error_after == pytest.approx(rotated(way)[1].error_after, rel=1e-3)
+
+
+def test_signs_are_not_those_of_another_width():
+    """As those of (batch, channels, time), where the last dimension counts as channels, would be with every length."""
+    net = mnet_fx.momentumize(torch.nn.Sequential(*(Wave() for _ in range(4))), gamma=0.5, weights="signed", regions=[""])
+    net(torch.randn(2, 8, 30))
+    with pytest.raises(mnet_fx.StreamError, match="and 30 channels"):
+        net(torch.randn(2, 8, 20))
+
+
+class Wave(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.tanh(self.conv(x))
 
 
 def test_a_frame_turns_what_no_map_tells_to_where_it_does_least_harm():

@@ -149,17 +149,15 @@ class Reads:
         Raises:
             StreamError: they are others, or the stream has another number of dimensions than it had, by which channels are told.
         """
-        dims, axis = self.maps.dims.setdefault(self.place, x.dim()), channel_axis(x)
-        where = f"the chain from {self.place[0] or 'the root'}"
-        if x.dim() != dims:
-            raise StreamError(
-                f"{where} was calibrated, or got its signs, for a stream of {dims} dimensions, by which its channels are told, and got "
-                f"one of shape {tuple(x.shape)}: give the model whole batches, under torch.func.vmap too (x[None])"
-            )
-        if read is not None and x.shape[axis] != read.width:
-            raise StreamError(
-                f"{where} was calibrated for a stream of {read.width} channels, and got one of shape {tuple(x.shape)}: calibrate anew"
-            )
+        width = int(x.shape[channel_axis(x)])
+        dims, channels = self.maps.streams.setdefault(self.place, (x.dim(), width))
+        if x.dim() == dims and width == (channels if read is None else read.width):
+            return
+        raise StreamError(
+            f"the chain from {self.place[0] or 'the root'} was calibrated, or got its signs, for a stream of {dims} dimensions, by which "
+            f"its channels are told, and {channels if read is None else read.width} channels, and got one of shape {tuple(x.shape)}: give "
+            "the model whole batches, under torch.func.vmap too (x[None]); or calibrate anew, or momentumize with other weights"
+        )
 
     def _uncalibrated(self) -> None:
         """Warns, once for each chain."""
