@@ -434,7 +434,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/rotations.py", ".mul_(1 + self.reach)", ""),
     ("mnet_fx/arithmetic/rotations.py", "if before.dim() != after.dim():", "if False:"),
     ("mnet_fx/runtime/reads.py", "return valueless(x) and not exported()", "return valueless(x)"),
-    ("mnet_fx/runtime/reads.py", "        if not reach:\n            after = None\n        elif read", "        if read"),
     ("mnet_fx/runtime/reads.py", "            self._check(read, y)\n", ""),
     ("mnet_fx/runtime/reads.py", "            self._check(None, y)\n", ""),
     ("mnet_fx/runtime/reads.py", "        self._check(read, x)\n", ""),
