@@ -68,7 +68,7 @@ BAD_OPTIONS = [
     ({"example_inputs": "blocks", "regions": ["blocks"]}, "example_inputs must be a tuple"),
     ({"regions": 3}, r"by their paths in the model, as in \['encoder.layers'\], got 3"),
     ({"regions": [None]}, r"by their paths in the model, .*, got \[None\]"),
-    ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', got 'paper'"),
+    ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', 'signed', got 'paper'"),
     ({"granularity": "block"}, "granularity must be one of 'add', 'module', got 'block'"),
     ({"backward": "checkpoint"}, "backward must be one of 'reversible', 'stored', got 'checkpoint'"),
     ({"precision": "float64"}, "precision must be one of 'standard', 'high', got 'float64'"),
