@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..arithmetic.rotations import Rotation
 from ..arithmetic.valueless import valueless
@@ -217,8 +218,9 @@ class Read(nn.Module):
 
     def point(self, x: Tensor) -> Tensor:
         """Where the step reads, in the shape, strides and dtype of x."""
-        moved = x.movedim(self.axis, -1)
-        for name, factor in self._parameters.items():
-            if name != "shift" and factor is not None:
-                moved = moved * factor if factor.dim() == 1 else moved @ factor
-        return (x + (moved + self.shift).movedim(-1, self.axis)).to(x.dtype)
+        moved, factors = x.movedim(self.axis, -1), [t for name, t in self._parameters.items() if name != "shift" and t is not None]
+        ahead = self.shift.expand_as(moved)
+        for i, factor in enumerate(factors):
+            bias = self.shift if i + 1 == len(factors) else None
+            ahead = moved = torch.addcmul(self.shift, moved, factor) if factor.dim() == 1 else functional.linear(moved, factor.mT, bias)
+        return (x + ahead.movedim(-1, self.axis)).to(x.dtype)
