@@ -55,8 +55,8 @@ def momentumize(
             a module that gives v[0] from x[0]. That module becomes `net.initial_velocity`; its parameters come last in the state_dict.
         weights: "momentum": b[t] = 1 - g[t], as in the paper; "matched": those with which the chain stays closest to the original network
             (needs v[0] = 0); "signed": the same, and after each step every channel of v gets a sign by a fair coin (always the same ones),
-            so that errors add up less. Closer at the same bits for pre-norm networks, and for others at small gammas, or calibrated;
-            steps run without the kernels for CPUs and GPUs.
+            so that errors add up less: at the same bits closer to some pretrained networks where gamma is small, or with `calibrate`.
+            Steps then run without the kernels for CPUs and GPUs.
         granularity: "add": a step for each residual add; "module": a step for each repeated block (one for a transformer layer, not two).
         regions: paths of containers (ModuleList, Sequential) whose layers the model calls one after the other, such as
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
