@@ -19,7 +19,7 @@ __all__ = ["Settings", "matched_weights", "momentum_weights"]
 
 Gamma = float | Callable[[int, int], float]
 Backward = Literal["reversible", "stored"]
-Granularity = Literal["add", "module"]
+Granularity = Literal["add", "module"] | int
 OnDrift = Literal["raise", "warn", "ignore"]
 Precision = Literal["standard", "high"]
 Rest = Literal["store", "checkpoint"]
@@ -75,7 +75,6 @@ class _Schedule:
 
 _CHOICES: dict[str, Any] = {
     "weights": Weights,
-    "granularity": Granularity,
     "backward": Backward,
     "on_drift": OnDrift,
     "precision": Precision,
@@ -114,6 +113,9 @@ class Settings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {getattr(self, name)!r}")
+        known = self.granularity in ("add", "module")
+        if not known and (isinstance(self.granularity, bool) or not isinstance(self.granularity, int) or self.granularity < 1):
+            raise SettingsError(f"granularity must be 'add', 'module' or how many blocks make a step, got {self.granularity!r}")
         if self.velocity is not None and not isinstance(self.velocity, nn.Module):
             raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
         if self.matched and self.velocity is not None:

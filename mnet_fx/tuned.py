@@ -24,7 +24,7 @@ class Candidate:
     """One network that was tried.
 
     Attributes:
-        cut: what its steps are: "named layers", "each block" or "each add".
+        cut: what its steps are: "named layers", "every 3 blocks", "each block" or "each add".
         options: for `momentumize`, with the read maps as `calibration` where it is calibrated.
         steps: how many its chains have.
         bits: per element of the stream that its chains must put aside, all steps together (`state_bits`).

@@ -43,13 +43,15 @@ def tune(
     optimizer: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
     rotate: bool = False,
+    blocks: Sequence[int] = (),
     **options: Any,
 ) -> Tuning:
     """Tries momentum networks of a model, and picks the cheapest that is faithful enough, or the most faithful that fits.
 
     Tried are all gammas, weights "momentum" and "matched", and "matched" with the read maps of `calibrate` where there are calls to fit
-    them on; each with the layers that the model's library marks as steps, where there are any (`regions="auto"`), each repeated block, and
-    each residual add. What `options` names is the same for all of them. Nothing is trained; the model is left as it was.
+    them on; each with the layers that the model's library marks as steps, where there are any (`regions="auto"`), each repeated block
+    (or several, see `blocks`), and each residual add. What `options` names is the same for all of them. Nothing is trained; the model is
+    left as it was.
 
     Args:
         model: the original, pretrained.
@@ -63,6 +65,7 @@ def tune(
         optimizer: as for `estimate`, which counts the bytes.
         loss: likewise.
         rotate: try calibrated networks with rotated velocities too, as `calibrate(rotate=True)` fits them.
+        blocks: numbers of blocks, such as (2, 3), each of which to try as one step too (`granularity`).
         options: others of `momentumize`, such as regions, granularity, weights, precision; not gamma and calibration.
 
     Returns:
@@ -74,11 +77,12 @@ def tune(
         SettingsError: an argument cannot be used, or the model has no chain.
         MnetError: no cut could be tried; the message is that of the last.
     """
-    _check(model, metric, fidelity, gammas, options)
+    _check(model, metric, fidelity, gammas, blocks, options)
     batches = inputs if isinstance(inputs, list) else [inputs]
     if not batches:
         raise SettingsError("inputs must be a call of the model, or a list of calls, got an empty list")
-    search = _Search(model, batches, metric, gammas, {"optimizer": optimizer, "loss": loss}, options, (False, True) if rotate else (False,))
+    rotations = (False, True) if rotate else (False,)
+    search = _Search(model, batches, metric, gammas, {"optimizer": optimizer, "loss": loss}, options, rotations, blocks)
     size = None if memory is None else parsed(memory)
     with working(f"tuning {type(model).__name__}") as say:
         rows = tuple(search.rows(say))
@@ -97,7 +101,7 @@ def tune(
     )
 
 
-def _check(model: nn.Module, metric: Any, fidelity: Any, gammas: Any, options: Mapping[str, Any]) -> None:
+def _check(model: nn.Module, metric: Any, fidelity: Any, gammas: Any, blocks: Sequence[int], options: Mapping[str, Any]) -> None:
     if not isinstance(model, nn.Module) or {REPORT, TRANSFORMED} & model.__dict__.keys():
         raise SettingsError(f"tune takes the original model, got {type(model).__name__}" + " rewritten" * isinstance(model, nn.Module))
     if metric is not None and not callable(metric):
@@ -111,6 +115,8 @@ def _check(model: nn.Module, metric: Any, fidelity: Any, gammas: Any, options: M
     for gamma in gammas:
         Settings(gamma, **{name: options[name] for name in ("weights", "granularity") if name in options})  # raises where one cannot be
         state_bits(gamma, 1)  # and here, where it is a schedule
+    for k in blocks:
+        Settings(granularity=k)
     if taken := {"gamma", "calibration", "inplace", "example_inputs"} & options.keys():
         raise SettingsError(f"tune chooses {', '.join(sorted(taken))} itself: leave it out; gammas=[...] says which are tried")
 
@@ -133,6 +139,7 @@ class _Search:
         batches: calls of the model, as `calibrate` takes them.
         counted: optimizer and loss, for `estimate`.
         rotations: the ways to calibrate: without rotated velocities, and with.
+        blocks: how many blocks may be a step, beside one.
     """
 
     def __init__(
@@ -144,8 +151,9 @@ class _Search:
         counted: dict[str, Any],
         options: dict[str, Any],
         rotations: tuple[bool, ...],
+        blocks: Sequence[int],
     ) -> None:
-        self.rotations = rotations
+        self.rotations, self.blocks = rotations, blocks
         self.model, self.batches, self.gammas, self.counted, self.options = model, batches, gammas, counted, options
         self.held = [call_from(batch) for batch in batches[-max(1, len(batches) // 4) :]]
         self.notes: dict[str, None] = {}
@@ -192,7 +200,8 @@ class _Search:
         free = not {"regions", "granularity", "rest"} & fixed.keys() and not isinstance(self.model, fx.GraphModule)
         if free and (paths := marked_containers(self.model, fixed.get("min_steps", 2))):
             found.append(("named layers", {"regions": paths}))
-        names = {"module": "each block", "add": "each add"}
+        names: dict[Any, str] = {k: f"every {k} blocks" for k in sorted(self.blocks, reverse=True)}
+        names |= {"module": "each block", "add": "each add"}
         return found + [(name, {"granularity": g}) for g, name in names.items() if fixed.get("granularity", g) == g]
 
     def _of_cut(self, cut: str, options: dict[str, Any], say: Callable[[str], None]) -> Iterator[Candidate]:

@@ -19,7 +19,8 @@ import torch.fx as fx
 __all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch", "Total"]
 
 Form = Literal["branch", "block"]
-Granularity = Literal["add", "module"]
+Granularity = Literal["add", "module"] | int
+"""What a step is: each add; each block that owns consecutive adds; or so many of these blocks."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Step:
         source: name of the node x[t].
         target: name of the node x[t+1]; it has the shape and dtype of x[t].
         nodes: names of the nodes computed inside the step, in graph order, target included, source not.
-        adds: names of the residual adds inside (one, or several with granularity "module").
+        adds: names of the residual adds inside (one, or several where steps are blocks).
         form: "branch" when x[t+1] = x[t] + branch exactly, so that f is the branch; "block" when only x[t+1] as a whole is known
             (post-activation, post-norm, several adds), so that f = x[t+1] - x[t].
         branch: name of the node that carries f when form is "branch" (None when form is "block").

@@ -334,7 +334,9 @@ MUTANTS: list[tuple[str, str, str]] = [
         'if (name := f"momentum_region_{number}"):',
     ),
     ("passes/planning/planner.py", "if facts.users_outside(piece[t].source, inside))", "if False)"),
-    ("passes/planning/planner.py", 'if granularity == "module" and not pieces else (pieces, refusals)', "if False else (pieces, refusals)"),
+    ("passes/planning/planner.py", '    if pieces or granularity == "add":', "    if True:"),
+    ("passes/planning/planner.py", "granularity - 1 if isinstance(granularity, int) and granularity > 1 else", ""),
+    ("passes/planning/spans.py", '1 if granularity == "module" else granularity', "1"),
     # Chains within chains, and chains that need each other.
     ("passes/planning/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if False:"),
     ("passes/planning/nesting.py", "if len(adds_of(self.pieces[i])) < most:", "if most:"),

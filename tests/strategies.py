@@ -287,7 +287,7 @@ class Options:
     gamma: object = 0.9
     weights: str = "momentum"
     initial_velocity: str = "zero"
-    granularity: str = "add"
+    granularity: str | int = "add"
 
     def arguments(self, conv: bool = False) -> dict:
         velocity = self.initial_velocity

@@ -124,6 +124,24 @@ def test_rotated_velocities_are_tried_where_asked_for():
     assert [one.kind for one in signed.rows] == ["signed", "calibrated"]
 
 
+def test_steps_of_several_blocks_are_tried_and_fewer_steps_put_aside_fewer_bits():
+    found = mnet_fx.tune(made(6), batches(), gammas=[0.5], weights="momentum", blocks=(2, 3), fidelity=0.5)
+    rows = [one for one in found.rows if one.cut != "named layers"]
+    assert [(one.cut, one.steps) for one in rows] == [
+        ("every 3 blocks", 2),
+        ("every 2 blocks", 3),
+        ("each add", 12),
+    ]
+    bits = [one.bits for one in rows]
+    assert bits == sorted(bits)
+    first = rows[0]
+    same_bits = mnet_fx.momentumize(made(6), gamma=2.0 ** -rows[-1].bits, granularity=3)
+    assert figures(same_bits, made(6))[1] < 0.1 * rows[-1].error
+    assert figures(mnet_fx.momentumize(made(6), **first.options), made(6))[1] == pytest.approx(first.error, abs=1e-5)
+    with pytest.raises(mnet_fx.SettingsError, match="how many blocks make a step"):
+        mnet_fx.tune(made(), batches(1), blocks=(0,))
+
+
 def test_small_gammas_cost_bytes_where_chains_are_long():
     found = mnet_fx.tune(made(16), batches(1), fidelity=0.0, gammas=[0.01, 0.9], weights="matched", regions=["blocks"])
     close, cheap = found.rows

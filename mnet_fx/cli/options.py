@@ -41,6 +41,17 @@ def _all(*decorators: Any) -> Decorator[Any]:
     return decorate
 
 
+class _Granularity(click.Choice):
+    """A choice, or a number of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(["add", "module"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return int(value) if str(value).isdecimal() and int(value) > 0 else super().convert(value, param, ctx)
+
+
+GRANULARITY = "A step for each residual add, for each repeated block, or for every so many blocks (a number)."
 GAMMA = "Momentum in [0, 1): near 1 takes least memory, near 0 is closest to the original."
 KWARGS = "Argument of what makes the model, or a JSON object of such; may be repeated."
 INPUT = "A tensor that the model takes, such as 8x3x224x224 or 2x64:int64:0-50256, or file.py:function for all; may be repeated."
@@ -50,7 +61,7 @@ momentum_options = _all(
     click.option("--gamma", type=float, default=0.9, show_default=True, help=GAMMA),
     _choice("--initial-velocity", "zero first", "v[0] = 0, or the speed of the first residual."),
     _choice("--weights", "momentum matched signed", "Weights of the residuals: as in the paper; closest to the original; with signs."),
-    _choice("--granularity", "add module", "A step for each residual add, or for each repeated block."),
+    click.option("--granularity", type=_Granularity(), default="add", show_default=True, help=GRANULARITY),
     click.option("--regions", multiple=True, metavar="PATH", help="Make the layers of this list steps; may be repeated; or auto."),
     _choice("--backward", "reversible stored", "Take chains back, or store activations."),
     click.option("--min-steps", type=click.IntRange(1), default=2, show_default=True, help="Leave shorter chains alone."),

@@ -9,14 +9,15 @@ from .plots import INK, bytes_axis, figure, written
 
 __all__ = ["plot_tuning"]
 
-_CUTS = {"named layers": ("-", "o"), "each block": ("--", "s"), "each add": (":", "^")}  # dash and marker
+_CUTS = {"named layers": ("-", "o"), "each block": ("--", "s"), "each add": (":", "^")}  # dash and marker; others are of several blocks
 _KINDS = {"momentum": "#d55e00", "matched": "#0072b2", "signed": "#cc79a7", "calibrated": "#009e73", "rotated": "#e69f00"}
 
 
 def plot_tuning(tuning: Any, path: str | Path | None = None) -> Any:
     """See `Tuning.plot`."""
     drawn, axes = figure(7.5, 4.8)
-    for cut, (dash, marker) in _CUTS.items():
+    for cut in dict.fromkeys(row.cut for row in tuning.rows):
+        dash, marker = _CUTS.get(cut, ("-.", "v"))
         for kind, colour in _KINDS.items():
             rows = [row for row in tuning.rows if (row.cut, row.kind) == (cut, kind)]
             if rows:

@@ -57,8 +57,8 @@ def plan(
 
     Args:
         gm: a captured graph, which is not changed.
-        granularity: "add" makes a step of every residual add; "module" makes a step of each block that owns consecutive adds, where that
-            leaves a chain at least `min_steps` steps.
+        granularity: "add" makes a step of every residual add; "module" makes a step of each block that owns consecutive adds, a number k of
+            every k such blocks; of fewer, where a chain would have less than `min_steps` steps.
         min_steps: fewest steps of a region.
         nested: whether a chain within one step of another gets a region in the code of that step.
         divided: which of the steps of a chain may be a region together, given their paths and links; default all.
@@ -69,8 +69,8 @@ def plan(
     Raises:
         ValueError: if `granularity` or `min_steps` is out of range.
     """
-    if granularity not in ("add", "module"):
-        raise ValueError(f'granularity must be "add" or "module", got {granularity!r}')
+    if granularity not in ("add", "module") and (isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1):
+        raise ValueError(f'granularity must be "add", "module" or how many blocks make a step, got {granularity!r}')
     if min_steps < 1:
         raise ValueError(f"min_steps must be at least 1, got {min_steps}")
     facts = Facts.of(gm)
@@ -133,7 +133,9 @@ def _pieces(chain: Chain, granularity: Granularity, graph: _Graph) -> tuple[list
             left = set(adds_of(piece)).difference(*map(adds_of, parts))
             refusals |= {add: refuse("left_before", add, f"%{add.name} was in no chain there") for add in left}
             pieces += parts
-    return _pieces(chain, "add", graph) if granularity == "module" and not pieces else (pieces, refusals)
+    if pieces or granularity == "add":
+        return pieces, refusals
+    return _pieces(chain, granularity - 1 if isinstance(granularity, int) and granularity > 1 else "add", graph)
 
 
 def _legal_runs(spans: Sequence[Span], graph: _Graph) -> tuple[list[Piece], Refusals]:

@@ -105,7 +105,7 @@ def spans_of(
 
     Args:
         chain: the chain.
-        granularity: "add" for one step per add, "module" for one per block that owns one or more consecutive adds.
+        granularity: "add" for one step per add, "module" for one per block that owns one or more consecutive adds, k for one per k blocks.
         facts: facts of the graph.
         sums: all residual sums of the graph by add.
         dead_ends: nodes that lead nowhere, see `dead_ends_of`.
@@ -132,8 +132,10 @@ def _groups(chain: Chain, granularity: Granularity) -> list[list[int]]:
     same = 0
     while all(len(key) > same for key in keys) and len({key[same] for key in keys}) == 1:
         same += 1
-    block = [key[: same + 1] if len(key) > same else t for t, key in enumerate(keys)]
-    return [list(group) for _, group in groupby(range(len(keys)), key=block.__getitem__)]
+    owners = [key[: same + 1] if len(key) > same else t for t, key in enumerate(keys)]
+    blocks = [list(group) for _, group in groupby(range(len(keys)), key=owners.__getitem__)]
+    together = 1 if granularity == "module" else granularity
+    return [[t for block in blocks[i : i + together] for t in block] for i in range(0, len(blocks), together)]
 
 
 def _cone(source: fx.Node, target: fx.Node, facts: Facts, sums: dict[fx.Node, ResidualSum], first: bool) -> set[fx.Node]:

@@ -69,7 +69,9 @@ BAD_OPTIONS = [
     ({"regions": 3}, r"by their paths in the model, as in \['encoder.layers'\], got 3"),
     ({"regions": [None]}, r"by their paths in the model, .*, got \[None\]"),
     ({"weights": "paper"}, "weights must be one of 'momentum', 'matched', 'signed', got 'paper'"),
-    ({"granularity": "block"}, "granularity must be one of 'add', 'module', got 'block'"),
+    ({"granularity": 0}, "granularity must be 'add', 'module' or how many blocks make a step, got 0"),
+    ({"granularity": True}, "granularity must be 'add', 'module' or how many blocks make a step, got True"),
+    ({"granularity": "block"}, "granularity must be 'add', 'module' or how many blocks make a step, got 'block'"),
     ({"backward": "checkpoint"}, "backward must be one of 'reversible', 'stored', got 'checkpoint'"),
     ({"precision": "float64"}, "precision must be one of 'standard', 'high', got 'float64'"),
     ({"on_drift": "log"}, "on_drift must be one of 'raise', 'warn', 'ignore', got 'log'"),
@@ -179,7 +181,7 @@ def test_a_model_that_cannot_be_copied_is_an_error():
     unchanged(model, before, tokens())
 
 
-@pytest.mark.parametrize("options", [{}, {"gamma": 0}, {"backward": "stored"}, {"granularity": "module"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gamma": 0}, {"backward": "stored"}, {"granularity": "module"}, {"granularity": 2}], ids=str)
 def test_a_model_without_residual_adds_comes_back_working(options):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
     before = facts(model)

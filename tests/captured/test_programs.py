@@ -85,6 +85,13 @@ def test_reversible_is_stored(spec, repeated, conv, training, choice):
 
 
 @few
+@given(programs(), convs, modes, st.integers(2, 3))
+def test_steps_of_several_blocks_are_as_right_as_others(spec, conv, training, blocks):
+    assert_oracle(spec, conv, training, granularity=blocks)
+    assert_exact(spec, conv, training, Options(0.9, "momentum", "zero", blocks))
+
+
+@few
 @given(programs(ADDITIVE).filter(is_chain), convs, modes, options())
 def test_a_chain_follows_the_recurrence(spec, conv, training, choice):
     """Values, gradients and batch statistics against the recurrence in plain float64, every block a step."""

@@ -151,6 +151,20 @@ def test_granularity_module_falls_back_to_adds():
     assert [lengths(planned(blocks, "module", min_steps)) for min_steps in (2, 3)] == [[2], [4]]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "granularity", "expected"),
+    [(7, 3, [6, 6, 2]), (6, 2, [4, 4, 4]), (6, 1, [2] * 6), (4, 4, [6, 2]), (2, 9, [2, 2]), (1, 2, [1, 1])],
+)
+def test_a_number_makes_a_step_of_so_many_blocks_or_of_fewer_where_that_is_too_short(blocks, granularity, expected):
+    def two(self, x):
+        x = x + self.f(x)
+        return x + self.g(x)
+
+    model = nn.Sequential(*(program(two, f=nn.Linear(4, 4), g=nn.Linear(4, 4)) for _ in range(blocks)))
+    (region,) = check_same(model, torch.randn(2, 4), granularity=granularity).regions
+    assert [len(step.adds) for step in region.steps] == expected
+
+
 def test_an_inner_value_as_side_input_cuts_the_chain():
     def forward(self, x):
         states = [x, x + self.f[0](x)]
@@ -292,7 +306,7 @@ def test_facts_of_shape_and_dtype():
 
 def test_options_are_checked():
     gm = traced(program(caller_owned, f=linears(2)))
-    with pytest.raises(ValueError, match='granularity must be "add" or "module", got \'block\''):
+    with pytest.raises(ValueError, match='granularity must be "add", "module" or how many blocks make a step, got \'block\''):
         plan(gm, granularity="block")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_steps must be at least 1, got 0"):
         plan(gm, min_steps=0)

@@ -111,6 +111,7 @@ OTHERS = {
     "weights": {"weights": "matched"},
     "initial_velocity": {"initial_velocity": "first"},
     "granularity": {"granularity": "module"},
+    "blocks of a step": {"granularity": 2},
     "min_steps": {"min_steps": 3},
     "regions": {"regions": ["layers"]},
     "schedule": {"gamma": halving},
