@@ -442,7 +442,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/read_maps.py", "return square and _is_orthogonal(frame) and", "return square and"),
     ("mnet_fx/calibration.py", "if not bool(first.isfinite().all() and second.isfinite().all()):", "if False:"),
     ("mnet_fx/calibration.py", "with torch.inference_mode(False), evaluated(net):", "with evaluated(net):"),
-    ("mnet_fx/step_streams.py", "for call in calls * PROBES:", "for call in calls:"),
     ("mnet_fx/runtime/reads.py", "None if before is after is None else Rotation", "None if after is None else Rotation"),
     (
         "mnet_fx/runtime/steps.py",
