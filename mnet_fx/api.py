@@ -58,8 +58,8 @@ def momentumize(
             so that errors add up less: at the same bits closer to some pretrained networks where gamma is small, or with `calibrate`.
             Steps then run without the kernels for CPUs and GPUs.
         granularity: "add": a step for each residual add; "module": a step for each repeated block (one for a transformer layer, not two);
-            a number k: for every k of these blocks, where that leaves a chain two steps. Fewer, larger steps put aside fewer bits, so the
-            network is closer to the original at the same memory; the backward pass holds the activations of a whole step.
+            a number k: for every k of these blocks, where that leaves a chain two steps. Fewer, larger steps put aside fewer bits at the
+            same gamma, and at equal total bits are closer to the original; the backward pass holds the activations of a whole step.
         regions: paths of containers (ModuleList, Sequential) whose layers the model calls one after the other, such as
             ["encoder.layers"]. Then nothing is captured: each of those layers becomes a step of a chain, f(x) = layer(x) - x, whatever
             Python is in it and around it, and the rest of the model stays as it is. A layer takes the stream as its first tensor and

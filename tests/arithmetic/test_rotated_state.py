@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fixed_point import DTYPES, gammas, same, snapshot, values
+from test_fixed_point import DTYPES, assert_undone, gammas, snapshot, values
 
 from mnet_fx.arithmetic import rotated_state
 from mnet_fx.arithmetic.fixed_point import State
@@ -63,15 +63,7 @@ def test_unstep_undoes_step_for_any_values(run, chunk):
             assert state.X.double().abs().max() <= state.format.limit
             assert state.U.double().abs().max() * state.ratio * state.unit <= state.v_bound
             assert state.U.double().abs().max() < 2.0**53
-        for t in reversed(range(len(steps))):
-            x = state.unstep_x(records[t])
-            assert torch.equal(state.X, seen[t][0])
-            assert torch.equal(x.nan_to_num(), state.read().nan_to_num())
-            state.restep_x(records[t])
-            assert same(snapshot(state), seen[t + 1])
-            state.unstep_x(records[t])
-            state.unstep_u(records[t], steps[t][0])
-            assert same(snapshot(state), seen[t])
+        assert_undone(state, records, [y for y, *_ in steps], seen)
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.5, 0.9])
