@@ -11,9 +11,10 @@ from torch.autograd import Function
 from ..errors import UNCOMPILED, StreamError
 from .guise import Guise, dressed, plain
 
-__all__ = ["Enter", "Factors", "Shear"]
+__all__ = ["Enter", "Factors", "Shear", "handed_on"]
 
 Factors = tuple[tuple[float, float], ...]
+ROUNDING = 1e-15  # of a sum of two factors that are exact to the last bit
 
 
 class Enter(Function):
@@ -22,7 +23,7 @@ class Enter(Function):
     @staticmethod
     def forward(ctx: Any, x0: Tensor, v0: Tensor | None, tape: Any) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.gamma = tape.factors[0][0]
+        ctx.handed_on = tape.handed_on[0]
         with torch._C.DisableTorchFunction():  # subclasses and modes are about the model's operations
             start, token = tape.enter(), None if v0 is None else _token(plain(x0))
         return dressed(start, Guise.of(x0)), token
@@ -31,7 +32,7 @@ class Enter(Function):
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if gv is not None:
-            gv = gv * ctx.gamma  # see Shear
+            gv = gv * ctx.handed_on[1]
         elif gx is not None and ctx.needs_input_grad[1]:
             gv = torch.zeros_like(gx)  # g[0] = 0 forgets v0
         return gx, gv, None
@@ -40,15 +41,16 @@ class Enter(Function):
 class Shear(Function):
     """(x[t], v[t], y) -> (x[t+1], v[t+1]): values from the tape, gradient of v' = g v + b y, x' = x + v'.
 
-    v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of
-    v[t+1], which is to be multiplied by g[t] by whoever takes it: one pass over the elements less. Where velocities are rotated, it is
-    that of u, see `arithmetic.rotations`.
+    v is a token of the stream's shape without memory: only its gradient is real. What is handed on as the gradient of v[t] is that of y,
+    which is there anyway, and whoever takes it multiplies it by g[t] / b[t] (see `handed_on`): one tensor less, and one pass over the
+    elements. Where velocities are rotated, it is that of u, see `arithmetic.rotations`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, tape: Any, t: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.factors, ctx.dtypes, ctx.rotation = tape.factors[t : t + 2], (x.dtype, y.dtype), tape.rotations.get(t)
+        ctx.factors, ctx.handed_on, ctx.rotation = tape.factors[t], tape.handed_on[t : t + 2], tape.rotations.get(t)
+        ctx.dtypes = x.dtype, y.dtype
         if y.device != x.device:
             raise StreamError(
                 f"{tape.region}, step {t}: the stream is on {x.device}, and what the step adds to it on {y.device}: one region per device, "
@@ -63,20 +65,36 @@ class Shear(Function):
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gamma, weight), (x_dtype, y_dtype), rotation = ctx.factors[0], ctx.dtypes, ctx.rotation
+        (gamma, weight), (x_dtype, y_dtype), rotation = ctx.factors, ctx.dtypes, ctx.rotation
+        (scale, _), *after = ctx.handed_on
         if rotation is not None:
             rotation.check()
         by_x = gx if gx is None or rotation is None else rotation.velocity_gradient(gx)
-        if gv is not None:
-            next_gamma = ctx.factors[1][0]
-            gv = gv * next_gamma if by_x is None else torch.add(by_x, gv, alpha=next_gamma)
-        total = by_x if gv is None else gv
+        total = _weighted(by_x, scale, gv, scale * after[0][1] if after else 0.0)
         if total is None:
             return None, None, None, None, None
         gy = None
         if ctx.needs_input_grad[2]:
-            gy = ((total if rotation is None else rotation.residual_gradient(total)) * weight).to(y_dtype)
+            gy = total if rotation is None else rotation.residual_gradient(total)
+            gy = (gy if scale == weight else gy * weight).to(y_dtype)
         return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
+
+
+def handed_on(factors: Factors, rotates: bool) -> tuple[tuple[float, float], ...]:
+    """For each step what the gradient of v[t + 1] was multiplied by before it is handed on, and by what that is to be multiplied then."""
+    scales = [1.0 if rotates or not weight else weight for _, weight in factors]
+    return tuple((scale, gamma / scale) for scale, (gamma, _) in zip(scales, factors, strict=True))
+
+
+def _weighted(gx: Tensor | None, a: float, gv: Tensor | None, b: float) -> Tensor | None:
+    """a gx + b gv, in one pass where a + b = 1."""
+    if gx is None:
+        return None if gv is None else gv * b
+    if gv is None:
+        return gx if a == 1 else gx * a
+    if abs(a + b - 1) < ROUNDING and gx.dtype == gv.dtype:
+        return torch.lerp(gx, gv, b)
+    return torch.add(gx if a == 1 else gx * a, gv, alpha=b)
 
 
 def _token(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ from .guise import Guise, dressed, plain
 from .own_copies import OwnCopies
 from .proofs import Drift, Print, Proofs, differed, looked, rerunning, unseen_write
 from .replay import Conditions
-from .shear import Enter, Factors, Shear
+from .shear import Enter, Factors, Shear, handed_on
 from .unreturned import Leaving
 
 __all__ = ["PlainTape", "Rerun", "ReversingTape", "StoringTape", "Tape"]
@@ -88,7 +88,7 @@ class Tape:
     """
 
     def __init__(self, region: str, state: State | DeviceState, factors: Factors, on_drift: str = "raise") -> None:
-        self.state = state
+        self.state, self.handed_on = state, handed_on(factors, isinstance(state, RotatedState))
         self._begin(region, factors, on_drift)
 
     def _begin(self, region: str, factors: Factors, on_drift: str) -> None:

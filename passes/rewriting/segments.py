@@ -6,7 +6,7 @@
     peak   = kept + the most that one segment saves while it is run again
 
 A cut costs the values that cross it, so it belongs where these are few. For each bound on what a segment may save, the cuts that keep
-fewest bytes are found by dynamic programming; of the bounds, the one with the lowest peak wins.
+fewest bytes are found by dynamic programming; of the bounds, the one with the lowest peak wins, or about that and fewer segments.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = ["Cost", "Memory", "Segment", "cutting", "saved_by", "segmented"]
 
 _PLACES = 256  # of one run that are tried as cuts, since each is tried with each
 _BOUNDS = 12  # on what a segment may save, from the least possible to all
+_ALIKE = 1.03  # times the lowest peak: no more than what is not counted, so the fewest segments are taken
 
 
 @dataclass(frozen=True)
@@ -147,20 +148,28 @@ def segmented(groups: Sequence[list[fx.Node]], memory: Memory, floor: int) -> li
     least = max(1, *(run.least for run in runs))
     bounds = {max(least, floor), *(round(least * (total / least) ** (i / (_BOUNDS - 1))) for i in range(_BOUNDS))}
     found = [[run.cut(bound) for run in runs] for bound in sorted(bounds)]
-    return min(found, key=lambda segments: _peak(segments, memory, floor))
+    peaks = [_peak(segments, memory, floor) for segments in found]
+    fixed = sum(run.fixed for run in runs)
+    good = [i for i, peak in enumerate(peaks) if peak - fixed <= _ALIKE * (min(peaks) - fixed)]
+    return found[min(good, key=lambda i: (sum(map(len, found[i])), peaks[i]))]
 
 
 def _peak(groups: list[list[Segment]], memory: Memory, floor: int) -> int:
-    kept: dict[int, int] = {}
-    work = floor
-    for segment in (segment for group in groups for segment in group):
-        saved, given = saved_by(segment.nodes, memory), _given_to(segment.nodes, memory)
-        if segment.proof is None:
-            kept |= saved
-        else:
-            kept |= {number: memory.sizes.get(number, 0) for number in given}
-            work = max(work, sum(size for number, size in saved.items() if number not in given))
-    return sum(kept.values()) + work
+    """The most bytes of the backward pass, which goes from the last segment to the first: while it is in one, there is what those before
+    it keep, what it saves itself, and the gradients of what is read behind it. Of what is between segments, only the floor is known.
+    """
+    segments = [segment for group in groups for segment in group]
+    kept, given = set[int](), [_given_to(segment.nodes, memory) for segment in segments]
+    read, behind = set[int](), list[set[int]]()  # what later segments are given, and did not make
+    for segment, inputs in zip(reversed(segments), reversed(given), strict=True):
+        behind.append(read)
+        read = (read - _memory(segment.nodes)) | inputs
+    most = 0
+    for segment, inputs, pending in zip(segments, given, reversed(behind), strict=True):
+        saved = set(saved_by(segment.nodes, memory))
+        kept |= saved if segment.proof is None else inputs
+        most = max(most, memory.weigh(kept | saved) + memory.weigh(pending))
+    return max(most, memory.weigh(kept) + floor)
 
 
 def saved_by(nodes: Iterable[fx.Node], memory: Memory) -> dict[int, int]:
@@ -198,7 +207,7 @@ class _Run:
     Attributes:
         places: positions of the cuts that are possible, from 0 to the number of nodes.
         stretches: what lies between each two of them.
-        saves, least: the bytes that all of it saves, and the largest stretch that can be run again.
+        saves, least, fixed: the bytes that all of it saves, the largest stretch that can be run again, and all those that cannot.
     """
 
     def __init__(self, nodes: list[fx.Node], memory: Memory) -> None:
@@ -208,6 +217,7 @@ class _Run:
         self.stretches = [self._stretch(i, j) for i, j in pairwise(self.places)]
         self.saves = sum(saved_by(nodes, memory).values())
         self.least = max((sum(stretch.saved.values()) for stretch in self.stretches if stretch.again), default=0)
+        self.fixed = sum(sum(stretch.saved.values()) for stretch in self.stretches if not stretch.again)
 
     def _stretch(self, start: int, end: int) -> _Stretch:
         nodes = self.nodes[start:end]

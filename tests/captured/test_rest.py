@@ -354,3 +354,41 @@ def test_a_float_that_is_read_from_a_tensor():
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         stored, again = (made(model, rest=rest, inner="aot_eager") for rest in ("store", "checkpoint"))
         assert same(trained(stored, x), trained(again, x))
+
+
+class Skips(nn.Module):
+    """Each block of the way up gets the value of one of the way down beside its own."""
+
+    def __init__(self, n=4):
+        super().__init__()
+        self.down = nn.ModuleList(Block(4) for _ in range(n))
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.Tanh()) for _ in range(n))
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = block(x)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], 1))
+        return x
+
+
+def test_a_gradient_of_a_skip_does_not_keep_that_of_all_that_it_was_joined_with():
+    torch.manual_seed(0)
+    x, peak = torch.randn(2, 4, 32, 32), {}
+    for n in (4, 12):
+        net = made(Skips(n), rest="checkpoint")
+        net(x).sum().backward()
+        peak[n] = mnet_fx.measure(lambda net=net: net(x).sum().backward()).peak
+    assert (peak[12] - peak[4]) / 8 <= 2 * x.nbytes  # of each skip: its value, later its gradient, and less than one more
+
+
+def test_many_gradients_at_once_go_through_segments():
+    torch.manual_seed(0)
+    model, x = Skips(), torch.randn(2, 4, 8, 8, requires_grad=True)
+    many = []
+    for net in (made(model, rest="checkpoint"), made(model, backward="stored")):
+        y = net(x)
+        many += torch.autograd.grad(y, x, torch.stack([torch.ones_like(y), y.detach()]), is_grads_batched=True)
+    assert torch.equal(*many)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from passes.graphs.effects import observed
+from passes.rewriting import segments
 from passes.rewriting.heads import heads
 from passes.rewriting.segments import Memory, segmented
 
@@ -186,3 +187,41 @@ def test_logits_that_change_their_classes_or_twice_their_dtype_on_the_way_are_le
 
     assert not list(heads(captured(halved, x, WEIGHT, TARGET)))
     assert not list(heads(captured(cast, x, WEIGHT, TARGET)))
+
+
+def test_of_cuts_that_are_about_as_good_the_one_with_fewest_segments_is_taken(x, monkeypatch):
+    graph = captured(lambda x: wave(x, 64), x)
+    counts, peak = {}, segments._peak
+
+    def noting(groups, memory, floor):
+        counts[sum(map(len, groups))] = min(peak(groups, memory, floor), counts.get(sum(map(len, groups)), 10**9))
+        return peak(groups, memory, floor)
+
+    monkeypatch.setattr(segments, "_peak", noting)
+    assert len(cut(graph)) == min(n for n, size in counts.items() if size <= 1.03 * min(counts.values()))
+    assert len(counts) > 3
+
+
+def test_a_peak_is_that_of_going_back_segment_by_segment(x):
+    def skipping(x):
+        a = wave(x, 3)
+        b = wave(a.repeat(1, 4), 2).sum(1, keepdim=True) * a
+        return wave(b, 3) + a
+
+    graph = captured(skipping, x)
+    nodes = nodes_of(graph)
+    memory = Memory.of(graph, ())
+    edges = [(source, node) for node in nodes for source in node.all_input_nodes if source in nodes]
+
+    def weigh(values):
+        return memory.weigh({number for value in values for number in memory.of_node(value)})
+
+    for width in (2, 3, 5):
+        groups = [[segments.Segment(nodes[i : i + width], nodes[i])] for i in range(0, len(nodes), width)]
+        number, most = {node: i // width for i, node in enumerate(nodes)}, 0
+        for now, (segment,) in enumerate(groups):
+            kept = {source for source, reader in edges if number[source] < number[reader] <= now}
+            waiting = {source for source, reader in edges if number[source] <= now < number[reader]}  # their gradients
+            inside = set(segments.saved_by(segment.nodes, memory)) - {n for source in kept for n in memory.of_node(source)}
+            most = max(most, weigh(kept) + memory.weigh(inside) + weigh(waiting))
+        assert segments._peak(groups, memory, 0) == most

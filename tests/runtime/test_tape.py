@@ -44,17 +44,21 @@ def factors(gammas):
 
 
 MIXED = factors([0.0, 0.9, 0.3, 0.0, 1 / 256, 0.99])
+WEIGHTED = ((0.9, 0.5), (0.3, 0.0), (0.5, 2.0), (0.0, 0.7), (0.2, 1.0), (0.99, 0.01))
 
 
 @pytest.mark.parametrize("kind", [*TAPES, PlainTape])
 @pytest.mark.parametrize("with_velocity", [False, True])
-def test_gradients_are_those_of_the_recurrence_in_float64(kind, with_velocity):
+@pytest.mark.parametrize(
+    "each", [MIXED, WEIGHTED, factors([0.9] * 6), ((0.4, 0.0),) * 6], ids=["mixed", "weighted", "alike", "nothing added"]
+)
+def test_gradients_are_those_of_the_recurrence_in_float64(kind, with_velocity, each):
     fs = functions(dtype=torch.float64).eval()
     x0 = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
     v0 = torch.randn(5, D, dtype=torch.float64, requires_grad=True) if with_velocity else None
     inputs = [x0, *([v0] if with_velocity else []), *fs.parameters()]
-    out, _ = chain(kind, fs, MIXED, x0, v0)
-    expected = recurrence(x0, fs, MIXED, v0)[-1]
+    out, _ = chain(kind, fs, each, x0, v0)
+    expected = recurrence(x0, fs, each, v0)[-1]
     assert (out - expected).abs().max() < 1e-9
     for a, b in zip(torch.autograd.grad(out.exp().sum(), inputs), torch.autograd.grad(expected.exp().sum(), inputs), strict=True):
         assert (a - b).abs().max() <= 1e-8 * b.abs().max()
