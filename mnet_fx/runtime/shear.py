@@ -66,30 +66,28 @@ class Shear(Function):
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         (gamma, weight), (x_dtype, y_dtype), rotation = ctx.factors, ctx.dtypes, ctx.rotation
-        (scale, _), *after = ctx.handed_on
         if rotation is not None:
             rotation.check()
-        by_x = gx if gx is None or rotation is None else rotation.velocity_gradient(gx)
-        total = _weighted(by_x, scale, gv, scale * after[0][1] if after else 0.0)
-        if total is None:
+        if gx is None:
+            assert gv is None, "whoever reads v[t + 1] reads x[t + 1]"
             return None, None, None, None, None
+        (scale, _), *after = ctx.handed_on
+        by_x = gx if rotation is None else rotation.velocity_gradient(gx)
+        total = _weighted(by_x, scale, gv, scale * after[0][1] if after else 0.0)
         gy = None
         if ctx.needs_input_grad[2]:
             gy = total if rotation is None else rotation.residual_gradient(total)
-            gy = (gy if scale == weight else gy * weight).to(y_dtype)
-        return None if gx is None else gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
+            gy = (gy if weight else gy * weight).to(y_dtype)
+        return gx.to(x_dtype), total if gamma and ctx.needs_input_grad[1] else None, gy, None, None
 
 
-def handed_on(factors: Factors, rotates: bool) -> tuple[tuple[float, float], ...]:
+def handed_on(factors: Factors) -> tuple[tuple[float, float], ...]:
     """For each step what the gradient of v[t + 1] was multiplied by before it is handed on, and by what that is to be multiplied then."""
-    scales = [1.0 if rotates or not weight else weight for _, weight in factors]
-    return tuple((scale, gamma / scale) for scale, (gamma, _) in zip(scales, factors, strict=True))
+    return tuple((weight or 1.0, gamma / (weight or 1.0)) for gamma, weight in factors)
 
 
-def _weighted(gx: Tensor | None, a: float, gv: Tensor | None, b: float) -> Tensor | None:
+def _weighted(gx: Tensor, a: float, gv: Tensor | None, b: float) -> Tensor:
     """a gx + b gv, in one pass where a + b = 1."""
-    if gx is None:
-        return None if gv is None else gv * b
     if gv is None:
         return gx if a == 1 else gx * a
     if abs(a + b - 1) < ROUNDING and gx.dtype == gv.dtype:

@@ -88,7 +88,7 @@ class Tape:
     """
 
     def __init__(self, region: str, state: State | DeviceState, factors: Factors, on_drift: str = "raise") -> None:
-        self.state, self.handed_on = state, handed_on(factors, isinstance(state, RotatedState))
+        self.state, self.handed_on = state, handed_on(factors)
         self._begin(region, factors, on_drift)
 
     def _begin(self, region: str, factors: Factors, on_drift: str) -> None:
