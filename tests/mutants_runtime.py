@@ -202,7 +202,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/stand_ins.py", "*((nn.modules.module, name, _own_hooks(name)) for name in _GLOBAL_HOOKS),", ""),
     ("passes/planning/spans.py", "if node.target not in _CLONES:", "if True:"),
     ("mnet_fx/runtime/replay.py", "if self.attributes is None and not self.random and not self._flagged():", "if self.attributes is None:"),
-    ("mnet_fx/compiled/artifacts.py", "effects is not None and effects.none)", "True)"),
+    ("mnet_fx/compiled/artifacts.py", "effects is not None and effects.none,", "True,"),
+    ("mnet_fx/compiled/artifacts.py", " and not effects.foreign and", " and"),
     ("mnet_fx/compiled/artifacts.py", "and not isinstance(node.target, HigherOrderOperator)", ""),
     (
         "mnet_fx/arithmetic/valueless.py",
@@ -274,7 +275,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/segment.py", "self.proofs.compare(*self.unreturned.prints(), partial(differed, self.drifted, None, LEFT))", "pass"),
     ("mnet_fx/runtime/attributes.py", "value if value.grad_fn is None else value.detach().requires_grad_()", "value"),
     ("mnet_fx/runtime/attributes.py", "for name in live.keys() - then.keys():", "for name in ():"),
-    ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(stream_print(tape, x), print_,", "tape.proofs.put_off((), (),"),
+    ("mnet_fx/runtime/steps.py", "tape.proofs.put_off(stream_print(tape, x, t), print_,", "tape.proofs.put_off((), (),"),
     ("mnet_fx/runtime/steps.py", "if self.running:", "if False:"),
     ("mnet_fx/runtime/steps.py", "y, *needing[:1])", "y)"),
     ("mnet_fx/runtime/tape.py", "        self._seek(t)  # where", "        pass  # where"),

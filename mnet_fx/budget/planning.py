@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -63,7 +64,8 @@ class Plan:
         Raises:
             SettingsError, MnetError: as of `plan`.
         """
-        return self._at(memory)
+        began = time.perf_counter()
+        return replace(self._at(memory), seconds_taken=time.perf_counter() - began)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what json.dumps takes, if the options are."""
@@ -78,7 +80,10 @@ class Plan:
         rows += [["operations / plain", *(f"{way.flops_ratio:.2f}" for way in ways.values())]]
         table = tabulate(rows, ["", *ways], tablefmt="simple", disable_numparse=True, colalign=("left", "right", "right", "right"))
         kept = tabulate([[name, f"{some} of {all_}"] for name, some, all_ in self.kept], ["kept", ""], tablefmt="simple")
-        chosen = f"rest={self.options['rest']!r}, keep={self.options['keep']}"
+        granularity = self.options.get("granularity", "add")
+        chosen = f"rest={self.options['rest']!r}, keep={self.options['keep']}" + (
+            "" if granularity == "add" else f", granularity={granularity!r}"
+        )
         return f"{self.model} in {shown(self.memory)}: {chosen}\n\n{table}\n\n{kept}"
 
 
@@ -100,7 +105,8 @@ def plan(
             such as "16GiB"; or a number below 1, relative to `total_bytes` of plain training.
         optimizer: as for `estimate`.
         loss: as for `estimate`.
-        options: those of `momentumize`, but for rest, keep and regions.
+        options: those of `momentumize`, but for rest, keep and regions. granularity may be several, such as ("add", "module", 2): each
+            makes another momentum network, and the one is taken of which least is run again in the memory there is.
 
     Returns:
         A `Plan`; print it. Less memory never gives a plan with a higher peak.
@@ -115,24 +121,53 @@ def plan(
     began = time.perf_counter()
     if chosen := [name for name, default in _CHOSEN.items() if options.pop(name, default) != default]:
         raise SettingsError(f"plan chooses how much is kept of a captured model: leave {', '.join(chosen)} out")
-    request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, {**options, "rest": "checkpoint"})
+    many = options.pop("granularity", "add")
+    kinds = many if isinstance(many, (tuple, list)) else [many]
+    if not kinds:
+        raise SettingsError("granularity must be one or more of what may make a step, got none")
+    loss = default_loss if loss is None else loss
+    each = [{**options, "granularity": kind, "rest": "checkpoint"} for kind in kinds]
+    requests = [Request.of(model, example_inputs, optimizer, loss, chosen) for chosen in each]
     with working(f"planning {type(model).__name__}"):
-        plain = request.taken("plain", None)
+        plain = requests[0].taken("plain", None)
         assert plain is not None
-        return _Tries(request, plain, began).plan(memory)
+        best = _best([_Tries(request, plain) for request in requests], memory)
+    return replace(best, seconds_taken=time.perf_counter() - began)
+
+
+def _best(tries: Sequence[_Tries], memory: str | float) -> Plan:
+    """Of the plans that fit, that with the least work."""
+    plans, errors = list[Plan](), list[_TooLittle]()
+    for each in tries:
+        try:
+            plans.append(each.plan(memory))
+        except _TooLittle as error:
+            errors.append(error)
+    if not plans:
+        raise min(errors, key=lambda error: error.least)
+    best = min(plans, key=lambda plan: (plan.predicted.flops_ratio, plan.predicted.total_bytes))
+    return replace(best, _at=partial(_best, tries))
+
+
+class _TooLittle(MnetError):
+    """The memory there is is less than the least."""
+
+    def __init__(self, text: str, least: int) -> None:
+        super().__init__(text)
+        self.least = least
 
 
 class _Tries:
     """Steps with so much kept, of one model."""
 
-    def __init__(self, request: Request, plain: Taken, began: float) -> None:
-        self.request, self.plain, self.began = request, plain, began
+    def __init__(self, request: Request, plain: Taken) -> None:
+        self.request, self.plain = request, plain
         self.known: dict[int, Way] = {}
 
     def plan(self, memory: str | float) -> Plan:
         name, size, least = type(self.request.model).__name__, _size(memory, self.plain.way), self.at(0)
         if least.total_bytes > size:
-            raise MnetError(_too_little(name, size, least, self.plain.way))
+            raise _TooLittle(_too_little(name, size, least, self.plain.way), least.total_bytes)
         keep = self._most(size)
         return Plan(
             model=name,
@@ -142,13 +177,9 @@ class _Tries:
             least=least,
             plain=self.plain.way,
             kept=self.kept(keep),
-            seconds_taken=time.perf_counter() - self.began,
-            _at=self._again,
+            seconds_taken=0.0,
+            _at=self.plan,
         )
-
-    def _again(self, memory: str | float) -> Plan:
-        self.began = time.perf_counter()
-        return self.plan(memory)
 
     def _most(self, size: int) -> int:
         """The most that can be kept, if a step may take so many bytes.

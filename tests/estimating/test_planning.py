@@ -9,7 +9,7 @@ import pytest
 import torch
 from budget_models import UNet
 from hypothesis import given
-from models import Encoder
+from models import MLP, Encoder
 from torch import nn
 
 import mnet_fx
@@ -82,6 +82,33 @@ def test_momentumize_plans_by_itself():
     assert plan.options["keep"] > 0
     text = mnet_fx.momentumize(model, inputs, memory=f"{plan.memory / MIB} MiB", gamma=0.9).mnet_fx_options["keep"]
     assert text == plan.options["keep"]
+
+
+def test_a_plan_chooses_what_makes_a_step_where_it_is_asked_to():
+    torch.manual_seed(0)
+    model, inputs = MLP(80, 64, 8), (torch.randn(256, 64),)
+    kinds, sizes = ("add", 2, 4), {}
+    for gamma in (0.1, 0.9):
+        each = {kind: mnet_fx.plan(model, inputs, memory=1.0, gamma=gamma, granularity=kind) for kind in kinds}
+        sizes[gamma] = least = {kind: plan.least.total_bytes for kind, plan in each.items()}
+        plan = mnet_fx.plan(model, inputs, memory=1.0, gamma=gamma, granularity=kinds)
+        for memory in (min(least.values()), sorted(least.values())[1], plan.plain.total_bytes):
+            best = plan.at(memory)
+            others = [plan.at(memory) for kind, plan in each.items() if least[kind] <= memory]
+            assert best in others
+            assert best.predicted.flops_ratio == min(other.predicted.flops_ratio for other in others)
+            assert f"granularity={best.options['granularity']!r}" in str(best) or best.options["granularity"] == "add"
+            peak = taken(mnet_fx.momentumize(copy.deepcopy(model), **best.options), inputs)
+            assert peak == pytest.approx(best.predicted.peak_bytes, abs=1.01 * inputs[0].numel())  # values decide on a byte more or less
+        with pytest.raises(MnetError, match="does not fit") as least_of_all:
+            plan.at(min(least.values()) - 1)
+        with pytest.raises(MnetError) as one:
+            each[min(least, key=least.get)].at(min(least.values()) - 1)
+        assert str(least_of_all.value) == str(one.value)
+    assert min(sizes[0.9], key=sizes[0.9].get) == "add"
+    assert min(sizes[0.1], key=sizes[0.1].get) != "add"
+    with pytest.raises(SettingsError, match="granularity must be one or more"):
+        mnet_fx.plan(model, inputs, memory=1.0, granularity=())
 
 
 def test_convolutions_within_three_percent():

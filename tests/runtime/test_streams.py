@@ -11,6 +11,7 @@ from torch import nn
 
 import mnet_fx
 from mnet_fx import MomentumNet, StreamError, momentumize
+from mnet_fx.runtime import steps
 from mnet_fx.runtime.tape import PlainTape
 
 ALL = [*TAPES, PlainTape]
@@ -230,3 +231,42 @@ def test_a_model_that_writes_to_the_stream_between_two_layers(write, mode, backw
 
     with mode(), pytest.raises(StreamError, match=r"the stream was changed in place (since layers.0 returned it|where autograd does not)"):
         finished(momentumize(Net(), regions=["layers"], backward=backward)(torch.randn(5, D)))
+
+
+@torch.library.custom_op("mnet_fx_tests::lying", mutates_args=())
+def lying(x: torch.Tensor) -> torch.Tensor:
+    """Writes to its input and does not say so."""
+    x.data.mul_(2)
+    return x.clone()
+
+
+lying.register_fake(torch.empty_like)
+lying.register_autograd(lambda ctx, g: g)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_operation_that_lies_about_what_it_writes_to_is_found_in_a_captured_step(mode):
+    class Residual(nn.Module):
+        def __init__(self, lies):
+            super().__init__()
+            self.lies, self.linear = lies, nn.Linear(D, D)
+
+        def forward(self, x):
+            return x + self.linear(lying(x) if self.lies else x.tanh())
+
+    net = momentumize(nn.Sequential(*map(Residual, (False, True, False))), gamma=0.9)
+    with mode(), pytest.raises(StreamError, match="step 1: the stream was changed in place where autograd"):
+        finished(net(torch.randn(5, D)))
+
+
+@pytest.mark.parametrize("backward", ["reversible", "stored"])
+def test_nobody_looks_for_writes_to_the_stream_of_a_graph_that_makes_none(monkeypatch, backward):
+    looked = []
+    monkeypatch.setattr(steps, "unseen_write", lambda region, t, places: looked.append(t))
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(2)))
+    for net, watched in (
+        (momentumize(model, gamma=0.9, backward=backward), False),
+        (momentumize(model, regions=[""], backward=backward), True),
+    ):
+        net(torch.randn(2, 3, 8)).sum().backward()
+        assert bool(looked) is watched, "dropout draws random numbers, and writes to nothing"
