@@ -92,7 +92,7 @@ class _Compact(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        return x.view_as(x)
+        return x.detach()  # no view for autograd, which would forbid to write to x afterwards
 
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)
