@@ -136,25 +136,19 @@ def plan(
 
 
 def _best(tries: Sequence[_Tries], memory: str | float) -> Plan:
-    """Of the plans that fit, that with the least work."""
-    plans, errors = list[Plan](), list[_TooLittle]()
-    for each in tries:
-        try:
-            plans.append(each.plan(memory))
-        except _TooLittle as error:
-            errors.append(error)
-    if not plans:
-        raise min(errors, key=lambda error: error.least)
+    """Of the plans that fit, that with the least work.
+
+    Raises:
+        MnetError: none does.
+    """
+    size = _size(memory, tries[0].plain.way)
+    fitting = [each for each in tries if each.at(0).total_bytes <= size]
+    if not fitting:
+        least = min(tries, key=lambda each: each.at(0).total_bytes)
+        raise MnetError(_too_little(type(least.request.model).__name__, size, least.at(0), least.plain.way))
+    plans = [each.plan(size) for each in fitting]
     best = min(plans, key=lambda plan: (plan.predicted.flops_ratio, plan.predicted.total_bytes))
     return replace(best, _at=partial(_best, tries))
-
-
-class _TooLittle(MnetError):
-    """The memory there is is less than the least."""
-
-    def __init__(self, text: str, least: int) -> None:
-        super().__init__(text)
-        self.least = least
 
 
 class _Tries:
@@ -164,21 +158,19 @@ class _Tries:
         self.request, self.plain = request, plain
         self.known: dict[int, Way] = {}
 
-    def plan(self, memory: str | float) -> Plan:
-        name, size, least = type(self.request.model).__name__, _size(memory, self.plain.way), self.at(0)
-        if least.total_bytes > size:
-            raise _TooLittle(_too_little(name, size, least, self.plain.way), least.total_bytes)
+    def plan(self, size: int) -> Plan:
+        """What fits in so many bytes; the least must."""
         keep = self._most(size)
         return Plan(
-            model=name,
+            model=type(self.request.model).__name__,
             memory=size,
             options={**self.request.options, "keep": keep},
             predicted=self.at(keep),
-            least=least,
+            least=self.at(0),
             plain=self.plain.way,
             kept=self.kept(keep),
             seconds_taken=0.0,
-            _at=self.plan,
+            _at=partial(_best, [self]),
         )
 
     def _most(self, size: int) -> int:

@@ -37,13 +37,10 @@ class Artifact:
         needs_grad: for each input whether it was compiled to give a gradient.
         has_regions: whether there are regions within the step.
         is_pure: whether it surely draws no random numbers and writes to no tensor.
-        spares_inputs: whether it surely does not write to the stream, nor to a side input, which may share its memory.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool, is_pure: bool, spares_inputs: bool = False
-    ) -> None:
-        self.run, self.needs_grad, self.has_regions, self.is_pure, self.spares_inputs = run, needs_grad, has_regions, is_pure, spares_inputs
+    def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool, is_pure: bool) -> None:
+        self.run, self.needs_grad, self.has_regions, self.is_pure = run, needs_grad, has_regions, is_pure
 
 
 class Artifacts:
@@ -111,9 +108,7 @@ class Artifacts:
         needs_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         regions = [name for name, module in fixed.items() if isinstance(module, ChainRegion)]
         run = self._around(regions, body, inputs) if regions else self.compiler(_copied(body), inputs)
-        shared = [value for value in inputs[: 1 + len(code.sides)] if isinstance(value, Tensor)]
-        spares = effects is not None and not effects.foreign and not any(map(effects.wrote, shared))
-        return Artifact(run, needs_grad, bool(regions), effects is not None and effects.none, spares), body, tuple(outputs)
+        return Artifact(run, needs_grad, bool(regions), effects is not None and effects.none), body, tuple(outputs)
 
     def _around(self, regions: list[str], body: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The body compiled around its regions."""

@@ -87,7 +87,7 @@ class CompiledStep(nn.Module):
     def __init__(self, artifact: Artifact, names: list[str], velocity: nn.Module | None) -> None:
         super().__init__()
         self.velocity = velocity
-        self.stateless, self.is_pure, self.spares_inputs = velocity is None, artifact.is_pure, artifact.spares_inputs
+        self.stateless, self.is_pure = velocity is None, artifact.is_pure
         self._artifact, self._names = artifact, names
         self._keys = tuple(f"a{i}" for i in range(len(names)))
         self._sizes: tuple[int, ...] = ()

@@ -206,8 +206,7 @@ class ChainRegion(nn.Module):
             leaving=self.leaving,
         )
         running = self.totals.start(sides)
-        quiet = {t for t, (step, _) in enumerate(steps) if getattr(step, "spares_inputs", False)}
-        last, escaped, extras = run_chain(recurrence.start(x, quiet=quiet), steps, self.escapes, running.without)
+        last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes, running.without)
         return (last, *escaped, *extras, *running.values) if escaped or any(step.extras for step in self.code) else last
 
     def extra_repr(self) -> str:

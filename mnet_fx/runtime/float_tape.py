@@ -24,7 +24,7 @@ class FloatTape(PlainTape):
     def begin(self, x0: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return x0, v0
 
-    def watches(self, x: Tensor, t: int) -> bool:
+    def watches(self, x: Tensor) -> bool:
         return False  # x + y is the caller's own, and there are no integers that a write would leave behind
 
     def advance(self, t: int, x: Tensor, v: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:

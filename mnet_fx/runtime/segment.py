@@ -11,14 +11,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import Function
 
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.valueless import valueless
-from ..errors import UNCOMPILED, StreamError
+from ..errors import StreamError
 from .guise import is_ordinary
 from .own_checkpoint import checkpoint
 from .own_copies import Learnt, OwnCopies
@@ -29,8 +26,6 @@ from .steps import closed, graded, unwritten_saves
 from .unreturned import LEFT, Leaving, Unreturned
 
 __all__ = ["run_segment", "run_whole"]
-
-PLAIN = (Tensor, FakeTensor)
 
 
 def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: Sequence[Any], proof: int | None) -> tuple[Any, ...]:
@@ -47,7 +42,7 @@ def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: 
     Raises:
         InversionError: out of the backward pass, if a rerun differs.
     """
-    segment = _Segment(name, on_drift, module, x, [_Compact.of(value) for value in inputs], proof)
+    segment = _Segment(name, on_drift, module, x, inputs, proof)
     return tuple(checkpoint(segment, use_reentrant=False, preserve_rng_state=False))
 
 
@@ -76,36 +71,6 @@ def run_whole(
     if leaving is not None and on_drift != "ignore" and not valueless(x):
         segment.unreturned = leaving.watched(segment.conditions)
     return checkpoint(segment, use_reentrant=False, preserve_rng_state=False, early_stop=False)
-
-
-class _Compact(Function):
-    """x; its gradient does not hold on to memory of others.
-
-    That of an input of `cat` is a part of that of its output, all of which would stay until the skip of a U-Net has been gone back through.
-    """
-
-    @staticmethod
-    def of(value: Any) -> Any:
-        """The same for a plain tensor that needs a gradient, and anything else as it is."""
-        return _Compact.apply(value) if type(value) in PLAIN and value.requires_grad else value
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return x.detach()  # no view for autograd, which would forbid to write to x afterwards
-
-    @staticmethod
-    @torch.compiler.disable(reason=UNCOMPILED)
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return grad.clone() if grad is not None and _is_part(grad) else grad
-
-
-def _is_part(t: Tensor) -> bool:
-    """Whether a plain tensor lies in memory that is larger than itself."""
-    try:
-        return type(t) in PLAIN and t.layout is torch.strided and t.untyped_storage().nbytes() > t.nbytes
-    except NotImplementedError:  # many gradients at once, as with is_grads_batched
-        return False
 
 
 class _Segment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import reduce
@@ -73,13 +73,12 @@ class Recurrence:
     stored: int = 0
     leaving: Leaving | None = None
 
-    def start(self, x: Tensor, reversing: bool = False, quiet: Collection[int] = ()) -> Chain:
+    def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
 
         Args:
             x: the stream.
             reversing: whether the tape is to go back whatever that takes.
-            quiet: the steps that surely do not write to the stream, after which no other code comes before the next.
 
         Raises:
             MnetError: a transform of torch.func, forward-mode differentiation, or what forbids hooks for saved tensors, surrounds a
@@ -91,7 +90,6 @@ class Recurrence:
         fake = valueless(x)
         tape.own = None if self.learnt is None or fake else OwnCopies(self.learnt)  # on fake tensors: as after a first call
         tape.leaving = None if fake or self.on_drift == "ignore" else self.leaving
-        tape.quiet = quiet
         return Chain(tape, x, v0, self.reads)
 
     def _tape(self, x: Tensor, v0: Tensor | None, reversing: bool) -> Tape:

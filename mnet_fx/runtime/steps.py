@@ -182,13 +182,13 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
             "so the skip connection is not what it seems; make that operation out of place (inplace=False)"
         )
     if print_:
-        tape.proofs.put_off(stream_print(tape, x, t), print_, partial(unseen_write, tape.region, t))
+        tape.proofs.put_off(stream_print(tape, x), print_, partial(unseen_write, tape.region, t))
     return outputs
 
 
-def stream_print(tape: Tape, x: Tensor, t: int) -> Print:
-    """What tells whether x[t] was written to; nothing where nobody looks."""
-    return tape.note(plain(x.detach())) if tape.watches(x, t) else ()
+def stream_print(tape: Tape, x: Tensor) -> Print:
+    """What tells whether the stream was written to; nothing where nobody looks."""
+    return tape.note(plain(x.detach())) if tape.watches(x) else ()
 
 
 class Close(Function):
@@ -239,7 +239,7 @@ class Chain:
         self.known: Known = {}
         self.x: Any
         self.x, self.v = tape.begin(x0, v0)
-        self.print = stream_print(tape, self.x, 0)
+        self.print = stream_print(tape, self.x)
         self.rotates, self.frame = reads is not None and reads.rotates(x0), None
 
     def step(self, module: nn.Module, sides: tuple[Any, ...], index: int | None = None) -> list[Any]:
@@ -269,7 +269,7 @@ class Chain:
         self.t += 1
         for watch in _WATCHERS:
             watch(self.tape, self.t, self.x)
-        self.print = stream_print(self.tape, self.x, self.t) if self.t < len(self.tape.factors) else ()
+        self.print = stream_print(self.tape, self.x) if self.t < len(self.tape.factors) else ()
         if self.t == len(self.tape.factors) and isinstance(self.tape, PlainTape):
             self.tape.proofs.settle()  # no backward pass of ours would
         return extras

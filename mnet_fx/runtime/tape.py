@@ -41,7 +41,7 @@ Rule 9. From time `end` on autograd stores what steps need. A reversing tape sta
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,6 @@ class Tape:
         self.drifted, self.proofs = Drift(region, on_drift), Proofs()
         self.reruns: list[Rerun] = []
         self.rotations: dict[int, Rotation] = {}  # of the velocity, after step t
-        self.quiet: Collection[int] = ()  # the steps t of which it is known that nobody writes to x[t] unseen
         self.fresh: Print = ()  # of x[t + 1], where `push` has taken it together with that of the state
         self.own: OwnCopies | None = None  # of what is overwritten after its steps, in named regions
         self.leaving: Leaving | None = None  # what is known of what steps leave beside their outputs, where they may
@@ -113,11 +112,8 @@ class Tape:
         """x[0], on the grid."""
         return self.state.read()
 
-    def watches(self, x: Tensor, t: int) -> bool:
-        """Whether writes to x[t] that autograd does not see are looked for: not where nobody wants proof, and its version tells most."""
-        return t not in self.quiet and self._proves(x)
-
-    def _proves(self, x: Tensor) -> bool:
+    def watches(self, x: Tensor) -> bool:
+        """Whether writes to x that autograd does not see are looked for: not where nobody wants proof, and its version tells most."""
         return self.on_drift != "ignore" or x.is_inference()
 
     def note(self, x: Tensor) -> Print:
@@ -137,7 +133,7 @@ class Tape:
             return state.step(y, *self.factors[t], self.rotations[t])
         if not isinstance(state, DeviceState):
             return state.step(y, *self.factors[t])
-        given = x if x is not None and self._proves(x) else None
+        given = x if x is not None and self.watches(x) else None
         result = state.step(y, *self.factors[t], given=given)
         if given is not None:
             self.proofs.put_off(*state.written, partial(unseen_write, self.region, t))
@@ -192,8 +188,7 @@ class ReversingTape(Tape):
             return self._onwards(t, y, x)
         self._seek(t)  # where a backward pass through earlier steps has come in between
         after = self._forward(y, x)
-        watched = [after] if t + 1 < len(self.factors) and self.watches(after, t + 1) else []
-        found = self.fingerprint(partial(self.state.fingerprint, *watched))
+        found = self.fingerprint(partial(self.state.fingerprint, after))
         self.prints.append(found[:2])
         self.fresh = found[2:]
         if self.factors[t][0] < SMALL:

@@ -384,6 +384,35 @@ def test_a_gradient_of_a_skip_does_not_keep_that_of_all_that_it_was_joined_with(
     assert (peak[12] - peak[4]) / 8 <= 2 * x.nbytes  # of each skip: its value, later its gradient, and less than one more
 
 
+class Gated(nn.Module):
+    """Reads a skip several times in one segment, and joins a tensor with itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.a, self.b = nn.ModuleList(Block(4) for _ in range(3)), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.up = nn.ModuleList(nn.Conv2d(16, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = block(x)
+        for up in self.up:
+            k = skips.pop()
+            gate = torch.tanh(self.a(torch.cat([k, k * torch.sigmoid(self.b(x))], 1))) * torch.sigmoid(self.b(k))
+            x = up(torch.cat((x, gate, k, k), dim=-3))
+        return x
+
+
+@pytest.mark.parametrize("make", [Gated, Skips])
+def test_segments_leave_the_order_in_which_gradients_are_added(make):
+    torch.manual_seed(0)
+    model, x, found = make(), torch.randn(2, 4, 16, 16), []
+    for options in ({"backward": "stored"}, {}, {"rest": "checkpoint"}, {"rest": "checkpoint", "backward": "stored"}):
+        found.append(trained(made(model, **options), x, steps=1))
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+
+
 def test_many_gradients_at_once_go_through_segments():
     torch.manual_seed(0)
     model, x = Skips(), torch.randn(2, 4, 8, 8, requires_grad=True)

@@ -64,6 +64,22 @@ def test_gradients_are_those_of_the_recurrence_in_float64(kind, with_velocity, e
         assert (a - b).abs().max() <= 1e-8 * b.abs().max()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-6, 0.01, 0.3, 0.5, 0.9, 0.999, 1 - 1e-6, 1 - 1e-8, 1 - 1e-15])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 5e-6), (torch.float64, 1e-10)])
+def test_gradients_are_as_exact_as_their_dtype_for_every_gamma(gamma, dtype, error):
+    """The weights of the gradients of x and v add up to one, and the lesser must not be lost beside the greater."""
+    weights = [(torch.randn(D, D) / 3).double() for _ in range(6)]
+    steps = [(gamma, 1 - gamma) if gamma else (0.0, 1.0)] * 6
+    found = []
+    for kind, of in ((PlainTape, dtype), (None, torch.float64)):
+        parameters = [w.to(of, copy=True).requires_grad_() for w in weights]
+        fs, x0 = [lambda x, p=p: x @ p for p in parameters], torch.linspace(-1, 1, 5 * D, dtype=of).view(5, D).requires_grad_()
+        out = recurrence(x0, fs, steps)[-1] if kind is None else chain(kind, fs, steps, x0)[0]
+        found.append(torch.autograd.grad((out * torch.linspace(-1, 2, D, dtype=of)).sum(), [x0, *parameters]))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= error * b.norm()
+
+
 DEPTHS = [(g, steps) for g in (0.0, 1 / 256, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99, 0.999) for steps in (2, 12, 50, 300)]
 
 
