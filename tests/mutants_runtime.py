@@ -187,7 +187,6 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/shear.py", "if total is gx and gamma:", "if False:"),
     ("mnet_fx/compiled/cats.py", "part.clone() if is_part else part", "part"),
     ("mnet_fx/compiled/cats.py", "except NotImplementedError:", "except KeyError:"),
-    ("mnet_fx/compiled/cats.py", "(part) if needed else None", "(part)"),
     ("mnet_fx/runtime/shear.py", "(gy if weight else gy * weight)", "gy"),
     ("mnet_fx/runtime/shear.py", "(weight or 1.0, gamma", "(1.0, gamma"),
     ("mnet_fx/runtime/float_tape.py", "y.to(torch.promote_types(dtype, torch.float32))", "y.to(dtype)"),
