@@ -277,3 +277,10 @@ def test_who_writes_to_the_gradient_of_what_a_step_adds_is_told(kind, t):
     functions[t] = lambda x: Halving.apply(linear(x))
     with pytest.raises(StreamError, match=f"writes to the gradient of what step {t} adds"):
         chain(kind, functions, factors([0.9] * 3), x, v)[0].sum().backward()
+
+
+def test_the_gradient_that_a_chain_is_given_may_have_been_written_to():
+    linear, x, given = nn.Linear(D, D), torch.randn(5, D, requires_grad=True), torch.ones(5, D).mul_(2)
+    out = chain(TAPES[0], [linear] * 3, ((0.9, 1.0),) * 3, x)[0]
+    out.backward(given)
+    assert torch.equal(given, torch.full((5, D), 2.0))
