@@ -15,7 +15,6 @@ from passes import PROOF, is_hook
 from ..arithmetic.valueless import Effects
 from ..inner import faking
 from ..regions.region import ChainRegion
-from .cats import with_own_gradients
 from .compiler import Compiler
 
 __all__ = ["FakeRun", "Filler", "Unseen"]
@@ -86,8 +85,6 @@ class Filler(FakeRun):
         if any(isinstance(value, Tensor) for value in (*args, *result)):
             # A piece that changes the form of its arguments, as by `unsqueeze_`, has changed these: it will be called with others, once.
             changed = before != [_form(value) for value in args]
-            if PROOF in piece.meta and not self.compiler.traces:
-                with_own_gradients(piece)
             run = piece if changed else self.compiler(piece, args)
             segment = self.segment if PROOF in piece.meta and not changed else None
             setattr(self.module, str(n.target), _Piece(run) if segment is None else segment(piece, run))
