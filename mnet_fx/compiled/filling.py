@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from passes import PROOF, is_hook
 from ..arithmetic.valueless import Effects
 from ..inner import faking
 from ..regions.region import ChainRegion
+from .cats import let_skips_wait_apart
 from .compiler import Compiler
 
 __all__ = ["FakeRun", "Filler", "Unseen"]
@@ -85,10 +87,18 @@ class Filler(FakeRun):
         if any(isinstance(value, Tensor) for value in (*args, *result)):
             # A piece that changes the form of its arguments, as by `unsqueeze_`, has changed these: it will be called with others, once.
             changed = before != [_form(value) for value in args]
+            if PROOF in piece.meta and not self.compiler.traces:
+                let_skips_wait_apart(piece, [i for i, arg in enumerate(n.args) if isinstance(arg, fx.Node) and self._is_shared(arg)])
             run = piece if changed else self.compiler(piece, args)
             segment = self.segment if PROOF in piece.meta and not changed else None
             setattr(self.module, str(n.target), _Piece(run) if segment is None else segment(piece, run))
         return result
+
+    def _is_shared(self, node: fx.Node) -> bool:
+        """Whether a value may have other readers; what a region hands out, it may read itself."""
+        makers = [node, *node.all_input_nodes] if node.target is operator.getitem else [node]
+        regions = (isinstance(getattr(self.module, str(maker.target)), ChainRegion) for maker in makers if maker.op == "call_module")
+        return len(node.users) > 1 or any(regions)
 
 
 def _form(value: Any) -> Any:
