@@ -84,11 +84,18 @@ def test_momentumize_plans_by_itself():
     assert text == plan.options["keep"]
 
 
-def test_a_plan_chooses_what_makes_a_step_where_it_is_asked_to():
+def test_granularities_are_named():
+    with pytest.raises(SettingsError, match="granularity must be one or more"):
+        mnet_fx.plan(MLP(2, 8, 8), (torch.randn(2, 8),), memory=1.0, granularity=())
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds", "gammas"), [(8, ("add", 4), (0.9,)), pytest.param(80, ("add", 2, 4), (0.1, 0.9), marks=pytest.mark.long)]
+)
+def test_a_plan_chooses_what_makes_a_step_where_it_is_asked_to(layers, kinds, gammas):
     torch.manual_seed(0)
-    model, inputs = MLP(80, 64, 8), (torch.randn(256, 64),)
-    kinds, sizes = ("add", 2, 4), {}
-    for gamma in (0.1, 0.9):
+    model, inputs, sizes = MLP(layers, 64, 8), (torch.randn(256, 64),), {}
+    for gamma in gammas:
         each = {kind: mnet_fx.plan(model, inputs, memory=1.0, gamma=gamma, granularity=kind) for kind in kinds}
         sizes[gamma] = least = {kind: plan.least.total_bytes for kind, plan in each.items()}
         plan = mnet_fx.plan(model, inputs, memory=1.0, gamma=gamma, granularity=kinds)
@@ -105,10 +112,9 @@ def test_a_plan_chooses_what_makes_a_step_where_it_is_asked_to():
         with pytest.raises(MnetError) as one:
             each[min(least, key=least.get)].at(min(least.values()) - 1)
         assert str(least_of_all.value) == str(one.value)
-    assert min(sizes[0.9], key=sizes[0.9].get) == "add"
-    assert min(sizes[0.1], key=sizes[0.1].get) != "add"
-    with pytest.raises(SettingsError, match="granularity must be one or more"):
-        mnet_fx.plan(model, inputs, memory=1.0, granularity=())
+    if layers == 80:  # a deep one, where bits that are put aside weigh more than a step's activations
+        assert min(sizes[0.9], key=sizes[0.9].get) == "add"
+        assert min(sizes[0.1], key=sizes[0.1].get) != "add"
 
 
 def test_convolutions_within_three_percent():
