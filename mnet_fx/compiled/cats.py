@@ -41,20 +41,26 @@ def let_skips_wait_apart(gm: fx.GraphModule, shared: Collection[int]) -> None:
     skips = {given[i] for i in shared}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in _CATS and not skips.isdisjoint(node.all_input_nodes):
-            node.target = joined
+            tensors = node.args[0] if node.args else node.kwargs["tensors"]
+            node.target, node.kwargs = joined, {**node.kwargs, "waiting": [i for i, t in enumerate(tensors) if t in skips]}
     gm.recompile()
 
 
-def joined(tensors: Sequence[Tensor], dim: int = 0, **others: Any) -> Tensor:
-    """`torch.cat`."""
-    tensors = list(tensors)
+def joined(tensors: Sequence[Tensor], *args: Any, waiting: Collection[int], **kwargs: Any) -> Tensor:
+    """`torch.cat`.
+
+    Args:
+        waiting: which of them are skips.
+    """
     if torch.is_grad_enabled() and not transformed() and not exported():
-        tensors = [_apart(t) if _may_wait(t) and sum(t is u for u in tensors) == 1 else t for t in tensors]
-    return torch.cat(tensors, dim, **others)
+        skips = [i for i in waiting if _may_wait(tensors[i]) and sum(tensors[i] is t for t in tensors) == 1]
+        tensors = [_apart(t) if i in skips else t for i, t in enumerate(tensors)]
+    return torch.cat(list(tensors), *args, **kwargs)
 
 
 def _may_wait(t: Tensor) -> bool:
-    return type(t) in _PLAIN and t.layout is torch.strided and t.grad_fn is not None
+    """Hooks that are there would see another layout; ours is there in a rerun, whose gradients go nowhere."""
+    return type(t) in _PLAIN and t.layout is torch.strided and t.grad_fn is not None and not t._backward_hooks
 
 
 def _apart(t: Tensor) -> Tensor:
@@ -95,15 +101,16 @@ class _Apart(Function):
     @staticmethod
     @torch.compiler.disable(reason=UNCOMPILED)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        return grad if grad is None or not _has_gaps(grad) else ctx.part.taken(grad), None
+        waits = grad is not None and not torch.is_inference_mode_enabled() and _has_gaps(grad)  # there, nothing tells of a sum in place
+        return ctx.part.taken(grad) if waits else grad, None
 
 
 def _has_gaps(grad: Tensor) -> bool:
-    """Whether a gradient surely lies in a larger tensor. Of one without gaps, as in a batch of one, it depends on who else holds that
-    tensor whether autograd adds in place, and so which strides the sum has.
+    """Whether a gradient surely lies in a larger tensor, and all its strides count. Without gaps, as in a batch of one, it depends on who
+    else holds that tensor whether autograd adds in place; strides of sizes of 1 a copy may change. So the sum could lie otherwise.
     """
     try:
         plain = type(grad) in _PLAIN and grad.layout is torch.strided and grad.untyped_storage().nbytes() > grad.nbytes
     except NotImplementedError:  # many gradients at once, as with is_grads_batched
         return False
-    return plain and 0 not in grad.stride() and not torch.ops.aten.is_non_overlapping_and_dense.default(grad)
+    return plain and 1 not in grad.shape and 0 not in grad.stride() and not torch.ops.aten.is_non_overlapping_and_dense.default(grad)

@@ -95,7 +95,9 @@ class Filler(FakeRun):
         return result
 
     def _is_shared(self, node: fx.Node) -> bool:
-        """Whether a value may have other readers; what a region hands out, it may read itself."""
+        """Whether a value of the graph's own may have other readers; what a region hands out, it may read itself."""
+        if node.op == "placeholder" or any(user.op == "output" for user in node.users):
+            return False  # others hold it, and keep it
         makers = [node, *node.all_input_nodes] if node.target is operator.getitem else [node]
         regions = (isinstance(getattr(self.module, str(maker.target)), ChainRegion) for maker in makers if maker.op == "call_module")
         return len(node.users) > 1 or any(regions)

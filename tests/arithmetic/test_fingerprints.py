@@ -32,8 +32,10 @@ def test_the_loop_in_c_adds_up_products_of_halves(size, threads, way):
     halves = [int.from_bytes(data[i : i + 4], "little") for i in range(0, size // 8 * 8, 4)]
     n, products, differences = len(halves) // 2, 0, 0
     for i in range(n):
-        key = (i * 0x9E3779B1) % 2**32
-        a, b = (halves[i] + key) % 2**32, (halves[n + i] + (key ^ 0x85EBCA77)) % 2**32
+        key = ((i + 1) * 0x9E3779B1) % 2**32
+        key = ((key ^ (key >> 15)) * 0x85EBCA77) % 2**32
+        key ^= key >> 13
+        a, b = (halves[i] + key) % 2**32, (halves[n + i] + key * 0xC2B2AE3D) % 2**32
         products, differences = products + a * b, (differences + (a ^ b)) % 2**32
     rest = (int.from_bytes(data[8 * n :], "little") + n + 1) * 0x9E3779B97F4A7C15 & MASK
     assert fingerprints([t]) == [(products + (rest ^ (rest >> 32)) & MASK) ^ (differences * 0xBF58476D1CE4E5B9 & MASK)]
@@ -96,6 +98,33 @@ def test_fingerprint_sees_order_and_sign(words, dtype):
         moved[: step * words].view(torch.int64)[7 + distance] -= 1
         prints |= {fingerprint(swapped), fingerprint(moved)}
     assert len(prints) == 5 + 2 * len(set(apart))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_regular_changes_of_regular_tensors_do_not_cancel(dtype, value):
+    for n in [*range(2, 340), 1024, 4096]:
+        t = torch.full((n,), value, dtype=dtype)
+        changed = [t.clone() for _ in range(6)]
+        changed[0][n // 2 :] *= -1
+        changed[1][: n // 2] *= -1
+        changed[2][::2] *= -1
+        changed[3][-2:] *= -1
+        changed[4][n // 4 : n // 2] += 1
+        changed[5][n // 2 :] += 1
+        distinct = {tuple(other.view(torch.uint8).tolist()): fingerprint(other) for other in [t, *changed]}
+        assert len(set(distinct.values())) == len(distinct)
+
+
+def test_a_few_signs_of_many_ones_do_not_cancel():
+    torch.manual_seed(0)
+    prints = set()
+    signs = torch.ones(3000, 64)
+    signs[:, :4] = -1
+    rows = torch.stack([row[torch.randperm(64)] for row in signs]).unique(dim=0)
+    for row in rows:
+        prints |= {fingerprint(row), fingerprint(row.double())}
+    assert len(prints) == 2 * len(rows)
 
 
 @pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag, lambda z: torch._neg_view(z.real)])

@@ -97,12 +97,13 @@ static uint64_t hash(const unsigned char *data, int64_t bytes, int threads) {
     uint32_t all = 0;
     #pragma omp parallel for simd reduction(+ : products, all) num_threads(threads) if(parallel : threads > 1)
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t key = (uint32_t)i * 0x9E3779B1u;
-        uint32_t a, b;
+        uint32_t a, b, key = (uint32_t)(i + 1) * 0x9E3779B1u;
+        key = (key ^ (key >> 15)) * 0x85EBCA77u;
+        key ^= key >> 13;
         memcpy(&a, data + 4 * i, 4);
         memcpy(&b, data + 4 * (n + i), 4);
         a += key;
-        b += key ^ 0x85EBCA77u;
+        b += key * 0xC2B2AE3Du;
         products += (uint64_t)a * b;
         all += a ^ b;
     }
@@ -181,8 +182,10 @@ def _hash(data: bytes) -> int:
     n, products, every, small, most = len(data) // 8, 0, 0, (1 << 32) - 1, (1 << 64) - 1
     words = [int.from_bytes(data[4 * i : 4 * i + 4], sys.byteorder) for i in range(2 * n)]
     for i, (a, b) in enumerate(zip(words[:n], words[n:], strict=True)):
-        key = i * 0x9E3779B1 & small
-        a, b = a + key & small, b + (key ^ 0x85EBCA77) & small
+        key = (i + 1) * 0x9E3779B1 & small
+        key = (key ^ key >> 15) * 0x85EBCA77 & small
+        key ^= key >> 13
+        a, b = a + key & small, b + key * 0xC2B2AE3D & small
         products, every = products + a * b & most, every + (a ^ b) & small
     last = (int.from_bytes(data[8 * n :].ljust(8, b"\0"), sys.byteorder) + n + 1) * 0x9E3779B97F4A7C15 & most
     return (products + (last ^ last >> 32) & most) ^ (every * 0xBF58476D1CE4E5B9 & most)
