@@ -1,16 +1,10 @@
 """Numbers that tell whether tensors changed: each depends on every bit of its tensor and on where it stands.
 
-Equal tensors give equal numbers, others all but surely do not. There are three ways to them, whose numbers differ, so a process stays with
-one for each device:
-
-- On a CPU with a C compiler (see `kernels.c`) the bits are read as 32-bit words. To each a key is added that is mixed from its place, one
-  of the first half of the memory is multiplied by one of the second, and the products are added up: the hash NH of UMAC (Black, Halevi,
-  Krawczyk, Krovetz, Rogaway 1999), whose products take one instruction for several words. Keys are no secret, so somebody could make
-  changes that cancel; others have a chance of about 2^-32 to.
-- On a GPU with Triton they are read as 64-bit words, each is mixed with its place by the finaliser of splitmix64 (Steele, Lea, Flood 2014),
-  and the results are added up.
-- Elsewhere these words are laid out as a table, and only the sums of its columns and of its rows are mixed: sums are cheap, and mixing, by
-  multiplications and shifts that no cancellation survives, makes the numbers depend on order and sign as well.
+The bits are read as 64-bit words, each word is mixed with its place by the finaliser of splitmix64 (Steele, Lea, Flood 2014), and the
+results are added up. Equal tensors give equal numbers, others all but surely do not. On a CPU with a C compiler (see `kernels`) this is one
+pass over the memory. Elsewhere the words are laid out as a table, and only the sums of its columns and of its rows are mixed: sums are
+cheap, and mixing, by multiplications and shifts that no cancellation survives, makes the numbers depend on order and sign as well. The two
+ways give different numbers, so a process stays with one.
 """
 
 from __future__ import annotations

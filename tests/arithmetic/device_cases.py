@@ -1,4 +1,4 @@
-"""`DeviceState` against `State` on the CPU, bit for bit; fingerprints by Triton against their sums in torch. A plain script:
+"""`DeviceState` against `State` on the CPU, bit for bit; fingerprints by Triton against those in C. A plain script:
 
 python tests/arithmetic/device_cases.py --device cuda         on a GPU, in under a minute
 python tests/arithmetic/device_cases.py --device cpu          in Triton's interpreter, as `test_device_state` runs it
@@ -24,6 +24,7 @@ import torch
 from mnet_fx.arithmetic import device_state
 from mnet_fx.arithmetic.device_state import DeviceState, LostBits, Reserve, supported
 from mnet_fx.arithmetic.fixed_point import State
+from mnet_fx.arithmetic.kernels.c import hashes
 
 INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -360,16 +361,8 @@ def words(n):
     assert dev.integers()[2].all()
 
 
-def splitmix(words):
-    """The words, each mixed with its place."""
-    z = words + torch.arange(1, len(words) + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * (factor - 2**64 if factor > 1 else 1)
-    return z
-
-
 def fingerprints(n):
-    """The sums of mixed words, for any bytes anywhere."""
+    """The numbers of the loop in C, for any bytes anywhere."""
     from mnet_fx.arithmetic.kernels import device_hash
 
     torch.manual_seed(0)
@@ -378,8 +371,7 @@ def fingerprints(n):
     tensors += [torch.randint(0, 256, (size + 16,), dtype=torch.uint8)[k : k + size] for k in range(9) for size in (1, 5, 13, 24, 33)]
     tensors += [torch.randn(20).to(BF16)[k:] for k in range(5)] + [torch.zeros(0), torch.arange(13, dtype=torch.uint8) > 5]
     there = [torch.cat([t.flatten()[:0].new_zeros(k), t]).to(DEVICE)[k:] for k, t in zip((0, 1, 3, 5) * 99, tensors, strict=False)]
-    padded = [torch.cat([t.view(torch.uint8), t.new_zeros(-t.nbytes % 8, dtype=torch.uint8)]).clone().view(torch.int64) for t in tensors]
-    wanted = [splitmix(words).sum().item() for words in padded]
+    wanted = [h - (1 << 64) if h >> 63 else h for h in hashes()(tensors)]
     for _ in range(2):  # the second time by a table that is there
         assert device_hash.hashes_on_device(there).tolist() == wanted
     for t, number in list(zip(there, wanted, strict=True))[:: 5 if DEVICE == "cpu" else 1]:

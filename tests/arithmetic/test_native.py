@@ -46,7 +46,7 @@ def test_a_compiler_that_works_somehow_will_do(monkeypatch, script, body):
     [
         ("printf 'F\xfcr nichts' >&2; exit 1", "r nichts"),
         ("exit 0", "cannot open shared object"),
-        ('sed s/0x85EB/0x85EC/ | gcc "$@"', "other numbers"),
+        ('sed s/0x94D0/0x94D1/ | gcc "$@"', "other numbers"),
     ],
     ids=["another encoding", "writes nothing", "wrong code"],
 )

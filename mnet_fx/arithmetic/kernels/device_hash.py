@@ -1,4 +1,4 @@
-"""Fingerprints of tensors on a device, by Triton: sums of mixed words that stay on the device.
+"""Fingerprints of tensors on a device, by Triton: the numbers of `c.hashes`, and they stay on the device.
 
 One launch serves any number of tensors: a table says which part of which tensor each program reads. It is made once for each set of
 addresses, which are the same from step to step where they are those of parameters.
@@ -121,7 +121,7 @@ _TABLES = _Tables()
 
 
 def hashes_on_device(tensors: list[Tensor]) -> Tensor:
-    """A number for each tensor, an int64 tensor on their device. Nothing is waited for.
+    """A number for each tensor, an int64 tensor on their device: those of `c.hashes` (modulo 2^64, with a sign). Nothing is waited for.
 
     Args:
         tensors: one or more, dense, on one device.

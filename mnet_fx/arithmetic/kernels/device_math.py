@@ -71,7 +71,7 @@ def exponent(x):
 
 @triton.jit
 def mixed(word, place):
-    """The finaliser of splitmix64, of a word and its place: what fingerprints add up."""
+    """The finaliser of splitmix64, of a word and its place: what `c.hashes` adds up."""
     z = word.to(tl.uint64, bitcast=True) + (place + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
