@@ -196,6 +196,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/compiled/cats.py", " and 1 not in grad.shape", ""),
     ("mnet_fx/compiled/cats.py", " and not torch.is_inference_mode_enabled()", ""),
     ("mnet_fx/compiled/filling.py", 'if node.op == "placeholder" or', "if"),
+    ("mnet_fx/compiled/filling.py", ' or any(user.op == "output" for user in node.users)', ""),
     ("mnet_fx/compiled/cats.py", "except NotImplementedError:", "except KeyError:"),
     ("mnet_fx/compiled/cats.py", " and 0 not in grad.stride()", ""),
     ("mnet_fx/compiled/cats.py", " and not torch.ops.aten.is_non_overlapping_and_dense.default(grad)", ""),

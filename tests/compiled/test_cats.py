@@ -88,12 +88,12 @@ def test_gradients_and_where_they_lie_are_those_of_cat(drawn, seed):
 
 
 class Joining(nn.Module):
-    """Joins a skip with what a chain made of it, and that with what the model was given."""
+    """Joins a skip with what a chain made of it, and that with what the model was given; of two skips, one is handed out too."""
 
-    def __init__(self, hook=None):
+    def __init__(self, hook=None, shows=False):
         super().__init__()
         self.make, self.body, self.up = nn.Conv2d(4, 4, 1), nn.ModuleList(Block(4) for _ in range(2)), nn.Conv2d(12, 4, 3, padding=1)
-        self.hook = hook
+        self.hook, self.shows = hook, shows
 
     def forward(self, x):
         k = torch.tanh(self.make(x))
@@ -101,9 +101,10 @@ class Joining(nn.Module):
             k.register_hook(self.hook)
         y = k
         for block in self.body:
-            y = block(y)
+            shown = y = block(y)
         y = (y * y).detach() if self.hook else y * y
-        return self.up(torch.concatenate([y, k, x], axis=1))
+        out = self.up(torch.concatenate([y, k, x], axis=1))
+        return (out, self.up(torch.cat([out, shown, x], 1)), shown) if self.shows else out
 
 
 def both(backward, hook=None):
@@ -129,6 +130,14 @@ def test_reruns_leave_nothing_on_the_skip(monkeypatch):
     for _ in range(3):
         loss.backward(retain_graph=True)
     assert len(made) == 1
+
+
+def test_what_the_model_hands_out_has_no_hooks_of_ours():
+    out, more, shown = mnet_fx.momentumize(Joining(shows=True), gamma=0.5, rest="checkpoint")(torch.randn(2, 4, 6, 6))
+    assert shown.requires_grad
+    assert not shown._backward_hooks
+    (out + more).sum().backward()
+    assert not shown._backward_hooks
 
 
 def test_a_backward_pass_in_inference_mode():
