@@ -4,7 +4,8 @@
     python benchmarks/estimate.py --held-out [--only BERT] [--readme]      # models that no constant of the estimate was settled with
 
 Each model plain, with a checkpoint around each block, and as a momentum network at gamma 0.9 and 0.1: bytes kept after the forward, and the
-peak of forward and backward, with `.grad` allocated. Inputs are real numbers for the measurement and meta tensors for the estimate.
+peak of forward and backward, with `.grad` allocated. Inputs are real numbers for the measurement, and meta tensors for the estimate.
+"values": how far that with values=True is off, which sees them in a forward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,15 +31,18 @@ import mnet_fx
 from mnet_fx.budget.blocks import block_paths, checkpointed
 
 MIB = 2.0**20
+GAMMAS = (0.9, 0.1)
 COLUMNS = {
     "model": "model",
     "way": "way",
     "kept": "kept, MiB",
     "kept_estimated": "estimated",
     "kept_error": "off by",
+    "kept_values": "values",
     "peak": "peak, MiB",
     "peak_estimated": "estimated ",
     "peak_error": "off by ",
+    "peak_values": "values ",
 }
 
 
@@ -58,46 +63,58 @@ def measured(net: nn.Module, call: Call, loss: Callable[[Any], Tensor]) -> mnet_
     return mnet_fx.measure(lambda: loss(called(net, call)).backward())
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """Of one way: from sizes alone, and with values."""
+
+    sizes: mnet_fx.Way
+    values: mnet_fx.Way
+    seconds: float
+
+
+def estimates(model: nn.Module, inputs: Call, loss: Callable[[Any], Tensor], gamma: float) -> dict[str, Estimated]:
+    """Of plain training, checkpoints and the momentum network at a gamma; the first two do not depend on it, nor on values."""
+    meta = tree_map(lambda t: torch.empty_like(t, device="meta"), inputs)
+    begin = time.perf_counter()
+    found = mnet_fx.estimate(model, meta, loss=loss, gamma=gamma)
+    seconds = time.perf_counter() - begin
+    values = mnet_fx.estimate(model, inputs, loss=loss, gamma=gamma, values=True)
+    ways = {f"momentum, {gamma}": Estimated(found.momentum, values.momentum, seconds)}
+    if gamma != GAMMAS[0]:
+        return ways
+    return {name: Estimated(getattr(found, name), getattr(values, name), seconds) for name in ("plain", "checkpoint")} | ways
+
+
 def rows_of(name: str, bar: tqdm, models: Mapping[str, Model] = MODELS) -> list[dict]:
     kind, make, loss = models[name]
     torch.manual_seed(0)
     model, inputs = make()
-    meta = tree_map(lambda t: torch.empty_like(t, device="meta"), inputs)
     rows = []
-    for gamma in (0.9, 0.1):
-        begin = time.perf_counter()
-        estimate = mnet_fx.estimate(model, meta, loss=loss, gamma=gamma)
-        seconds = time.perf_counter() - begin
+    for gamma in GAMMAS:
+        expected = estimates(model, inputs, loss, gamma)
         net = mnet_fx.momentumize(model, gamma=gamma)
-        runs = {f"momentum, {gamma}": (estimate.momentum, net)}
-        if gamma == 0.9:
+        nets = {f"momentum, {gamma}": net}
+        if "checkpoint" in expected:
             called(net, inputs)
             owners = [path for chain in net.__dict__["forward"].network.chains for path in chain]
-            runs = {
-                "plain": (estimate.plain, model),
-                "checkpoint": (estimate.checkpoint, checkpointed(model, block_paths(model, owners))),
-            } | runs
-        for way, (expected, net) in runs.items():
-            memory = measured(net, inputs, loss)
-            rows.append(_row(name, kind, way, expected, memory, seconds))
+            nets |= {"plain": model, "checkpoint": checkpointed(model, block_paths(model, owners))}
+        for way, estimated in expected.items():
+            rows.append(_row(name, kind, way, estimated, measured(nets[way], inputs, loss)))
             bar.update()
     return rows
 
 
-def _row(name: str, kind: str, way: str, expected: mnet_fx.Way, memory: mnet_fx.Memory, seconds: float) -> dict:
-    off = {"kept": expected.kept_bytes / memory.kept - 1, "peak": expected.peak_bytes / memory.peak - 1}
-    return {
-        "model": name,
-        "kind": kind,
-        "way": way,
-        "kept": memory.kept / MIB,
-        "kept_estimated": expected.kept_bytes / MIB,
-        "kept_error": f"{off['kept']:+.2%}",
-        "peak": memory.peak / MIB,
-        "peak_estimated": expected.peak_bytes / MIB,
-        "peak_error": f"{off['peak']:+.2%}",
-        "seconds": seconds,
-    }
+def _row(name: str, kind: str, way: str, estimated: Estimated, memory: mnet_fx.Memory) -> dict:
+    row = {"model": name, "kind": kind, "way": way, "seconds": estimated.seconds}
+    for what in ("kept", "peak"):
+        measured, sizes, values = (
+            getattr(memory, what),
+            getattr(estimated.sizes, f"{what}_bytes"),
+            getattr(estimated.values, f"{what}_bytes"),
+        )
+        row |= {what: measured / MIB, f"{what}_estimated": sizes / MIB}
+        row |= {f"{what}_error": f"{sizes / measured - 1:+.2%}", f"{what}_values": f"{values / measured - 1:+.2%}"}
+    return row
 
 
 def reestimated(name: str, known: list[dict], bar: tqdm, models: Mapping[str, Model] = MODELS) -> list[dict]:
@@ -105,19 +122,11 @@ def reestimated(name: str, known: list[dict], bar: tqdm, models: Mapping[str, Mo
     kind, make, loss = models[name]
     torch.manual_seed(0)
     model, inputs = make()
-    meta = tree_map(lambda t: torch.empty_like(t, device="meta"), inputs)
     rows = []
-    for gamma in (0.9, 0.1):
-        begin = time.perf_counter()
-        estimate = mnet_fx.estimate(model, meta, loss=loss, gamma=gamma)
-        seconds = time.perf_counter() - begin
-        ways = {f"momentum, {gamma}": estimate.momentum}
-        if gamma == 0.9:
-            ways = {"plain": estimate.plain, "checkpoint": estimate.checkpoint} | ways
-        for way, expected in ways.items():
+    for gamma in GAMMAS:
+        for way, estimated in estimates(model, inputs, loss, gamma).items():
             row = next(row for row in known if (row["model"], row["way"]) == (name, way))
-            memory = mnet_fx.Memory(round(row["kept"] * MIB), round(row["peak"] * MIB))
-            rows.append(_row(name, kind, way, expected, memory, seconds))
+            rows.append(_row(name, kind, way, estimated, mnet_fx.Memory(round(row["kept"] * MIB), round(row["peak"] * MIB))))
             bar.update()
     return rows
 

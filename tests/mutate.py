@@ -89,12 +89,22 @@ TESTS = {
     "mnet_fx/compiled/filling.py": [OVERWRITTEN],
     "mnet_fx/compiled/compiler.py": [OVERWRITTEN, "tests/runtime/test_transforms.py"],
     "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],
+    "mnet_fx/arithmetic/fake_state.py": ["tests/estimating/test_estimate.py"],
+    "mnet_fx/budget/estimating.py": ["tests/estimating/test_estimate.py"],
+    "mnet_fx/budget/seeing.py": ["tests/estimating/test_estimate.py"],
     **mutants_runtime.TESTS,
 }
 SLOW = "not thousand and not resnet"
 
 # File, what stands there once, what the mutant has in its place.
 MUTANTS: list[tuple[str, str, str]] = [
+    # Estimates with values.
+    ("mnet_fx/arithmetic/fake_state.py", "return next(self.seen, supposed)", "return supposed"),
+    ("mnet_fx/arithmetic/fake_state.py", "return chains[(self._started[region] - 1) % len(chains)]", "return chains[0]"),
+    ("mnet_fx/arithmetic/fake_state.py", "            SEEN.reset(token)\n", "            pass\n"),
+    ("mnet_fx/budget/estimating.py", 'self.seen.supposed() if name == "momentum" else nullcontext()', "nullcontext()"),
+    ("mnet_fx/budget/seeing.py", "with undone(net, call), ", "with "),
+    ("mnet_fx/budget/seeing.py", "t.is_meta or isinstance(t, FakeTensor)", "isinstance(t, FakeTensor)"),
     # Heads.
     ("mnet_fx/compiled/head.py", "with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():", "with nullcontext():"),
     ("mnet_fx/compiled/head.py", "logits, self.logits = self.logits, None\n", "logits = self.logits\n"),

@@ -1,23 +1,93 @@
-"""The state of a chain on fake tensors: keeps what a real one keeps, for a stream of supposed magnitude."""
+"""The state of a chain on fake tensors: keeps what a real one keeps, for a stream of supposed magnitude, or of one that was seen before."""
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
 from .fixed_point import State
 
-__all__ = ["RESIDUAL", "FakeState"]
+__all__ = ["RESIDUAL", "SEEN", "FakeState", "Seen", "SeenState"]
 
 RESIDUAL = 1.0  # supposed: the largest |f(x)| and |v|, relative to the largest |x|
 
 
-class FakeState(State):
-    """A state of fake integers. All decisions are those of `State` for a stream whose largest element stays 1, with residuals of at most
-    `RESIDUAL`: a real stream spills a byte earlier or later where these ratios are others.
+class Seen:
+    """The magnitudes that chains of real tensors took their decisions by, for the same chains of fake tensors.
+
+    A chain is known by its region, and by how many times that was run before in the pass; what is started more often begins from the first.
     """
 
-    def _finite(self, t: Tensor) -> tuple[Tensor, float]:
-        return self._aligned(t), RESIDUAL if hasattr(self, "unit") else 1.0
+    def __init__(self) -> None:
+        self._chains: defaultdict[str, list[list[float]]] = defaultdict(list)
+        self._started: Counter[str] = Counter()
 
-    def _largest(self, T: Tensor) -> float:
-        return 1.0 / self.unit if T is self.X else RESIDUAL / (self.ratio * self.unit)
+    def new(self, region: str) -> list[float]:
+        """Of a chain that starts: where it puts its magnitudes, in the order in which it asks for them."""
+        self._chains[region].append([])
+        return self._chains[region][-1]
+
+    @contextmanager
+    def supposed(self) -> Iterator[None]:
+        """For a pass on fake tensors, whose chains are to find these."""
+        self._started.clear()
+        with self.set():
+            yield
+
+    @contextmanager
+    def set(self) -> Iterator[None]:
+        """For a time, chains note here what they see, and those of fake tensors find it."""
+        token = SEEN.set(self)
+        try:
+            yield
+        finally:
+            SEEN.reset(token)
+
+    def again(self, region: str) -> Iterable[float]:
+        """Those of the chain that is started on fake tensors now; none where there was no such chain."""
+        chains = self._chains.get(region, [[]])
+        self._started[region] += 1
+        return chains[(self._started[region] - 1) % len(chains)]
+
+
+SEEN: ContextVar[Seen | None] = ContextVar("mnet_fx_seen", default=None)
+"""Where chains note what they see, and chains of fake tensors find it: for `mnet_fx.estimate` with values."""
+
+
+class SeenState(State):
+    """A state that notes the magnitudes by which it decides."""
+
+    def __init__(self, noted: list[float], *args: Any) -> None:
+        self.noted = noted
+        super().__init__(*args)
+
+    def _largest(self, t: Tensor) -> float:
+        self.noted.append(super()._largest(t))
+        return self.noted[-1]
+
+
+class FakeState(State):
+    """A state of fake integers. All decisions are those of `State` for the magnitudes that were seen; without them, for a stream whose
+    largest element stays 1, with residuals of at most `RESIDUAL`, where a real one spills a byte earlier or later if it differs.
+    """
+
+    def __init__(self, seen: Iterable[float], *args: Any) -> None:
+        self.seen = iter(seen)
+        super().__init__(*args)
+
+    def _largest(self, t: Tensor) -> float:
+        if not hasattr(self, "unit"):
+            supposed = 1.0
+        elif t is self.X:
+            supposed = 1.0 / self.unit
+        else:
+            supposed = RESIDUAL / (self.ratio * self.unit) if t is self.U else RESIDUAL
+        return next(self.seen, supposed)
+
+    def _held(self, out: Tensor) -> Tensor:
+        return self._masked(out)  # nobody knows of what beyond the dtype there is

@@ -121,17 +121,17 @@ class State:
 
     def _finite(self, t: Tensor) -> tuple[Tensor, float]:
         """t in the layout of X and max|t| over its finite elements; the others, and those beyond LARGEST, join the mask."""
-        bound = max_abs(t)
+        bound = self._largest(t)
         t = self._aligned(t)
         if not bound <= LARGEST:
             bad = ~(t.abs() <= min(LARGEST, torch.finfo(t.dtype).max))
             self.mask = bad if self.mask is None else self.mask | bad
-            bound = max_abs(t.masked_fill(bad, 0.0))
+            bound = self._largest(t.masked_fill(bad, 0.0))
         return t, bound
 
-    def _largest(self, T: Tensor) -> float:
-        """max|T| of X or U."""
-        return max_abs(T)
+    def _largest(self, t: Tensor) -> float:
+        """max|t| of a stream, a residual, X or U: all that a decision takes from values."""
+        return max_abs(t)
 
     def _aligned(self, t: Tensor) -> Tensor:
         """t with the strides of X, copied only where it has others."""

@@ -69,13 +69,15 @@ def _outside(estimate: Estimate, report: Report) -> list[str]:
     ]
 
 
-def notes(estimate: Estimate, said: Sequence[str]) -> tuple[str, ...]:
-    """Sentences: what the figures suppose or leave out."""
+def notes(estimate: Estimate, said: Sequence[str], values: bool) -> tuple[str, ...]:
+    """Sentences: what the figures suppose or leave out; `values`: whether those of the model were seen."""
     found = list(dict.fromkeys(said))
     if estimate.gpu is not None:
         found.append("Seconds are a lower bound by the roofline; work space of cuDNN and fragmentation come on top of the bytes.")
     if estimate.checkpoint is None:
         found.append("There are no blocks to put a checkpoint around, so that way is left out.")
-    if estimate.momentum.parts["spilled bits"]:
-        found.append("Spilled bits are those of a stream that keeps its magnitude: a byte per element of a chain more or less.")
+    if estimate.momentum.parts["spilled bits"] and not values:
+        found.append(
+            "Spilled bits are those of a stream that keeps its magnitude: a byte per element of a chain more or less; values=True looks."
+        )
     return tuple(found)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ..arguments import Call
+from ..arithmetic.fake_state import Seen
 from ..captured.copies import copied
 from ..captured.graph_modules import original
 from ..compiled.backend import check_compiled
@@ -30,6 +31,7 @@ from .blocks import block_paths, checkpointed
 from .estimates import Estimate, Way
 from .faking import batch_of, call_of, fake_model, fake_optimizer, resized, unpacked
 from .fitting import limits
+from .seeing import seen
 from .sizes import parsed
 from .ways import Taken, default_loss, taken
 from .work import checked_gpu
@@ -47,6 +49,7 @@ def estimate(
     memory: str | int | None = None,
     loss: Loss | None = None,
     gpu: str | None = None,
+    values: bool = False,
     **options: Any,
 ) -> Estimate:
     """What a training step of a model will take: plain, with a checkpoint around each block, and as a momentum network.
@@ -64,21 +67,24 @@ def estimate(
         memory: bytes that there are, as a number or a text such as "16GiB". With it, `largest_batch` and `largest_depth_factor` are found.
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or else the sum of all floating tensors in it.
         gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline: a lower bound.
+        values: run the forward pass of the momentum network once, on the real parameters and inputs, to see how large stream and residuals
+            are: they decide when a chain puts one more byte for each element aside. It takes that pass's time and memory.
         options: those of `momentumize` for the momentum way: gamma, granularity, regions, ...
 
     Returns:
         An `Estimate`; print it.
 
-    What it supposes: that the stream keeps its magnitude and residuals are as large, so that with a small gamma a byte for each element
-    of a chain may be spilled a step earlier or later, and is missing for a stream that grows; that `.grad` of all parameters is there.
+    What it supposes: that `.grad` of all parameters is there; and without `values`, that the stream keeps its magnitude and residuals are
+    as large, so that with a small gamma a byte for each element of a chain may be spilled a step earlier or later, and is missing for a
+    stream that grows.
     `inner` has no meaning: steps are counted as eager.
 
     Raises:
-        SettingsError: an argument cannot be used; the message names it.
+        SettingsError: an argument cannot be used, such as `values` for a model or inputs without; the message names it.
         MnetError: the model asks for values of tensors, or Dynamo breaks its graph (then give `regions`), or it cannot be copied.
     """
     began = time.perf_counter()
-    request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, options, gpu)
+    request = Request.of(model, example_inputs, optimizer, default_loss if loss is None else loss, options, gpu, values)
     size = None if memory is None else parsed(memory)
     with working(f"estimating {type(model).__name__}"):
         found = request.at(None)
@@ -97,13 +103,23 @@ class Request:
     loss: Loss
     gpu: str | None
     options: dict[str, Any]
+    values: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, optimizer: Any, loss: Loss, options: dict[str, Any], gpu: str | None = None) -> Request:
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        optimizer: Any,
+        loss: Loss,
+        options: dict[str, Any],
+        gpu: str | None = None,
+        values: bool = False,
+    ) -> Request:
         """With arguments as users give them."""
         if not callable(loss):
             raise SettingsError(f"loss must be a function (output) -> scalar tensor, got {loss!r}")
-        return cls(model, call_of(inputs), optimizer, loss, checked_gpu(gpu), options)
+        return cls(model, call_of(inputs), optimizer, loss, checked_gpu(gpu), options, values)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -126,8 +142,7 @@ class Request:
 
     @cached_property
     def original(self) -> nn.Module:
-        model = original(self.model) if isinstance(self.model, fx.GraphModule) else self.model
-        return fake_model(copied(model), self.mode)
+        return fake_model(_own(self.model), self.mode)
 
     @cached_property
     def momentum(self) -> nn.Module:
@@ -135,6 +150,15 @@ class Request:
             return fake_model(self.model, self.mode)
         with self._noted():
             return momentum_network(self.original, **self.options)
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What values decide, where that is asked for."""
+        if not self.values:
+            return Seen()
+        with self._noted():
+            net = self.model if self.rewritten else momentum_network(_own(self.model), **self.options)
+            return seen(net, self.call)
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
@@ -159,7 +183,7 @@ class Request:
         if (name, batch) not in self.known:
             call = resized(self.call, batch, self.mode)
             captured = name == "momentum" and hasattr(net.__dict__.get("forward"), "network")  # by Dynamo, under which no values are seen
-            with self._noted(), nullcontext() if captured else unpacked():
+            with self._noted(), nullcontext() if captured else unpacked(), self.seen.supposed() if name == "momentum" else nullcontext():
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
 
@@ -192,11 +216,11 @@ class Request:
             _at_gamma=None if self.rewritten else self.at_gamma,
             _at_depth=partial(_deeper, [t for t in (plain, other, momentum) if t is not None], self.owners) if self.owners else None,
         )
-        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said))
+        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said, self.values))
 
     def at_gamma(self, gamma: Any) -> Estimate:
         """The estimate for another momentum."""
-        return Request(self.model, self.call, self.optimizer, self.loss, self.gpu, {**self.options, "gamma": gamma}).at(None)
+        return replace(self, options={**self.options, "gamma": gamma}).at(None)
 
     def limited(self, found: Estimate, memory: int) -> Estimate:
         """The estimate with what fits."""
@@ -215,7 +239,7 @@ class Request:
         assert plain is not None
         assert momentum is not None
         found = replace(found, plain=plain, checkpoint=within(found.checkpoint), momentum=momentum, memory=memory)
-        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said))
+        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said, self.values))
 
     @property
     def handed(self) -> int:
@@ -255,6 +279,11 @@ class _Noted(warnings.catch_warnings):
                 self.said.append(str(warning.message))
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy of the model as it was before a rewrite, sharing its tensors."""
+    return copied(original(model) if isinstance(model, fx.GraphModule) else model)
 
 
 def _unscaled(call: Call) -> list[str]:

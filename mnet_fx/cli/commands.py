@@ -124,6 +124,7 @@ def _made(model: str, kwargs: tuple[str, ...], inputs: tuple[str, ...], seed: in
 @click.option("--optimizer", metavar="NAME", help="Of torch.optim, such as AdamW: count its state too.")
 @click.option("--memory", metavar="SIZE", help=_MEMORY)
 @click.option("--gpu", metavar="NAME", help="Estimate seconds on a GPU, such as 'NVIDIA H100'.", shell_complete=lambda *_: list(_GPUS))
+@click.option("--values", is_flag=True, help="Run the forward pass once on the CPU, and see what only values decide: bits put aside.")
 @loss_option
 @_choice_of_plot
 @momentum_options
@@ -132,10 +133,10 @@ def estimate(model: str, kwargs: Any, inputs: Any, seed: int, memory: Any, plot:
     """Say what a training step of MODEL will take, before anything runs: plain, with checkpoints, as a momentum network."""
     import mnet_fx
 
-    net, call = _made(model, kwargs, inputs, seed, "meta")
+    net, call = _made(model, kwargs, inputs, seed, "cpu" if options["values"] else "meta")
     with _asked(model, call.text), working(f"estimating {model}"):
         extra = {"optimizer": _optimizer(options["optimizer"]), "memory": memory, "gpu": options["gpu"], "loss": _loss(options["loss"])}
-        found = mnet_fx.estimate(net, call.example_inputs, **extra, **given(options))
+        found = mnet_fx.estimate(net, call.example_inputs, values=options["values"], **extra, **given(options))
         fits = memory is None or found.fits(memory)
         against = None if plot == "bars" else plot
         said(fmt, output, _TEXTS, _texts(found), lambda path: found.plot(path, against=against))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..arithmetic.cost import storage
 from ..arithmetic.device_state import DeviceState, Reserve, supported
-from ..arithmetic.fake_state import FakeState
+from ..arithmetic.fake_state import SEEN, FakeState, SeenState
 from ..arithmetic.fixed_point import State
 from ..arithmetic.kernels.choice import kernels
 from ..arithmetic.kernels.eager import Kernels
@@ -118,10 +118,13 @@ class Recurrence:
 
     def _state(self, x: Tensor, v0: Tensor | None, held: torch.dtype, goes_back: bool) -> State | DeviceState:
         horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))
+        seen = SEEN.get()
         if valueless(x):
-            return FakeState(x, v0, horizon, self.arithmetic or kernels(), held)
+            return FakeState(() if seen is None else seen.again(self.name), x, v0, horizon, self.arithmetic or kernels(), held)
         if self.reads is not None and self.reads.rotates(x):
             return RotatedState(x, v0, horizon, self.arithmetic or kernels(), held)
+        if seen is not None:
+            return SeenState(seen.new(self.name), x, v0, horizon, self.arithmetic or kernels(), held)
         if supported(x, self.factors, held):
             proof = goes_back and self.on_drift != "ignore"
             return DeviceState(x, v0, self.factors, horizon, held, goes_back, self.reserve, proof)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..budget.undoing import SEED, undone
 from ..budget.ways import default_loss
 from ..captured.copies import copied
 from ..captured.graph_modules import original
@@ -24,9 +23,8 @@ from ..named.layers import NamedLayer, NamedRegion
 from ..regions.region import ChainRegion, MomentumRegion
 from ..reporting.build import REPORT
 
-__all__ = ["Outcome", "Subject", "Undecided", "off_by", "undone"]
+__all__ = ["Outcome", "Subject", "Undecided", "off_by"]
 
-_SEED = 20211
 Region = ChainRegion | NamedRegion
 
 
@@ -200,7 +198,7 @@ def _weighted(output: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    options: Any = {"generator": torch.Generator("cpu").manual_seed(_SEED), "dtype": torch.float32, "device": "cpu"}
+    options: Any = {"generator": torch.Generator("cpu").manual_seed(SEED), "dtype": torch.float32, "device": "cpu"}
     parts = [(t * torch.rand(t.shape, **options).to(t)).sum() for t in _floats(output) if t.requires_grad]
     return torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).sum() if parts else default_loss(output)
 
@@ -225,36 +223,3 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def undone(net: nn.Module, call: Any) -> Iterator[None]:
-    """Seeds torch, Python and numpy, and afterwards puts buffers, random states and the call's tensors back."""
-    tensors = [t for t in (*net.buffers(), *pytree.tree_leaves(call)) if isinstance(t, Tensor)]
-    before = [t.detach().clone() for t in tensors]
-    devices = {t.device for t in (*net.parameters(), *tensors) if t.device.type != "cpu"}
-    with ExitStack() as stack:
-        for kind in {device.type for device in devices} or {"cuda"}:
-            stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind))
-        torch.manual_seed(_SEED)
-        stack.enter_context(_seeded())
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for t, then in zip(tensors, before, strict=True):
-                    if not torch.equal(t, then):
-                        t.copy_(then)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seeds Python's and numpy's global generators for a time."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(_SEED)
-    np.random.seed(_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

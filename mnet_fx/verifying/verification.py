@@ -17,13 +17,14 @@ from ..arithmetic.formats import Format
 from ..budget.estimating import estimate
 from ..budget.measured import measure
 from ..budget.sizes import shown
+from ..budget.undoing import undone
 from ..errors import InversionError, MnetError, SettingsError
 from ..progress import working
 from ..reporting.build import report_of
 from ..runtime.guise import plain
 from ..runtime.start import FLOATING
 from ..runtime.steps import watched
-from .subject import Outcome, Subject, Undecided, off_by, undone
+from .subject import Outcome, Subject, Undecided, off_by
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -293,7 +294,7 @@ def _saves(subject: Subject) -> Check:
     kept, plain = sizes
     try:
         args, kwargs = subject.call
-        expected = estimate(subject.net, kwargs if kwargs and not args else args, loss=subject.loss).momentum.kept_bytes
+        expected = estimate(subject.net, kwargs if kwargs and not args else args, loss=subject.loss, values=True).momentum.kept_bytes
         told = f", {shown(expected)} estimated"
     except MnetError as error:
         told = f" (no estimate: {str(error)[:120]})"

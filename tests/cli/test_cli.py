@@ -177,6 +177,14 @@ def test_estimate(run, folder):
     assert (folder / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_estimate_with_values(run):
+    _, sizes, _ = run("estimate", *NET, "--gamma", "0.02")
+    status, values, err = run("estimate", *NET, "--gamma", "0.02", "--values")
+    assert (status, err) == (0, "")
+    assert "values=True looks" in sizes
+    assert "values=True looks" not in values
+
+
 @pytest.mark.parametrize("against", ["batch", "depth"])
 def test_estimate_in_a_picture_against(run, folder, against):
     assert run("estimate", *NET, "--output", f"{against}.svg", "--plot", against)[0] == 0

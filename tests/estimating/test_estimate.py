@@ -322,9 +322,9 @@ def test_work_space_of_convolutions(threads, last, batch, channels, out, size, k
         torch.set_num_threads(before)
 
 
-# Values, which no estimate has, say when one byte more for each element is spilled; of these three models, at gamma 0.1, kept is off by
-# more than the 1 % that holds for all else.
-OFF_AT_A_SMALL_GAMMA = {"GPT-2": 0.013, "ViT-S/16": 0.038, "U-Net": 0.101}
+# Values say when one byte more for each element is spilled. From sizes alone, of these three models at gamma 0.1, kept is off by more than
+# the 1 % that holds for all else, and that holds with values everywhere.
+OFF_FROM_SIZES = {"GPT-2": 0.013, "ViT-S/16": 0.038, "U-Net": 0.101}
 
 
 @pytest.mark.slow
@@ -338,9 +338,108 @@ def test_every_model_of_the_benchmark(name):
         warnings.simplefilter("ignore")
         rows = rows_of(name, tqdm(disable=True))
     for row in rows:
-        kept = OFF_AT_A_SMALL_GAMMA.get(name, 0.01) if row["way"] == "momentum, 0.1" else 0.01
+        kept = OFF_FROM_SIZES.get(name, 0.01) if row["way"] == "momentum, 0.1" else 0.01
+        peak = 0.01 if kind == "transformer" else 0.03
         assert row["kept_estimated"] == pytest.approx(row["kept"], rel=kept), row
-        assert row["peak_estimated"] == pytest.approx(row["peak"], rel=0.01 if kind == "transformer" else 0.03), row
+        assert row["peak_estimated"] == pytest.approx(row["peak"], rel=max(peak, kept)), row
+        assert abs(float(row["kept_values"].rstrip("%"))) <= 1, row
+        assert abs(float(row["peak_values"].rstrip("%"))) <= 100 * peak, row
+
+
+class Scaled(Block):
+    """With a residual that is so many times as large."""
+
+    def __init__(self, d: int, factor: float):
+        super().__init__(d)
+        self.factor = factor
+
+    def forward(self, x):
+        return x + self.factor * torch.tanh(self.linear(self.norm(x)))
+
+
+class Growing(nn.Module):
+    def __init__(self, factors: tuple[float, ...], d: int = 64):
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled(d, factor) for factor in factors)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+FACTORS = {"grows": (10.0, 100.0, 1000.0, 1e4, 1e5, 1e6), "shrinks": (1e-4,) * 8, "not finite": (1.0, 1e39, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.1}, {"gamma": 0.9}, {"gamma": 0.1, "rest": "checkpoint"}], ids=str)
+@pytest.mark.parametrize("name", FACTORS)
+def test_with_values_the_bytes_that_they_decide_are_told(name, options):
+    torch.manual_seed(0)
+    model, x = Growing(FACTORS[name]), points()
+    net = mnet_fx.momentumize(model, **options)
+    real = measured(net, x)
+    found = mnet_fx.estimate(model, x, values=True, **options)
+    assert found.momentum.kept_bytes == pytest.approx(real.kept, abs=64 if name != "not finite" else 1024)
+    if name != "not finite":  # where loops make masks, and torch's own operations others, on the way
+        assert found.momentum.peak_bytes == pytest.approx(real.peak, abs=64)
+    assert mnet_fx.estimate(net, x, values=True).momentum == found.momentum
+    sizes = mnet_fx.estimate(model, x, **options)
+    if name != "shrinks" or options["gamma"] == 0.1:
+        assert sizes.momentum.kept_bytes != found.momentum.kept_bytes
+    assert not any("values=True" in note for note in found.notes)
+    assert any("values=True" in note for note in sizes.notes) == (sizes.momentum.parts["spilled bits"] > 0)
+
+
+def test_with_values_a_chain_that_runs_twice_finds_those_of_each_time():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block(64) for _ in range(6))
+
+        def run(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+        def forward(self, x):
+            return self.run(x) + self.run(1e-3 * x)
+
+    torch.manual_seed(0)
+    model, x = Twice(), points()
+    options = {"gamma": 0.1, "regions": ["layers"]}
+    real = measured(mnet_fx.momentumize(model, **options), x)
+    found = mnet_fx.estimate(model, x, values=True, **options)
+    assert (found.momentum.kept_bytes, found.momentum.peak_bytes) == pytest.approx((real.kept, real.peak), abs=64)
+
+
+def test_with_values_another_gamma_and_another_batch_are_looked_at_too():
+    torch.manual_seed(0)
+    model, x = Growing(FACTORS["grows"]), points()
+    found = mnet_fx.estimate(model, x, values=True, gamma=0.9, memory="8MiB")
+    assert found.at_gamma(0.1) == mnet_fx.estimate(model, x, values=True, gamma=0.1).at_gamma(0.1)
+    assert found.at_gamma(0.1).momentum == mnet_fx.estimate(model, x, values=True, gamma=0.1).momentum
+    assert found.momentum.limits.largest_batch > 512
+
+
+def test_seeing_values_leaves_no_trace():
+    model, x = Net(), points()
+    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    mnet_fx.estimate(model, x, values=True, gamma=0.1)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert attributes == {path: set(vars(module)) for path, module in model.named_modules()}
+    assert all(p.grad is None for p in model.parameters())
+    found = mnet_fx.estimate(model, x, gamma=0.1)  # and the next estimate sees nothing
+    assert found.momentum == mnet_fx.estimate(model, torch.empty(512, 64, device="meta"), gamma=0.1).momentum
+
+
+@pytest.mark.parametrize("where", ["input", "model"])
+def test_values_are_needed_to_see_some(where):
+    model, x = Net(), points()
+    model, x = (model.to("meta"), x) if where == "model" else (model, x.to("meta"))
+    with pytest.raises(mnet_fx.SettingsError, match="values=True"):
+        mnet_fx.estimate(model, x, values=True)
 
 
 def test_models_whose_checkpoints_are_lists():

@@ -229,8 +229,9 @@ def spill(T: Tensor, bits: float, bound: float) -> Spill:
             part.zero_()
         else:
             whole.copy_(part).mul_(2.0**-bits).add_(0.5).floor_()
-            low.copy_(part).sub_(whole.to(torch.int64), alpha=int(2.0**bits)).add_(int(offset))
+            low.copy_(part)
             part.copy_(whole)  # never -0.0: x + 0.5 is none
+            low.sub_(whole.view(torch.int64).copy_(part), alpha=int(2.0**bits)).add_(int(offset))
         for plane in range(planes):
             torch.bitwise_and(low, 255, out=whole.view(torch.int64))
             store[plane, start : start + size].copy_(whole.view(torch.int64))
