@@ -178,8 +178,8 @@ def test_estimate(run, folder):
 
 
 def test_estimate_with_values(run):
-    _, sizes, _ = run("estimate", *NET, "--gamma", "0.02")
-    status, values, err = run("estimate", *NET, "--gamma", "0.02", "--values")
+    _, sizes, _ = run("estimate", *NET, "--gamma", "0.001")
+    status, values, err = run("estimate", *NET, "--gamma", "0.001", "--values")
     assert (status, err) == (0, "")
     assert "values=True looks" in sizes
     assert "values=True looks" not in values
