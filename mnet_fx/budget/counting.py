@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +45,12 @@ class Count(TorchDispatchMode):
         self.by_tag: Counter[Tag] = Counter()
         self._then: Counter[Tag] | None = None  # by_tag at the peak; None while that is now
         self._known: dict[int, _Counted] = {}
+        self._sum: _Sum | None = None  # where the last operation was one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self._sum = self._sum_of_gradients(args, result) if func is torch.ops.aten.add.Tensor and _accumulates() else None
         self.hold(tree_leaves(result))
         extra = workspace(func, args, kwargs)
         if extra and self.live + extra > self.peak:
@@ -79,6 +83,14 @@ class Count(TorchDispatchMode):
             counted.tag = new(counted.tag)
             self.by_tag[counted.tag] += counted.size
 
+    def _sum_of_gradients(self, args: Any, result: Tensor) -> _Sum | None:
+        """What to go back to if a part of a sum that raises the peak is freed with the operation."""
+        size = result.untyped_storage().nbytes()
+        if self.live + size <= self.peak:
+            return None
+        parts = [t.untyped_storage() for t in args if isinstance(t, Tensor) and torch.ops.aten.is_non_overlapping_and_dense.default(t)]
+        return _Sum(frozenset(part._cdata for part in parts if part.nbytes() == size), self.peak, self.at_peak.copy())
+
     def _add(self, counted: _Counted) -> None:
         self.live += counted.size
         self.by_tag[counted.tag] += counted.size
@@ -87,10 +99,33 @@ class Count(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         counted = self._known.pop(key)
+        if self._sum is not None and key in self._sum.parts:
+            self.peak, self._then, self._sum = self._sum.peak, self._sum.at_peak, None
         if self._then is None and counted.size:
             self._then = self.by_tag.copy()
         self.live -= counted.size
         self.by_tag[counted.tag] -= counted.size
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of two gradients, and the peak before it. Autograd adds in place to one that nobody else holds, but for subclasses of tensors, as
+    fake ones are, so there the one that it would add to is freed next.
+    """
+
+    parts: frozenset[int]
+    peak: int
+    at_peak: Counter[Tag]
+
+
+def _accumulates() -> bool:
+    """Whether autograd itself makes this operation, and no hook or function of Python: in the middle of a backward pass, or in a thread of
+    autograd's own.
+    """
+    frame = sys._getframe(1).f_back  # of who called the mode, but for what torch puts around that
+    while frame is not None and frame.f_code.co_filename.endswith(("_compile.py", "eval_frame.py")):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
 
 class _Counted:

@@ -421,6 +421,62 @@ def test_with_values_another_gamma_and_another_batch_are_looked_at_too():
     assert found.momentum.limits.largest_batch > 512
 
 
+class Readers(nn.Module):
+    """Several gradients of the stream, or of what a block computes, are added up: in place, but on fake tensors."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.layers, self.kind = nn.ModuleList(Scaled(64, 1.0) for _ in range(6)), kind
+
+    def forward(self, x):
+        for layer in self.layers:
+            h = torch.tanh(layer.linear(layer.norm(x)))
+            match self.kind:
+                case "a difference":
+                    x = x + 0.5 * (h - x)
+                case "three":
+                    x = x + h * torch.sigmoid(x) + 0.1 * x.sin()
+                case "of a block":
+                    x = x + h * 2 * h.exp() * h.sin() + h
+        return x
+
+
+@pytest.mark.parametrize("kind", ["a difference", "three", "of a block"])
+def test_gradients_that_autograd_adds_in_place_take_no_memory_of_their_own(kind):
+    torch.manual_seed(0)
+    model, x = Readers(kind), points()
+    found = mnet_fx.estimate(model, x)
+    for way, net in ((found.plain, model), (found.momentum, mnet_fx.momentumize(model))):
+        real = measured(net, x)
+        assert (way.kept_bytes, way.peak_bytes) == pytest.approx((real.kept, real.peak), abs=64)
+
+
+def test_a_sum_that_a_function_or_a_hook_makes_in_the_backward_pass_takes_memory():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g + g.contiguous()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = self.linear(x)
+            y.register_hook(lambda g: g + g)
+            return Twice.apply(y.tanh()).exp()
+
+    model, x = Net(), points()
+    real = measured(model, x)
+    found = mnet_fx.estimate(model, x, regions=[])
+    assert found.plain.peak_bytes == pytest.approx(real.peak, abs=64)
+
+
 def test_seeing_values_leaves_no_trace():
     model, x = Net(), points()
     before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
