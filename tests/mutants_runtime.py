@@ -367,7 +367,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/fixed_point.py", "record.finite = self.mask is record.mask", "pass"),
     ("mnet_fx/arithmetic/fixed_point.py", "self._widen(Format.of(self.dtype))", "pass"),
     ("mnet_fx/arithmetic/fixed_point.py", "if self.x_bound > torch.finfo(self.dtype).max and", "if False and"),
-    ("mnet_fx/arithmetic/fixed_point.py", "(beyond := torch.isinf(out)).any():", "(beyond := torch.isinf(out)) is not None:"),
+    ("mnet_fx/arithmetic/fixed_point.py", "self._is_any(beyond := torch.isinf(out)):", "(beyond := torch.isinf(out)) is not None:"),
     (
         "mnet_fx/arithmetic/fixed_point.py",
         "-self.format.widening(record.format))\n        return self.read()",

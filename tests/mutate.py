@@ -91,6 +91,8 @@ TESTS = {
     "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],
     "mnet_fx/arithmetic/fake_state.py": ["tests/estimating/test_estimate.py"],
     "mnet_fx/budget/estimating.py": ["tests/estimating/test_estimate.py"],
+    "mnet_fx/budget/counting.py": ["tests/estimating/test_estimate.py"],
+    "mnet_fx/budget/faking.py": ["tests/estimating/test_estimate.py"],
     "mnet_fx/budget/seeing.py": ["tests/estimating/test_estimate.py"],
     **mutants_runtime.TESTS,
 }
@@ -100,10 +102,22 @@ SLOW = "not thousand and not resnet"
 MUTANTS: list[tuple[str, str, str]] = [
     # Estimates with values.
     ("mnet_fx/arithmetic/fake_state.py", "return next(self.seen, supposed)", "return supposed"),
-    ("mnet_fx/arithmetic/fake_state.py", "return chains[(self._started[region] - 1) % len(chains)]", "return chains[0]"),
+    ("mnet_fx/arithmetic/fake_state.py", "return chains[-1 - place if rounds else place]", "return chains[0]"),
+    ("mnet_fx/arithmetic/fake_state.py", "return chains[-1 - place if rounds else place]", "return chains[place]"),
+    ("mnet_fx/arithmetic/fake_state.py", "return bool(next(self.seen, 0.0))", "return False"),
+    ("mnet_fx/budget/counting.py", "self.peak, self._then, self._sum = self._sum.peak, self._sum.at_peak, None", "pass"),
+    (
+        "mnet_fx/budget/counting.py",
+        "if isinstance(t, Tensor) and torch.ops.aten.is_non_overlapping_and_dense.default(t)",
+        "if isinstance(t, Tensor)",
+    ),
+    ("mnet_fx/budget/counting.py", 'return frame is None or frame.f_code.co_name == "_engine_run_backward"', "return True"),
+    ("mnet_fx/budget/faking.py", "modules = [*own, *found.hidden]", "modules = own"),
+    ("mnet_fx/budget/estimating.py", "return {name: copy(value) if isinstance(value, nn.Module) else value", "return {name: value"),
+    ("mnet_fx/budget/seeing.py", "with undone(net, call), _uncast(), ", "with undone(net, call), "),
     ("mnet_fx/arithmetic/fake_state.py", "            SEEN.reset(token)\n", "            pass\n"),
-    ("mnet_fx/budget/estimating.py", 'self.seen.supposed() if name == "momentum" else nullcontext()', "nullcontext()"),
-    ("mnet_fx/budget/seeing.py", "with undone(net, call), ", "with "),
+    ("mnet_fx/budget/estimating.py", 'self.seen.told() if name == "momentum" else nullcontext()', "nullcontext()"),
+    ("mnet_fx/budget/seeing.py", "with undone(net, call), _uncast(), ", "with _uncast(), "),
     ("mnet_fx/budget/seeing.py", "t.is_meta or isinstance(t, FakeTensor)", "isinstance(t, FakeTensor)"),
     # Heads.
     ("mnet_fx/compiled/head.py", "with saved_tensors_hooks(_same, _same) if self.head.shared else nullcontext():", "with nullcontext():"),
@@ -129,7 +143,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/configured.py", "        root.debug_locals += tx.debug_locals[logged:]\n", ""),
     ("mnet_fx/captured/configured.py", "        del tx.debug_locals[logged:]\n", "        pass\n"),
     # GraphModules.
-    ("mnet_fx/captured/copies.py", "            _constants_again(given, twin)\n", "            pass\n"),
+    ("mnet_fx/captured/copies.py", "            _constants_again(given, copy_)\n", "            pass\n"),
     ("mnet_fx/captured/graph_modules.py", "if plan.regions and (call", "if False and (call"),
     # The rules about single steps.
     (
@@ -446,7 +460,8 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/captured/calls.py", "        self.graphs.append(graph)\n", ""),
     ("mnet_fx/captured/doors.py", "if len(call.graphs) == before and", "if False and"),
     ("passes/capturing/dynamo.py", "path if found[path] == 1 else name", "path"),
-    ("passes/capturing/dynamo.py", "(?:'\\])?\\['", "\\['"),
+    ("passes/capturing/dynamo.py", "|buffers)(?:'\\])?\\['([^']*)'\\]\")", "|buffers)\\['([^']*)'\\]\")"),
+    ("passes/capturing/dynamo.py", "(?:__dict__\\[')?", ""),
     ("mnet_fx/inner.py", "if torch.is_grad_enabled() and any(t.requires_grad for t in fakes):", "if True:"),
     ("mnet_fx/inner.py", "risky |= run.early | (run.apart - graded)", "risky |= run.apart - graded"),
     ("mnet_fx/inner.py", "risky |= run.early | (run.apart - graded)", "risky |= run.early | run.apart"),
@@ -487,7 +502,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/named/layers.py", "        del self.owner.compile\n", ""),
     ("mnet_fx/named/layers.py", " or layer._compiled_call_impl is not None:", ":"),
     ("mnet_fx/named/layer_step.py", "if value is x]", "if key == place]"),
-    ("mnet_fx/captured/copies.py", ", *reached(own).hidden]", "]"),
+    ("mnet_fx/captured/copies.py", "modules = [*own, *found.hidden]", "modules = own"),
     (
         "mnet_fx/runtime/start.py",
         "if reversible and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:",

@@ -130,8 +130,12 @@ class State:
         return t, bound
 
     def _largest(self, t: Tensor) -> float:
-        """max|t| of a stream, a residual, X or U: all that a decision takes from values."""
+        """max|t| of a stream, a residual, X or U. This and `_is_any` are all that decisions take from values."""
         return max_abs(t)
+
+    def _is_any(self, where: Tensor) -> bool:
+        """Whether a mask has any element."""
+        return bool(where.any())
 
     def _aligned(self, t: Tensor) -> Tensor:
         """t with the strides of X, copied only where it has others."""
@@ -161,7 +165,7 @@ class State:
 
     def _held(self, out: Tensor) -> Tensor:
         """x after a step, masked: what the dtype cannot hold would be inf in the plain model, and stay so."""
-        if self.x_bound > torch.finfo(self.dtype).max and (beyond := torch.isinf(out)).any():
+        if self.x_bound > torch.finfo(self.dtype).max and self._is_any(beyond := torch.isinf(out)):
             self.mask = beyond if self.mask is None else self.mask | beyond
         return self._masked(out)
 

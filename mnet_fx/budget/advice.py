@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..arithmetic.fake_state import Seen
 from ..reporting.report import Report
 from .estimates import Estimate, Way
 from .sizes import shown
@@ -69,15 +70,17 @@ def _outside(estimate: Estimate, report: Report) -> list[str]:
     ]
 
 
-def notes(estimate: Estimate, said: Sequence[str], values: bool) -> tuple[str, ...]:
-    """Sentences: what the figures suppose or leave out; `values`: whether those of the model were seen."""
+def notes(estimate: Estimate, said: Sequence[str], seen: Seen) -> tuple[str, ...]:
+    """Sentences: what the figures suppose or leave out."""
     found = list(dict.fromkeys(said))
     if estimate.gpu is not None:
         found.append("Seconds are a lower bound by the roofline; work space of cuDNN and fragmentation come on top of the bytes.")
     if estimate.checkpoint is None:
         found.append("There are no blocks to put a checkpoint around, so that way is left out.")
-    if estimate.momentum.parts["spilled bits"] and not values:
+    if estimate.momentum.parts["spilled bits"] and seen.supposed:
         found.append(
             "Spilled bits are those of a stream that keeps its magnitude: a byte per element of a chain more or less; values=True looks."
         )
+    if seen.rotated:
+        found.append("Velocities are rotated: what that takes while a step runs, several float64 copies of the stream, is not counted.")
     return tuple(found)

@@ -109,8 +109,8 @@ class Count(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum of two gradients, and the peak before it. Autograd adds in place to one that nobody else holds, but for subclasses of tensors, as
-    fake ones are, so there the one that it would add to is freed next.
+    """A sum of two gradients, and the peak before it. Autograd adds in place to one that nobody else holds, but not to subclasses of
+    tensors, as fake ones are: there the one that it would add to is freed next.
     """
 
     parts: frozenset[int]

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..arguments import Call
 from ..arithmetic.fake_state import Seen
-from ..captured.copies import copied
+from ..captured.copies import copied, twin
 from ..captured.graph_modules import original
 from ..compiled.backend import check_compiled
 from ..errors import MnetError, MnetWarning, SettingsError
 from ..named.layers import NamedLayer
+from ..named.momentum_net import MomentumNet
 from ..progress import working
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from ..rewrite import momentum_network
@@ -54,21 +55,23 @@ def estimate(
 ) -> Estimate:
     """What a training step of a model will take: plain, with a checkpoint around each block, and as a momentum network.
 
-    The model runs once in each way on tensors without memory (torch's FakeTensorMode): nothing is computed, nothing is allocated, and the
-    model is left as it was. What is counted is what torch's allocator would be asked for. Against the allocator of a CPU: bytes kept to
-    the byte for most models; the peak within a percent for transformers, and a few for convolutional networks, whose operations take work
-    space that only sizes tell (`budget.workspace`). For GPUs, work space of cuDNN and fragmentation come on top.
+    The model runs once in each way on tensors without memory (torch's FakeTensorMode): but for `values`, nothing is computed and nothing
+    is allocated; and the model is left as it was. What is counted is what torch's allocator would be asked for. Against the allocator of a
+    CPU: bytes kept to the byte for most models; the peak within a percent for transformers, and a few for convolutional networks, whose
+    operations take work space that only sizes tell (`budget.workspace`). For GPUs, work space of cuDNN and fragmentation come on top.
 
     Args:
         model: any module, on any device (also "meta"); the original, or a network that `momentumize` returned, whose options then count.
         example_inputs: a call of the model, as a tuple of positional arguments or a dict of keyword arguments. Only shapes, dtypes and
-            constants count: tensors may be real, fake or on the meta device. The first dimension of the first is taken for the batch.
+            constants count (but for `values`): tensors may be real, fake or on the meta device. The first dimension of the first is taken
+            for the batch.
         optimizer: a class such as torch.optim.AdamW, a function that makes one of parameters, or an optimizer of the model's parameters.
         memory: bytes that there are, as a number or a text such as "16GiB". With it, `largest_batch` and `largest_depth_factor` are found.
         loss: a function (output) -> scalar tensor; default the output's own `.loss`, or else the sum of all floating tensors in it.
         gpu: a GPU that torch has a data sheet of, such as "NVIDIA H100"; with it, seconds by its roofline: a lower bound.
         values: run the forward pass of the momentum network once, on the real parameters and inputs, to see how large stream and residuals
-            are: they decide when a chain puts one more byte for each element aside. It takes that pass's time and memory.
+            are: they decide when a chain puts one more byte for each element aside. It takes that pass's time and memory, once for each
+            gamma, and works on a copy that shares the parameters alone, with seeded random states. Not of chains whose velocity is rotated.
         options: those of `momentumize` for the momentum way: gamma, granularity, regions, ...
 
     Returns:
@@ -124,7 +127,14 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise SettingsError(f"estimate takes an nn.Module, got {type(self.model).__name__}")
+        if isinstance(self.model, MomentumNet):
+            raise SettingsError(
+                "a MomentumNet is a momentum network by itself, without an original to compare it with: measure a training step with "
+                "mnet_fx.measure"
+            )
         check_compiled(self.model)
+        if not isinstance(self.values, bool):
+            raise SettingsError(f"values must be True or False, got {self.values!r}")
         if TRANSFORMED in self.model.__dict__ and REPORT not in self.model.__dict__:
             raise MnetError("transform_to_momentumnet changed this model in place: estimate the original, with regions=[...]")
         if self.rewritten and self.options:
@@ -142,23 +152,29 @@ class Request:
 
     @cached_property
     def original(self) -> nn.Module:
-        return fake_model(_own(self.model), self.mode)
+        return fake_model(copied(_before(self.model)), self.mode)
 
     @cached_property
     def momentum(self) -> nn.Module:
         if self.rewritten:
             return fake_model(self.model, self.mode)
         with self._noted():
-            return momentum_network(self.original, **self.options)
+            return momentum_network(self.original, **self._options(lambda module: fake_model(module, self.mode)))
 
     @cached_property
     def seen(self) -> Seen:
         """What values decide, where that is asked for."""
         if not self.values:
             return Seen()
+        own = partial(twin, buffers=False)
         with self._noted():
-            net = self.model if self.rewritten else momentum_network(_own(self.model), **self.options)
-            return seen(net, self.call)
+            if self.rewritten:
+                return seen(own(self.model), self.call)
+            return seen(momentum_network(own(_before(self.model)), **self._options(own) | {"inner": "eager"}), self.call)
+
+    def _options(self, copy: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+        """The options, with copies of modules among them."""
+        return {name: copy(value) if isinstance(value, nn.Module) else value for name, value in self.options.items()}
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
@@ -183,7 +199,8 @@ class Request:
         if (name, batch) not in self.known:
             call = resized(self.call, batch, self.mode)
             captured = name == "momentum" and hasattr(net.__dict__.get("forward"), "network")  # by Dynamo, under which no values are seen
-            with self._noted(), nullcontext() if captured else unpacked(), self.seen.supposed() if name == "momentum" else nullcontext():
+            told = self.seen.told() if name == "momentum" else nullcontext()
+            with self._noted(), nullcontext() if captured else unpacked(), told:
                 self.known[name, batch] = taken(name, net, call, self.mode, self.loss, self._optimizer, self.gpu)
         return self.known[name, batch]
 
@@ -216,7 +233,11 @@ class Request:
             _at_gamma=None if self.rewritten else self.at_gamma,
             _at_depth=partial(_deeper, [t for t in (plain, other, momentum) if t is not None], self.owners) if self.owners else None,
         )
-        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said, self.values))
+        return replace(
+            found,
+            advice=advice(found, report_of(self.momentum), self.handed),
+            notes=notes(found, self.said, self.seen),
+        )
 
     def at_gamma(self, gamma: Any) -> Estimate:
         """The estimate for another momentum."""
@@ -239,7 +260,11 @@ class Request:
         assert plain is not None
         assert momentum is not None
         found = replace(found, plain=plain, checkpoint=within(found.checkpoint), momentum=momentum, memory=memory)
-        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said, self.values))
+        return replace(
+            found,
+            advice=advice(found, report_of(self.momentum), self.handed),
+            notes=notes(found, self.said, self.seen),
+        )
 
     @property
     def handed(self) -> int:
@@ -281,9 +306,9 @@ class _Noted(warnings.catch_warnings):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _own(model: nn.Module) -> nn.Module:
-    """A copy of the model as it was before a rewrite, sharing its tensors."""
-    return copied(original(model) if isinstance(model, fx.GraphModule) else model)
+def _before(model: nn.Module) -> nn.Module:
+    """The model, or of a GraphModule that was rewritten what it was."""
+    return original(model) if isinstance(model, fx.GraphModule) else model
 
 
 def _unscaled(call: Call) -> list[str]:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..arguments import Call, call_from
 from ..errors import MnetError, SettingsError
+from ..runtime.reach import reached
 
 __all__ = ["batch_of", "call_of", "fake_model", "fake_optimizer", "resized", "unpacked"]
 
@@ -131,9 +132,12 @@ def unpacked() -> Iterator[None]:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and tensors that are attributes of modules."""
-    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return [*chain(model.parameters(), model.buffers()), *own]
+    """Parameters, buffers and tensors that are attributes, also of modules that are no children, and tensors in containers."""
+    own = [*model.modules()]
+    found = reached(own)
+    modules = [*own, *found.hidden]
+    members = chain(*(chain(module._parameters.values(), module._buffers.values(), vars(module).values()) for module in modules))
+    return [t for t in (*members, *found.tensors) if isinstance(t, Tensor)]
 
 
 def _fake_of(t: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -18,10 +20,10 @@ __all__ = ["seen"]
 
 
 def seen(net: nn.Module, call: Call) -> Seen:
-    """Runs the forward pass of a momentum network once, and puts buffers and random states back.
+    """Runs the forward pass of a momentum network once, and puts random states and inputs back.
 
     Args:
-        net: what `momentumize` returned.
+        net: what `momentumize` returned, or a copy of that whose buffers and attributes may change.
         call: of it.
 
     Raises:
@@ -36,6 +38,17 @@ def seen(net: nn.Module, call: Call) -> Seen:
         )
     found = Seen()
     args, kwargs = call
-    with undone(net, call), torch.enable_grad(), found.set():  # with gradients, as Dynamo would else capture another kind of call
+    with undone(net, call), _uncast(), torch.enable_grad(), found.set():  # with gradients: else Dynamo captures another kind of call
         net(*args, **kwargs)
     return found
+
+
+@contextmanager
+def _uncast() -> Iterator[None]:
+    """Keeps no casts of weights, which the caller's autocast would then have."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["SEED", "undone"]
+__all__ = ["SEED", "same", "undone"]
 
 SEED = 20211
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and values, NaN being NaN."""
+    if a.shape != b.shape or torch.equal(a, b):
+        return a.shape == b.shape
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
 
 
 @contextmanager
@@ -33,7 +40,7 @@ def undone(net: nn.Module, call: Any) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for t, then in zip(tensors, before, strict=True):
-                    if not torch.equal(t, then):
+                    if not same(t, then):
                         t.copy_(then)
 
 

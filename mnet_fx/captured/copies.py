@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from ..errors import MnetError, SettingsError
@@ -16,11 +17,23 @@ from ..reporting.build import REPORT
 from ..runtime.reach import reached
 from .restoring import release
 
-__all__ = ["check_model", "copied"]
+__all__ = ["check_model", "copied", "twin"]
 
 
 def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model as it was before a rewrite, see `twin`."""
+    net = twin(model)
+    if REPORT in net.__dict__:  # a second rewrite starts over
+        release(net)
+    return net
+
+
+def twin(model: nn.Module, buffers: bool = True) -> nn.Module:
     """A copy of the tree of modules that shares every parameter and buffer, also those of modules that are no children.
+
+    Args:
+        model: the original, or a rewritten one, which the copy is too then.
+        buffers: False: it has buffers of its own.
 
     Raises:
         SettingsError: `model` is no module.
@@ -28,24 +41,26 @@ def copied(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     own = [*model.modules()]
-    modules = [*own, *reached(own).hidden]
-    tensors = [t for module in modules for t in chain(module._parameters.values(), module._buffers.values()) if t is not None]
-    computed = [t for module in own for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
-    shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; deepcopy refuses them
+    found = reached(own)
+    modules = [*own, *found.hidden]
+    kinds = ("_parameters", "_buffers") if buffers else ("_parameters",)
+    tensors = [t for module in modules for kind in kinds for t in getattr(module, kind).values() if t is not None]
+    held = [t for t in chain(*(vars(module).values() for module in own), found.tensors) if isinstance(t, Tensor)]
+    computed = [t for t in held if not t.is_leaf or isinstance(t, FakeTensor)]
+    shared: dict[int, Any] = {id(t): t for t in (*tensors, *computed)}  # computed: by a hook, as pruning does; what deepcopy refuses
     try:
         net = copy.deepcopy(model, shared)
     except Exception as error:
         raise MnetError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); momentumize works on a copy"
         ) from error
-    for given, twin in zip(model.modules(), net.modules(), strict=True):
+    for given, copy_ in zip(model.modules(), net.modules(), strict=True):
         if isinstance(given, torch.jit.ScriptModule):  # copies its tensors whatever deepcopy is told to share
-            for name, tensor in chain(given.named_parameters(recurse=False), given.named_buffers(recurse=False)):
-                twin._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
+            own_buffers = given.named_buffers(recurse=False) if buffers else ()
+            for name, tensor in chain(given.named_parameters(recurse=False), own_buffers):
+                copy_._c.setattr(name, tensor)  # type: ignore[union-attr, operator]
         if isinstance(given, fx.GraphModule):
-            _constants_again(given, twin)
-    if REPORT in net.__dict__:  # a second rewrite starts over
-        release(net)
+            _constants_again(given, copy_)
     return net
 
 

@@ -130,7 +130,7 @@ def _made(model: str, kwargs: tuple[str, ...], inputs: tuple[str, ...], seed: in
 @momentum_options
 @output_options(_TEXTS, pictures=True)
 def estimate(model: str, kwargs: Any, inputs: Any, seed: int, memory: Any, plot: str, fmt: Any, output: Any, **options: Any) -> int:
-    """Say what a training step of MODEL will take, before anything runs: plain, with checkpoints, as a momentum network."""
+    """Say what a training step of MODEL will take, before it runs: plain, with checkpoints, as a momentum network."""
     import mnet_fx
 
     net, call = _made(model, kwargs, inputs, seed, "cpu" if options["values"] else "meta")

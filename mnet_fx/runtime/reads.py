@@ -97,11 +97,15 @@ class Reads:
     place: Place
     signed: bool = False
 
-    def rotates(self, x: Tensor) -> bool:
-        """Whether the velocity of a chain that starts at x may be rotated."""
+    @property
+    def may_rotate(self) -> bool:
+        """Whether the velocity may be rotated, in a chain that has values."""
         known = any(read is not None and read.rotates for read in self.maps.get(self.place, ()))
-        may = self.signed or known or any(observer.rotates for observer in _OBSERVERS.all)
-        return may and x.dim() > 0 and not _is_counted(x)
+        return self.signed or known or any(observer.rotates for observer in _OBSERVERS.all)
+
+    def rotates(self, x: Tensor) -> bool:
+        """Whether that of a chain that starts at x may be."""
+        return self.may_rotate and x.dim() > 0 and not _is_counted(x)
 
     def rotation(self, index: int, reach: float, before: Tensor | None, y: Tensor) -> Rotation | None:
         """How the velocity is rotated after step `index`, which gave y; None if it is not.

@@ -120,6 +120,8 @@ class Recurrence:
         horizon = min(max(1 / (1 - gamma) for gamma, _ in self.factors), len(self.factors))
         seen = SEEN.get()
         if valueless(x):
+            if seen is not None and self.reads is not None:
+                seen.rotated |= self.reads.may_rotate
             return FakeState(() if seen is None else seen.again(self.name), x, v0, horizon, self.arithmetic or kernels(), held)
         if self.reads is not None and self.reads.rotates(x):
             return RotatedState(x, v0, horizon, self.arithmetic or kernels(), held)

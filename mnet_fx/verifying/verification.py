@@ -17,7 +17,7 @@ from ..arithmetic.formats import Format
 from ..budget.estimating import estimate
 from ..budget.measured import measure
 from ..budget.sizes import shown
-from ..budget.undoing import undone
+from ..budget.undoing import same, undone
 from ..errors import InversionError, MnetError, SettingsError
 from ..progress import working
 from ..reporting.build import report_of
@@ -245,7 +245,7 @@ def _unlike(a: Outcome, b: Outcome) -> list[str]:
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+    return same(a, b)
 
 
 def _last(subject: Subject, names: list[str]) -> str:

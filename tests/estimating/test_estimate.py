@@ -477,17 +477,133 @@ def test_a_sum_that_a_function_or_a_hook_makes_in_the_backward_pass_takes_memory
     assert found.plain.peak_bytes == pytest.approx(real.peak, abs=64)
 
 
-def test_seeing_values_leaves_no_trace():
+class Changing(Net):
+    """With all that a forward pass may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("time", torch.zeros(()))
+        self.calls, self.log, self.sum, self.hidden = 0, [], torch.zeros(64), [nn.BatchNorm1d(64)]
+
+    def forward(self, x):
+        self.time = self.time + 1
+        self.calls += 1
+        self.log.append(1)
+        self.sum.add_(1)
+        return super().forward(self.hidden[0](x))
+
+    def state(self):
+        own = [self.time, self.sum, *self.buffers(), *self.hidden[0].buffers()]
+        return [self.calls, len(self.log), id(self.time), *(t.clone() for t in own), torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["original", "rewritten"])
+@pytest.mark.parametrize("options", [{"regions": ["layers"]}, {}], ids=["named", "captured"])
+def test_seeing_values_leaves_no_trace(options, rewritten):
+    model, x = Changing(), points()
+    net = mnet_fx.momentumize(model, gamma=0.1, **options) if rewritten else model
+    options = {} if rewritten else {"gamma": 0.1, **options}
+    before, report = net.state(), str(getattr(net, "report", None))
+    found = mnet_fx.estimate(net, x, values=True, **options)
+    assert all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in zip(net.state(), before, strict=True))
+    assert str(getattr(net, "report", None)) == report
+    assert all(p.grad is None for p in (*model.parameters(), *model.hidden[0].parameters()))
+    sizes = mnet_fx.estimate(net, torch.empty(512, 64, device="meta"), **options)
+    assert mnet_fx.estimate(net, x, **options).momentum == sizes.momentum  # the next estimate sees nothing
+    assert found.momentum.kept_bytes > 0
+
+
+def test_inputs_with_nan_are_left_as_they_were():
+    x = points()
+    x[3, 3] = float("nan")
+    y = nn.Linear(64, 64)(x).sum()
+    for given in (x, x[:1].expand(512, 64)):
+        version = given._version
+        mnet_fx.estimate(Net(), given, values=True, gamma=0.1)
+        assert given._version == version
+    y.backward()
+
+
+def test_casts_of_weights_are_not_left_in_the_callers_autocast():
     model, x = Net(), points()
-    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
-    mnet_fx.estimate(model, x, values=True, gamma=0.1)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert attributes == {path: set(vars(module)) for path, module in model.named_modules()}
-    assert all(p.grad is None for p in model.parameters())
-    found = mnet_fx.estimate(model, x, gamma=0.1)  # and the next estimate sees nothing
-    assert found.momentum == mnet_fx.estimate(model, torch.empty(512, 64, device="meta"), gamma=0.1).momentum
+    with torch.autocast("cpu", torch.bfloat16):
+        before = measure(lambda: model(x), backward=lambda y: None).kept
+        torch.clear_autocast_cache()
+        mnet_fx.estimate(model, x, values=True, gamma=0.1, regions=["layers"])
+        assert measure(lambda: model(x), backward=lambda y: None).kept == before
+
+
+def test_values_are_seen_without_the_inner_compiler(monkeypatch):
+    def compiler(*_):
+        raise AssertionError("compiled")
+
+    found = mnet_fx.estimate(Net(), points(), values=True, gamma=0.1, inner=compiler)
+    assert found.momentum == mnet_fx.estimate(Net(), points(), values=True, gamma=0.1).momentum
+
+
+def test_chains_that_run_again_in_the_backward_pass_find_their_own_numbers():
+    class Outer(nn.Module):
+        def __init__(self, inner, scale):
+            super().__init__()
+            self.inner, self.scale = inner, scale
+
+        def forward(self, x):
+            y = x * self.scale
+            for layer in self.inner:
+                y = layer(y)
+            return x + y
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = nn.ModuleList(Scaled(64, 1.0) for _ in range(4))
+            self.blocks = nn.ModuleList(Outer(inner, 10.0 ** (3 * i)) for i in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Shared(), points()
+    options = {"gamma": 0.0, "regions": ["blocks", "blocks.0.inner"]}
+    real = measured(mnet_fx.momentumize(model, **options), x)
+    found = mnet_fx.estimate(model, x, values=True, **options).momentum
+    assert (found.kept_bytes, found.peak_bytes) == pytest.approx((real.kept, real.peak), abs=4096)  # empty tensors, a few hundred bytes
+
+
+def test_what_is_supposed_of_rotated_chains_is_said():
+    for values in (False, True):
+        found = mnet_fx.estimate(Growing((1.0,) * 8), points(), values=values, gamma=0.1, weights="signed")
+        assert any("rotated" in note for note in found.notes)
+        assert any("values=True" in note for note in found.notes)
+    assert not any("rotated" in note for note in mnet_fx.estimate(Growing((1.0,) * 8), points(), gamma=0.1).notes)
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_a_module_for_the_velocity_stays_as_it_was(values):
+    velocity, model, x = nn.Linear(64, 64), Net(), points()
+    mnet_fx.estimate(model, x, gamma=0.1, regions=["layers"], initial_velocity=velocity, values=values)
+    assert velocity.weight.grad is None
+    mnet_fx.momentumize(model, gamma=0.1, regions=["layers"], initial_velocity=velocity)(x).sum().backward()
+    assert type(velocity.weight.grad) is Tensor
+
+
+def test_a_model_that_counts_its_calls_has_blocks():
+    """Dynamo names its modules otherwise."""
+
+    class Counting(Net):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    found = mnet_fx.estimate(Counting(), points())
+    assert found.checkpoint is not None
+    net = mnet_fx.momentumize(Counting(), points())
+    assert "layers" in str(net.report)
+    assert "__dict__" not in str(net.report)
 
 
 @pytest.mark.parametrize("where", ["input", "model"])
@@ -496,6 +612,13 @@ def test_values_are_needed_to_see_some(where):
     model, x = (model.to("meta"), x) if where == "model" else (model, x.to("meta"))
     with pytest.raises(mnet_fx.SettingsError, match="values=True"):
         mnet_fx.estimate(model, x, values=True)
+    with pytest.raises(mnet_fx.SettingsError, match="values must be True or False"):
+        mnet_fx.estimate(model, x, values="no")
+
+
+def test_a_momentum_net_by_itself_is_refused():
+    with pytest.raises(mnet_fx.SettingsError, match="MomentumNet"):
+        mnet_fx.estimate(mnet_fx.MomentumNet([nn.Linear(64, 64)] * 2), points())
 
 
 def test_models_whose_checkpoints_are_lists():
