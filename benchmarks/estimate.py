@@ -149,7 +149,7 @@ def main() -> None:
             found = reestimated(name, known, bar, models) if options.measured else rows_of(name, bar, models)
             rows = {model: [row for row in known if row["model"] == model] for model in models} | {name: found}
             known = [row for group in rows.values() for row in group]
-            save(result, known, COLUMNS, options.readme)
+            save(result, [row for row in known if COLUMNS.keys() <= row.keys()], COLUMNS, options.readme)  # some may be of before a column
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..arithmetic.valueless import Drawn, valueless
 from ..captured.copies import copied
 from ..runtime.own_checkpoint import checkpoint
 
-__all__ = ["Block", "block_paths", "checkpointed"]
+__all__ = ["Block", "block_paths", "checkpointed", "shared_by"]
 
 
 class Block:
@@ -75,6 +75,16 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
     around = [path for path in alike if any(other.startswith(f"{path}.") for other in found)]  # as a U-Net that holds smaller ones
     paths = [*found, *(path for path in alike if path and path not in around)]
     return tuple(path for path in dict.fromkeys(paths) if not any(path.startswith(f"{outer}.") for outer in paths))
+
+
+def shared_by(names: Sequence[str]) -> str:
+    """Path of the innermost module that parameters lie in; "" for the root, and where there are none."""
+    found = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        found.append(parts[0])
+    return ".".join(found)
 
 
 def _list_of(model: nn.Module, path: str) -> str | None:

@@ -28,7 +28,7 @@ from ..progress import working
 from ..reporting.build import REPORT, TRANSFORMED, report_of
 from ..rewrite import momentum_network
 from .advice import advice, notes
-from .blocks import block_paths, checkpointed
+from .blocks import block_paths, checkpointed, shared_by
 from .estimates import Estimate, Way
 from .faking import batch_of, call_of, fake_model, fake_optimizer, resized, unpacked
 from .fitting import limits
@@ -188,7 +188,12 @@ class Request:
 
     @cached_property
     def blocks(self) -> nn.Module | None:
-        paths = block_paths(self.original, self.owners)
+        owners, regions = self.owners, getattr(self.momentum.__dict__.get("forward"), "regions", ())
+        if regions and len(owners) < sum(
+            len(region.step_names) for region in regions
+        ):  # as of x = x + layer(x), whose sums lie in one module
+            owners = tuple(shared_by(names) for region in regions for names in region.step_names)
+        paths = block_paths(self.original, owners)
         return checkpointed(self.original, paths) if paths else None
 
     def taken(self, name: str, batch: int | None) -> Taken | None:

@@ -75,7 +75,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, shared: Sequence[Any] = (
     if not isinstance(model, nn.Module):
         raise SettingsError(f"estimate takes an nn.Module, got {type(model).__name__}")
     memo: dict[int, Any] = {id(one): one for one in shared}
-    for t in _tensors(model):
+    for t in _tensors(model, shared):
         if id(t) not in memo:
             memo[id(t)] = _fake_of(t, mode)
     try:
@@ -131,10 +131,10 @@ def unpacked() -> Iterator[None]:
         masks.find_packed_sequence_indices = packed
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def _tensors(model: nn.Module, shared: Sequence[Any]) -> list[Tensor]:
     """Parameters, buffers and tensors that are attributes, also of modules that are no children, and tensors in containers."""
     own = [*model.modules()]
-    found = reached(own)
+    found = reached(own, shared)
     modules = [*own, *found.hidden]
     members = chain(*(chain(module._parameters.values(), module._buffers.values(), vars(module).values()) for module in modules))
     return [t for t in (*members, *found.tensors) if isinstance(t, Tensor)]

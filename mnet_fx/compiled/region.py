@@ -141,6 +141,11 @@ class CompiledRegion(Unseen, ChainRegion):
     def _own(self, step: StepCode) -> list[str]:
         return [path for path in step.attributes if path in self.attributes]
 
+    @property
+    def step_names(self) -> list[list[str]]:
+        """For each step the paths of its parameters and buffers in the model."""
+        return [[self.attributes[path] for path in self._own(step)] for step in self.bodies]
+
     def _split(self, sides: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """Of what follows the side inputs, the parameters and buffers by name, and the sizes."""
         end = self.sides + len(self.reads)

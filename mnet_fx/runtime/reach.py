@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, NoneType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ProxyTypes, WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,8 @@ class Reached:
     def _inside(self, value: Any, most: float, around: nn.Module | None) -> Iterable[Any]:
         if isinstance(value, tuple):
             return value
+        if type(value) in ProxyTypes:  # holds nothing
+            return ()
         if type(value) in _CALLED:
             return _closed_over(value)
         if type(value) in CONTAINERS:
@@ -96,9 +98,9 @@ class Reached:
         return vars(value).values()
 
 
-def reached(modules: Sequence[nn.Module]) -> Reached:
-    """What the attributes of some modules reach, the first of which is the step."""
-    found = Reached(seen=set(map(id, modules)))
+def reached(modules: Sequence[nn.Module], apart: Iterable[Any] = ()) -> Reached:
+    """What the attributes of some modules reach, the first of which is the step; `apart`: objects that are not gone into."""
+    found = Reached(seen={*map(id, modules), *map(id, apart)})
     further = []
     for module in modules:
         for name, value in vars(module).items():

@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..budget.blocks import shared_by
 from ..budget.undoing import SEED, undone
 from ..budget.ways import default_loss
 from ..captured.copies import copied
@@ -146,7 +147,7 @@ class Subject:
             return region
         found = next((r for r in self.regions if _title(r) == region), None)
         names = [] if found is None else _names(found)
-        owner = _owner(names[t]) if t < len(names) else ""
+        owner = "" if t >= len(names) else names[t][0] if len(names[t]) == 1 else shared_by(names[t])
         return f"{region}, step {t}" + (f" ({owner})" if owner else "")
 
 
@@ -176,21 +177,13 @@ def _names(region: Region) -> list[list[str]]:
     if isinstance(region, NamedRegion):
         return [[name] for name in region.names]
     if isinstance(region, CompiledRegion):
-        return [step._names for _, _, step in region._steps]
+        return region.step_names
     assert isinstance(region, MomentumRegion)
     return [[step.path_of(name) for name, _ in step.named_parameters()] for step in region.steps()]
 
 
 def _title(region: Region) -> str:
     return region.title if isinstance(region, NamedRegion) else region.name
-
-
-def _owner(names: Sequence[str]) -> str:
-    """Path of the module that the parameters of a step share."""
-    parts = [name.split(".") for name in names]
-    if len(parts) == 1:
-        return names[0]
-    return ".".join(part[0] for part in zip(*(p[:-1] for p in parts), strict=False) if len(set(part)) == 1)
 
 
 def _weighted(output: Any) -> Tensor:

@@ -589,6 +589,26 @@ def test_a_module_for_the_velocity_stays_as_it_was(values):
     assert type(velocity.weight.grad) is Tensor
 
 
+def test_layers_that_a_loop_adds_to_the_stream_are_blocks():
+    class Loop(nn.Module):
+        def __init__(self, depth: int = 6):
+            super().__init__()
+            self.stem, self.head = nn.Linear(64, 64), nn.Linear(64, 256)
+            self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh()) for _ in range(depth))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(x)
+
+    model, x = Loop(), points()
+    found = mnet_fx.estimate(model, x)
+    real = measured(blocks_of(model), x)
+    assert found.checkpoint is not None
+    assert (found.checkpoint.kept_bytes, found.checkpoint.peak_bytes) == pytest.approx((real.kept, real.peak), rel=0.01)
+
+
 def test_a_model_that_counts_its_calls_has_blocks():
     """Dynamo names its modules otherwise."""
 
