@@ -189,10 +189,9 @@ class Request:
     @cached_property
     def blocks(self) -> nn.Module | None:
         owners, regions = self.owners, getattr(self.momentum.__dict__.get("forward"), "regions", ())
-        if regions and len(owners) < sum(
-            len(region.step_names) for region in regions
-        ):  # as of x = x + layer(x), whose sums lie in one module
-            owners = tuple(shared_by(names) for region in regions for names in region.step_names)
+        steps = [names for region in regions for names in region.step_names]
+        if len(owners) < len(steps):  # as of x = x + layer(x), whose sums lie in one module
+            owners = tuple(map(shared_by, steps))
         paths = block_paths(self.original, owners)
         return checkpointed(self.original, paths) if paths else None
 
