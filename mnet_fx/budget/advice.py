@@ -53,7 +53,7 @@ def advice(estimate: Estimate, report: Report, handed: int = 0) -> tuple[str, ..
 
 def _what_dominates(way: Way) -> str:
     part, size = max(way.parts.items(), key=lambda item: item[1])
-    return f"momentum: {part} are the largest part, {shown(size)} of {shown(way.total_bytes)} ({size / max(way.total_bytes, 1):.0%})."
+    return f"momentum, the largest part: {part}, {shown(size)} of {shown(way.total_bytes)} ({size / max(way.total_bytes, 1):.0%})."
 
 
 def _outside(estimate: Estimate, report: Report) -> list[str]:
