@@ -390,6 +390,23 @@ def test_with_values_the_bytes_that_they_decide_are_told(name, options):
     assert any("values=True" in note for note in sizes.notes) == (sizes.momentum.parts["spilled bits"] > 0)
 
 
+def test_with_values_what_float16_cannot_hold_is_a_mask():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh()) for _ in range(6))
+
+        def forward(self, x):
+            for i, layer in enumerate(self.layers):
+                x = x + (6e4 if i in (0, 5) else 1.0) * layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Half().half(), points().half()
+    real = measured(mnet_fx.momentumize(model, gamma=0.1), x)
+    assert mnet_fx.estimate(model, x, values=True, gamma=0.1).momentum.kept_bytes == pytest.approx(real.kept, abs=100)
+
+
 def test_with_values_a_chain_that_runs_twice_finds_those_of_each_time():
     class Twice(nn.Module):
         def __init__(self):
