@@ -237,11 +237,7 @@ class Request:
             _at_gamma=None if self.rewritten else self.at_gamma,
             _at_depth=partial(_deeper, [t for t in (plain, other, momentum) if t is not None], self.owners) if self.owners else None,
         )
-        return replace(
-            found,
-            advice=advice(found, report_of(self.momentum), self.handed),
-            notes=notes(found, self.said, self.seen),
-        )
+        return self._told(found)
 
     def at_gamma(self, gamma: Any) -> Estimate:
         """The estimate for another momentum."""
@@ -264,11 +260,10 @@ class Request:
         assert plain is not None
         assert momentum is not None
         found = replace(found, plain=plain, checkpoint=within(found.checkpoint), momentum=momentum, memory=memory)
-        return replace(
-            found,
-            advice=advice(found, report_of(self.momentum), self.handed),
-            notes=notes(found, self.said, self.seen),
-        )
+        return self._told(found)
+
+    def _told(self, found: Estimate) -> Estimate:
+        return replace(found, advice=advice(found, report_of(self.momentum), self.handed), notes=notes(found, self.said, self.seen))
 
     @property
     def handed(self) -> int:

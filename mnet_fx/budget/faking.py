@@ -134,10 +134,8 @@ def unpacked() -> Iterator[None]:
 def _tensors(model: nn.Module, shared: Sequence[Any]) -> list[Tensor]:
     """Parameters, buffers and tensors that are attributes, also of modules that are no children, and tensors in containers."""
     own = [*model.modules()]
-    found = reached(own, shared)
-    modules = [*own, *found.hidden]
-    members = chain(*(chain(module._parameters.values(), module._buffers.values(), vars(module).values()) for module in modules))
-    return [t for t in (*members, *found.tensors) if isinstance(t, Tensor)]
+    members = chain(*(chain(module._parameters.values(), module._buffers.values(), vars(module).values()) for module in own))
+    return [t for t in (*members, *reached(own, shared).tensors) if isinstance(t, Tensor)]
 
 
 def _fake_of(t: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -216,7 +216,7 @@ def _module_path(name: str) -> str:
     while name != (name := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", name)):  # where a name is no identifier
         pass
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", name)
-    path = re.sub(r"(?:__dict__\[')?_(?:modules|parameters|buffers)(?:'\])?\['([^']*)'\]", r"\1", path)
+    path = re.sub(rf"(?:__dict__\[')?{_MEMBER.pattern}", r"\1", path)
     return re.sub(r"\['?([^'\]]*)'?\]", r".\1", path).strip(".")
 
 

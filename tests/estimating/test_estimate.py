@@ -8,11 +8,12 @@ import torch.fx as fx
 from budget_models import MODELS, UNet, WaveNet
 from models import Encoder
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnet_fx
+from mnet_fx.arithmetic.fake_state import SEEN
 from mnet_fx.budget.blocks import block_paths, checkpointed
 from mnet_fx.budget.estimates import PARTS
 from mnet_fx.budget.faking import fake_model
@@ -476,7 +477,8 @@ def test_a_sum_that_a_function_or_a_hook_makes_in_the_backward_pass_takes_memory
 
         @staticmethod
         def backward(ctx, g):
-            return g + g.contiguous()
+            h = 2 * g
+            return h + g
 
     class Net(nn.Module):
         def __init__(self):
@@ -528,6 +530,12 @@ def test_seeing_values_leaves_no_trace(options, rewritten):
     sizes = mnet_fx.estimate(net, torch.empty(512, 64, device="meta"), **options)
     assert mnet_fx.estimate(net, x, **options).momentum == sizes.momentum  # the next estimate sees nothing
     assert found.momentum.kept_bytes > 0
+    assert SEEN.get() is None
+
+
+def test_all_that_a_model_reaches_is_fake():
+    net = fake_model(Changing(), FakeTensorMode())
+    assert all(isinstance(t, FakeTensor) for t in (*net.hidden[0].parameters(), *net.hidden[0].buffers(), net.sum))
 
 
 def test_inputs_with_nan_are_left_as_they_were():
