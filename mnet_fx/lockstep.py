@@ -15,8 +15,9 @@ import torch
 
 from .runtime.surroundings import surrounded, surroundings
 
-__all__ = ["OutOfStep", "Walk", "walking"]
+__all__ = ["NAME", "OutOfStep", "Walk", "walking"]
 
+NAME = "mnet_fx: a call that stops on its way"  # of its thread
 JOINED = 10.0  # seconds that a call that is left may take to end
 Stop = Callable[[Hashable], None]
 
@@ -46,7 +47,8 @@ class Walk:
         self.result: Any = None
         self.patience, self.failed, self.left = patience, False, False
         self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run, call, _settings()), daemon=True)
+        run = contextvars.copy_context().run
+        self.thread = threading.Thread(target=run, args=(self._run, call, _settings()), name=NAME, daemon=True)
         self.thread.start()
 
     def to(self, where: Hashable) -> None:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import mnet_fx
 from mnet_fx import calibration
-from mnet_fx.lockstep import OutOfStep, Walk, walking
+from mnet_fx.lockstep import NAME, OutOfStep, Walk, walking
 
 WIDTH = 8
 
@@ -108,6 +108,11 @@ def net_of(cls, *arguments, regions=("layers",)):
     return mnet_fx.momentumize(cls(*arguments), gamma=0.5, weights="matched", regions=list(regions))
 
 
+def under_way():
+    """The calls that have not ended. Not the count of all threads: inductor's workers start one when the first of them is ready."""
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
 def one_by_one(monkeypatch, net, calls):
     def never(*arguments):
         raise OutOfStep
@@ -146,15 +151,14 @@ def test_the_maps_of_calls_made_one_by_one(monkeypatch, caplog, sizes, context):
 @pytest.mark.parametrize("cls", [Shared, Locked, Raising])
 def test_models_whose_calls_disturb_each_other(monkeypatch, caplog, cls):
     monkeypatch.setattr(calibration, "PATIENCE", (0.5, 0.0))
-    threads = threading.active_count()
     with caplog.at_level(logging.INFO, "mnet_fx"):
         ours = mnet_fx.calibrate(net_of(cls), batches())
     assert [r for r in caplog.records if "disturb" in r.message]
     same(ours, one_by_one(monkeypatch, net_of(cls), batches()))
     until = time.monotonic() + 30.0  # which a busy machine may need to end one
-    while threading.active_count() > threads and time.monotonic() < until:
+    while under_way() and time.monotonic() < until:
         time.sleep(0.05)
-    assert threading.active_count() == threads
+    assert not under_way()
 
 
 def test_a_walk_stops_where_it_is_told_to_and_ends():
@@ -169,6 +173,7 @@ def test_a_walk_stops_where_it_is_told_to_and_ends():
     with walking([call], 5.0) as (walk,):
         walk.to("b")
         assert (walk.at, passed) == ("b", ["a"])
+        assert under_way() == [walk.thread]
         walk.to(None)
         assert (walk.at, walk.result, passed) == (None, "result", ["a", "b", "c"])
     with walking([call], 5.0) as (walk,), pytest.raises(OutOfStep):
