@@ -42,13 +42,14 @@ class RotatedState(State):
         for turn, part, given in _parts(rotation, added, y):
             part.copy_(_in_frame(turn, given, record.finite))
         v_bound = gamma * self.v_bound + abs(weight) * max_abs(added)
+        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|; the ratio may underflow where X makes room, and is made anew then
         if self._is_full(self.x_bound + v_bound):
             self.x_bound = min(self.x_bound, self._largest(self.X) * self.unit)
             v = self.U.double().mul(gamma * self.ratio * self.unit).add_(added, alpha=weight)
             roundings = v.shape[rotation.axis] * (1 + 2 * rotation.reach) * self.unit  # of U, at most one unit each
             self._room_in_x(record, self.x_bound + max(v_bound, max_abs(_moves(rotation, v, v)) + roundings))
             del v
-        self._add_to_u(record, gamma, weight, v_bound, added)
+        self._add_to_u(record, gamma, weight, v_bound, held, added)
         self._add_to_x(record, _moves(rotation, self.U, added))
         out = torch.empty_like(self.X, dtype=self.dtype)
         read(self.X, out, self.unit)
@@ -58,9 +59,9 @@ class RotatedState(State):
         """Whether X has no room for x up to that bound."""
         return x_bound >= (self.format.limit - 4) * self.unit
 
-    def _add_to_u(self, record: Record, gamma: float, weight: float, v_bound: float, added: Tensor) -> None:
+    def _add_to_u(self, record: Record, gamma: float, weight: float, v_bound: float, held: float, added: Tensor) -> None:
         """Brings U, the ratio and v's bound, but for roundings, to after the step."""
-        self._room_in_u(record, gamma, v_bound, self.v_bound / (self.ratio * self.unit))
+        self._room_in_u(record, gamma, v_bound, held)
         self.v_bound = v_bound * (1 + 1e-9) + self.ratio * self.unit
         record.scale = weight / (self.ratio * self.unit)
         unshear_u(self.U, added, -record.scale)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_fixed_point import DTYPES, assert_undone, gammas, snapshot, values
 
@@ -49,7 +49,16 @@ def runs(draw):
     return tensor(), [(tensor(), gamma, draw(st.sampled_from([1.0, 1.0 - gamma])), rotation(t)) for t, gamma in enumerate(steps)]
 
 
+def _outgrowing(gamma):
+    """A stream of zeros to which more is added than the ratio of its units can follow."""
+    ones, none, large = torch.ones(2, dtype=torch.float64), torch.zeros(2), torch.tensor([0.0, 4.5e189], dtype=torch.float64)
+    turns = Rotation(0, None, ones, 0.0), Rotation(0, ones, None, 0.0)
+    return none, [(none, gamma, 1.0, None), (none, gamma, 1.0, turns[0]), (large, gamma, 1.0, turns[1]), (none, gamma, 1.0, None)]
+
+
 @given(runs(), st.sampled_from([1, 1 << 18]))
+@example(_outgrowing(0.0), 1)
+@example(_outgrowing(0.5), 1)
 def test_unstep_undoes_step_for_any_values(run, chunk):
     x0, steps = run
     with pytest.MonkeyPatch.context() as patch:
