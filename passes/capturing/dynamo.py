@@ -23,6 +23,7 @@ import torch.fx as fx
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from passes.capturing.attention_kernels import LostContextError, with_kernels_written_out
 from passes.capturing.grad_modes import MODE, detached
 from passes.capturing.sizes import Sizes, is_unread_size
 from passes.graphs.facts import Facts
@@ -33,10 +34,6 @@ _ENTER = frozenset({"_enter_autocast", "_enter_inference_mode", "_vmap_increment
 _EXIT = frozenset({"_exit_autocast", "_exit_inference_mode", "_vmap_decrement_nesting"})
 _MEMBER = re.compile(r"_(?:modules|parameters|buffers)(?:'\])?\['([^']*)'\]")  # also .__dict__['_modules']['fc'], as Dynamo may say
 _STATE = re.compile("set_|nesting|enter|exit|seed|push|pop")  # in the names of functions that change a global state
-
-
-class LostContextError(Exception):
-    """The graph changes a global state in a way that the passes cannot keep."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def unlift(gm: fx.GraphModule) -> Unlifted:
     Raises:
         LostContextError: it changes a global state across operations in a way that cannot be kept, or is not about plain tensors.
     """
-    gm = _with_contexts_as_modules(detached(gm, _is_attribute))
+    gm = _with_contexts_as_modules(detached(with_kernels_written_out(gm), _is_attribute))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     attributes = _paths([node for node in placeholders if _is_attribute(node)])
     _check_types(node for node in gm.graph.nodes if node.name not in attributes)

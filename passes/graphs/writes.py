@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from passes.graphs.attention import attention_by
 from passes.graphs.ops import IN_PLACE_OPERATORS, kind, operands, package_of, word_of, words
 
 __all__ = ["is_hook", "is_unknown", "may_alias", "moved", "overwritten", "running_statistics", "statistics", "written"]
@@ -195,7 +196,7 @@ def _makes_fresh(target: Any, word: str) -> bool:
     """Whether the operation of torch.ops.aten of that name makes fresh memory, by its schema, and not by way of other operations."""
     packet = getattr(torch.ops.aten, word, None) if not isinstance(target, torch._ops.OpOverload) else target.overloadpacket
     if packet is None:
-        return target is torch.nn.functional.scaled_dot_product_attention
+        return target in (torch.nn.functional.scaled_dot_product_attention, attention_by)
     overloads = [getattr(packet, name) for name in packet.overloads()]
     return not any(
         any(result.alias_info is not None for result in overload._schema.returns) or _is_composite(overload) for overload in overloads
