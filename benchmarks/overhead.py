@@ -1,6 +1,6 @@
 """Microseconds of Python that a step costs, on tensors so small that nothing else takes time; on a GPU, what the host is busy with.
 
-    python benchmarks/overhead.py [--device cuda] [--steps 48] [--rounds 60] [--profile WAY]
+    python benchmarks/overhead.py [--device cuda] [--steps 48] [--rounds 60] [--readme] [--profile WAY]
 
 A chain of steps x + tanh(linear(norm(x))), width 8, four rows: as it is, each step under `torch.utils.checkpoint`, captured by momentumize,
 and as named layers. Ways take turns; medians, forward and backward apart. `beyond` is what a way takes beyond the checkpoint. Writes
@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import pstats
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from tables import save
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mnet_fx
 
-RESULTS = Path(__file__).parent / "results" / "overhead.json"
 WIDTH, ROWS = 8, 4
+COLUMNS = {
+    "way": "microseconds per step",
+    "forward": "forward",
+    "backward": "backward",
+    "forward beyond": "forward, beyond checkpoint",
+    "backward beyond": "backward, beyond checkpoint",
+}
 
 
 class Block(nn.Module):
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/")
     parser.add_argument("--profile", metavar="WAY", help="such as 'momentum, captured'")
     chosen = parser.parse_args()
     torch.manual_seed(0)
@@ -142,9 +148,8 @@ def main() -> None:
         profiled(chosen.profile, chosen.steps, chosen.rounds, chosen.device)
         return
     rows = measured(chosen.steps, chosen.rounds, chosen.device)
-    about = {"torch": torch.__version__, "device": chosen.device, "steps": chosen.steps, "unit": "microseconds per step"}
-    RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    print(tabulate(rows, headers="keys", floatfmt=".0f"))
+    rounded = [{key: f"{value:.0f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    save("overhead", [{"device": chosen.device, "steps": chosen.steps, **row} for row in rounded], COLUMNS, chosen.readme)
 
 
 if __name__ == "__main__":

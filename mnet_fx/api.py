@@ -74,7 +74,7 @@ def momentumize(
         precision: "standard": the forward pass errs no more than one in the dtype of the stream, relative to its largest value; "high":
             also where elements never mix and small ones grow, for 16 bytes per element in place of 12 (8 for 16-bit streams).
         rest: what becomes of what lies outside of chains (stems, projections, decoders, heads): "store": autograd keeps what it needs;
-            "checkpoint": it runs under `torch.utils.checkpoint` in segments, cut where fewest bytes cross, proved as steps are; with
+            "checkpoint": it runs under checkpoints, in segments, cut where fewest bytes cross, proved as steps are; with
             regions, module by module, and `net.report` lists these.
         inner: what runs the steps and everything between the chains: "eager", as the model itself would; or "inductor", any backend of
             torch.compile by name, or a callable of that kind, which compiles each step once. With regions, it compiles their layers, as

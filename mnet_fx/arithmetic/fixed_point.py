@@ -139,7 +139,7 @@ class State:
 
     def _aligned(self, t: Tensor) -> Tensor:
         """t with the strides of X, copied only where it has others."""
-        return t if strides(t) == strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
+        return t if t.stride() == self.X.stride() or strides(t) == strides(self.X) else torch.empty_like(self.X, dtype=t.dtype).copy_(t)
 
     def step(self, y: Tensor, gamma: float, weight: float) -> tuple[Record, Tensor]:
         """One step of the recurrence, in place: v <- gamma * v + weight * y; x <- x + v.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..arithmetic.valueless import Drawn, valueless
 from ..captured.copies import copied
-from ..runtime.own_checkpoint import checkpoint
 
 __all__ = ["Block", "block_paths", "checkpointed", "shared_by"]
 

@@ -41,7 +41,7 @@ from ..inner import Inner
 from ..regions.region import ChainRegion
 from ..reporting.build import REPORT
 from ..reporting.report import Report
-from ..runtime.replay import exported, transformed
+from ..runtime.surroundings import exported, transformed
 from ..settings import Settings
 from .calls import Call, Stopped, forget, function_of
 from .capturing import Capture, cut, said

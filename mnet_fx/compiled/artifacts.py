@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator
 
 import passes
 from passes import StepCode
+from passes.graphs.ops import package_of
 
 from ..arithmetic.valueless import Effects
 from ..inner import recurrent
@@ -29,6 +30,9 @@ from .filling import FakeRun, Filler
 __all__ = ["Artifact", "Artifacts"]
 
 
+_KNOWN = frozenset({"torch", "_operator", "builtins", "math", "passes", "einops"})  # whose functions have no effects but on tensors
+
+
 class Artifact:
     """A compiled step.
 
@@ -36,7 +40,7 @@ class Artifact:
         run: `run(x, *sides, *attributes, *sizes) -> (y, *extras)` with y = f(x) in the shape of x.
         needs_grad: for each input whether it was compiled to give a gradient.
         has_regions: whether there are regions within the step.
-        is_pure: whether it surely draws no random numbers and writes to no tensor.
+        is_pure: whether it surely draws no random numbers, writes to no tensor, and moves no switch of torch's.
     """
 
     def __init__(self, run: Callable[..., Any], needs_grad: tuple[bool, ...], has_regions: bool, is_pure: bool) -> None:
@@ -119,7 +123,9 @@ class Artifacts:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a node calls no other graph, into which nobody sees."""
+    """Whether a node calls neither another graph nor a function of the user's (`torch._dynamo.allow_in_graph`), into which nobody sees."""
+    if node.op == "call_function" and package_of(node.target) not in _KNOWN:
+        return False
     return node.op != "call_module" and not isinstance(node.target, HigherOrderOperator)
 
 

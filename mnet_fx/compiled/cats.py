@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from ..errors import UNCOMPILED
-from ..runtime.replay import exported, transformed
+from ..runtime.surroundings import exported, transformed
 
 __all__ = ["joined", "let_skips_wait_apart"]
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from passes import Head
 
-from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_segment
+from ..runtime.surroundings import exported, transformed
 from .filling import Unseen
 
 __all__ = ["ChunkedHead", "Logits"]

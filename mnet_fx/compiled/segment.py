@@ -11,8 +11,8 @@ from torch import Tensor
 
 from passes import COST, PROOF, Cost, owner_stack
 
-from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_segment
+from ..runtime.surroundings import exported, transformed
 from .artifacts import Artifact
 from .filling import Unseen
 from .region import CompiledStep

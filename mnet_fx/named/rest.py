@@ -19,9 +19,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from ..errors import UNCOMPILED
 from ..runtime.own_copies import Learnt
-from ..runtime.replay import exported, transformed
 from ..runtime.segment import run_whole
 from ..runtime.sides import tensors_of
+from ..runtime.surroundings import exported, transformed
 from ..runtime.unreturned import Leaving
 from ..settings import Settings
 from .layer_step import OwnForward

@@ -1,1 +1,1 @@
-"""A chain forward and back, over `torch.utils.checkpoint`, and what a rerun must see. Knows no graph and no model."""
+"""A chain forward and back, each step run again for its gradient, and what a rerun must see. Knows no graph and no model."""

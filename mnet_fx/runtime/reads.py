@@ -23,7 +23,7 @@ from ..arithmetic.rotations import Rotation
 from ..arithmetic.valueless import valueless
 from ..errors import MnetWarning, StreamError
 from ..read_maps import Maps, Place, ReadMap
-from .replay import exported
+from .surroundings import exported
 
 __all__ = ["Observer", "Read", "Reads", "channel_axis", "is_observed", "observed"]
 

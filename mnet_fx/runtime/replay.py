@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ..arithmetic.kernels.eager import is_freed
@@ -39,10 +38,10 @@ from .noted import Known, fingerprints, graphs, version
 from .own_copies import OwnCopies, is_copyable
 from .proofs import Proofs
 from .sides import leaves, rebuilt
-from .surroundings import surrounded, surroundings, untuned
+from .surroundings import around, surrounded, untuned
 from .turns import Turns
 
-__all__ = ["Conditions", "exported", "transformed", "undisturbed"]
+__all__ = ["Conditions", "undisturbed"]
 
 _TURNS = Turns()
 SMALL = 1 << 18  # bytes of a buffer on a device whose copy is kept whether or not the step changed it: to know, one would have to wait
@@ -53,12 +52,13 @@ class Conditions:
 
     Args:
         module: the step, called as `module(x, *sides)`; `module.stateless` says that it has no attributes that matter, `module.is_pure`
-            that it draws no random numbers and writes to no tensor.
+            that it draws no random numbers, writes to no tensor, and leaves torch's switches as they are.
         sides: the side inputs of this call.
         device: device of the stream.
         proof: whether `look` is to compare; without it, it finds nothing.
         own: what the region has learnt about writes after its steps; None: nothing is copied.
         known: what `noted` found as the chain began.
+        then: what `around` gave as the chain began, if its steps have left that as it was.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Conditions:
         proof: bool = True,
         own: OwnCopies | None = None,
         known: Known = MappingProxyType({}),
+        then: tuple[Any, ...] | None = None,
     ) -> None:
         self.module, self.device, self.forward = module, device, module.forward
         self.live: Sequence[Any] = sides  # for the first run, whose caller sees what it does to lists and dictionaries
@@ -78,8 +79,7 @@ class Conditions:
         stateless = getattr(module, "stateless", False)  # a graph, whose modules are ours and have nothing that a run changes
         self.tree = graphs(module) if stateless else list(_modules(module, "", set()))
         self.attributes = None if stateless else Attributes([m for _, m in self.tree], sides=sides)
-        with untuned(device):
-            self.surroundings = surroundings()
+        self.surroundings = around(device) if then is None else then
         self.parameters: dict[str, Tensor] = dict(self._members("_parameters"))
         found = [] if self.attributes is None else self.attributes.tensors
         self.reached = {f"(tensor {i} in its attributes)": t for i, t in enumerate(found)}
@@ -112,12 +112,14 @@ class Conditions:
         While it runs, all are noted, as a step that differentiates within itself is rerun before that ends; afterwards what it used.
         """
         with _TURNS, untuned(self.device):
+            sides, self.live = self.live, ()
+            if self.is_pure and self.attributes is None and not self.before:
+                return self.forward(x, *sides)
             fake = valueless(x)
             self.random = [] if fake or self.is_pure else [(source, source.get_state()) for source in self._generators()]
             before, self.before = self.before, {}
             self.buffers = copies = _copied(before)
             was, versions = {} if fake else fingerprints(before), {name: version(t) for name, t in before.items()}
-            sides, self.live = self.live, ()
             with Effects() if fake else nullcontext() as effects:
                 result = self.forward(x, *sides)  # no hooks: who tracks modules by them would take the step for a parent of theirs
             if self.attributes is not None:
@@ -251,7 +253,7 @@ class Conditions:
 
     def _restored(self) -> AbstractContextManager[None]:
         if self.attributes is None and not self.random and not self._flagged():
-            return surrounded(self.surroundings)
+            return surrounded(self.surroundings, not self.is_pure)
         return self._all_restored()
 
     @contextmanager
@@ -268,18 +270,6 @@ class Conditions:
                     stack.callback(t.requires_grad_, not needed)
                     t.requires_grad_(needed)
             yield
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation surrounds the call."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def exported() -> bool:
-    """Whether torch.export, torch.jit.trace or make_fx records the call: what loops write would not be seen."""
-    keys = torch._C._TorchDispatchModeKey
-    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
-    return modes or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 @contextmanager

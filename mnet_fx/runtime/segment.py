@@ -1,4 +1,4 @@
-"""A part of a model outside of chains under `torch.utils.checkpoint`: its inputs are kept, and it is run again in the backward pass.
+"""A part of a model outside of chains, under a checkpoint: its inputs are kept, and it is run again in the backward pass.
 
 As a step's, a rerun sees what the first run saw (`replay`), leaves no trace, and is proved: parameters, buffers and inputs must be what
 they were, and its outputs must have the fingerprints of the first run's.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..arithmetic.fingerprints import prints
 from ..arithmetic.valueless import valueless
 from ..errors import StreamError
+from .checkpoint import checkpoint
 from .guise import is_ordinary
-from .own_checkpoint import checkpoint
 from .own_copies import Learnt, OwnCopies
 from .proofs import Drift, Print, Proofs, differed, rerunning
 from .replay import Conditions, undisturbed
@@ -43,7 +43,7 @@ def run_segment(name: str, on_drift: str, module: nn.Module, x: Tensor, inputs: 
         InversionError: out of the backward pass, if a rerun differs.
     """
     segment = _Segment(name, on_drift, module, x, inputs, proof)
-    return tuple(checkpoint(segment, use_reentrant=False, preserve_rng_state=False))
+    return tuple(checkpoint(segment))
 
 
 def run_whole(
@@ -70,7 +70,7 @@ def run_whole(
     segment = _Whole(name, on_drift, module, x, inputs, None, None if valueless(x) else OwnCopies(learnt))
     if leaving is not None and on_drift != "ignore" and not valueless(x):
         segment.unreturned = leaving.watched(segment.conditions)
-    return checkpoint(segment, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    return checkpoint(segment)
 
 
 class _Segment:
@@ -101,7 +101,7 @@ class _Segment:
         with undisturbed():
             self.conditions.look(self.proofs, partial(self.drifted, None))
             look = nullcontext() if self.unreturned is None else self.unreturned.rerun()
-            with look, rerunning(*self.place), unwritten_saves(self.place[0]):  # ends before `Close`, where the checkpoint stops the rerun
+            with look, rerunning(*self.place), unwritten_saves(self.place[0]):
                 outputs = self.conditions.run(self.x)
             if self.unreturned is not None:
                 self.proofs.compare(*self.unreturned.prints(), partial(differed, self.drifted, None, LEFT))

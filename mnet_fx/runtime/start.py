@@ -25,9 +25,9 @@ from .float_tape import FloatTape
 from .guise import check_carried, plain
 from .own_copies import Learnt, OwnCopies
 from .reads import Reads
-from .replay import exported, transformed
 from .shear import Factors
 from .steps import Chain
+from .surroundings import exported, transformed
 from .tape import PlainTape, ReversingTape, StoringTape, Tape
 from .unreturned import Leaving
 

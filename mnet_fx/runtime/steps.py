@@ -1,4 +1,4 @@
-"""Runs a chain on a tape, each step under `torch.utils.checkpoint`; the rules are in `tape`."""
+"""Runs a chain on a tape, each step under a checkpoint; the rules are in `tape`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch.autograd import Function
 
 from ..arithmetic.fingerprints import prints
 from ..errors import UNCOMPILED, InversionError, MnetError, StreamError
+from .checkpoint import CheckpointError, checkpoint
 from .float_tape import FloatTape
 from .guise import is_ordinary, plain
 from .noted import Known, noted
-from .own_checkpoint import CheckpointError, checkpoint
 from .proofs import Print, unseen_write
 from .reads import Reads, is_observed
-from .replay import Conditions, transformed, undisturbed
+from .replay import Conditions, undisturbed
+from .surroundings import around, transformed
 from .tape import PlainTape, Rerun, Tape
 from .unreturned import LEFT, Unreturned
 
 __all__ = ["Chain", "closed", "graded", "run_chain", "unwritten_saves", "watched"]
 
+_NOTHING = nullcontext()
 _WATCHERS: list[Callable[[Tape, int, Tensor], None]] = []
 """Called with the tape, t and x[t] after each step: for `mnet_fx.verify`, which says where a chain leaves the original, and `estimate`."""
 
@@ -42,19 +44,20 @@ def watched(watch: Callable[[Tape, int, Tensor], None]) -> Iterator[None]:
 class Step:
     """One step of one forward pass: the function that checkpoint runs, first on the live x[t], then on what the tape hands out."""
 
-    def __init__(self, tape: Tape, t: int, module: nn.Module, sides: tuple[Any, ...], x: Tensor, print_: Print, known: Known) -> None:
+    def __init__(self, chain: Chain, module: nn.Module, sides: tuple[Any, ...]) -> None:
+        tape, t, x, print_ = chain.tape, chain.t, chain.x, chain.print
         self.tape, self.t = tape, t
         self.live: tuple[Tensor, Print] | None = (x, print_)
         self.running = True
         self.prints: Print = ()
-        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own, known)
+        conditions = Conditions(module, sides, x.device, tape.on_drift != "ignore", tape.own, chain.known, chain.then)
         tape.reruns.append(Rerun(conditions, x))
         self.unreturned = None if tape.leaving is None else tape.leaving.watched(conditions)
 
     def __call__(self) -> tuple[Any, ...]:
         if self.live is not None:
             (x, print_), self.live = self.live, None
-            with nullcontext() if self.unreturned is None else self.unreturned.first_run():
+            with _NOTHING if self.unreturned is None else self.unreturned.first_run():
                 outputs = checked(self.tape.reruns[self.t].conditions.first_run, x, (), print_, self.tape, self.t)
             self.running = False
             return self.closed(False, *outputs)
@@ -188,7 +191,7 @@ def checked(run: Callable[..., tuple[Any, ...]], x: Tensor, sides: tuple[Any, ..
 
 def stream_print(tape: Tape, x: Tensor) -> Print:
     """What tells whether the stream was written to; nothing where nobody looks."""
-    return tape.note(plain(x.detach())) if tape.watches(x) else ()
+    return tape.note(x) if tape.watches(x) else ()
 
 
 class Close(Function):
@@ -228,6 +231,7 @@ class Chain:
         t: number of steps done.
         print: the fingerprint of x, which nobody may write to.
         known: fingerprints of what the steps read, where they are known already.
+        then: torch's switches, where no step moves one; None: that is not known.
         reads: where the steps read the stream; None: at x[t].
         frame: that of the velocity, see `arithmetic.rotations`; None: the one in which it began.
     """
@@ -237,6 +241,7 @@ class Chain:
     def __init__(self, tape: Tape, x0: Tensor, v0: Tensor | None, reads: Reads | None = None) -> None:
         self.tape, self.t, self.reads = tape, 0, reads
         self.known: Known = {}
+        self.then: tuple[Any, ...] | None = None
         self.x: Any
         self.x, self.v = tape.begin(x0, v0)
         self.print = stream_print(tape, self.x)
@@ -261,8 +266,7 @@ class Chain:
         if isinstance(self.tape, PlainTape) or self.t >= self.tape.end:
             y, *extras = checked(module.forward, self.x, sides, self.print, self.tape, self.t)
         else:
-            step = Step(self.tape, self.t, module, sides, self.x, self.print, self.known)
-            y, *extras = checkpoint(step, use_reentrant=False, preserve_rng_state=False)
+            y, *extras = checkpoint(Step(self, module, sides))
         if self.reads is not None and (self.rotates or is_observed()):
             self._rotate(self.reads, index, y)
         self.x, self.v = self.tape.advance(self.t, self.x, self.v, y)
@@ -281,6 +285,10 @@ class Chain:
         self.frame = None
         if rotation is not None:
             self.tape.rotations[self.t], self.frame = rotation, rotation.after
+
+
+def _moves_nothing(step: tuple[nn.Module, Any]) -> bool:
+    return getattr(step[0], "stateless", False) and getattr(step[0], "is_pure", False)
 
 
 def run_chain(
@@ -304,8 +312,9 @@ def run_chain(
         StreamError: a step changed the stream in place.
     """
     escaped, extras = [], []
-    if not isinstance(chain.tape, PlainTape) and chain.tape.on_drift != "ignore":
-        chain.known = noted(steps[: chain.tape.end])
+    if not isinstance(chain.tape, PlainTape):
+        chain.known = {} if chain.tape.on_drift == "ignore" else noted(steps[: chain.tape.end])
+        chain.then = around(chain.x.device) if all(map(_moves_nothing, steps)) else None
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
             escaped.append(chain.x)

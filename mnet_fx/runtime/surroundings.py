@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.backends import mha, opt_einsum
 from torch.nn import attention
 from torch.utils import _device
 
 from ..errors import warn_once
 
-__all__ = ["SWITCHES", "Switch", "surrounded", "surroundings", "untuned"]
+__all__ = ["SWITCHES", "Switch", "around", "exported", "surrounded", "surroundings", "transformed", "untuned"]
 
 
 _C: Any = torch._C  # of which the type stubs know a part
@@ -75,9 +76,38 @@ def surroundings() -> tuple[Any, ...]:
     return tuple([get() for get in _GETTERS])
 
 
-def surrounded(then: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """Sets all switches to the values of another time, and back."""
-    return _AS_IT_IS if (now := surroundings()) == then else _surrounded(then, now)
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation surrounds the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exported() -> bool:
+    """Whether torch.export, torch.jit.trace or make_fx records the call: what loops write would not be seen."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
+    return modes or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def around(device: torch.device) -> tuple[Any, ...]:
+    """The same as steps on a device find them."""
+    with untuned(device):
+        return surroundings()
+
+
+def surrounded(then: tuple[Any, ...], moves: bool = True) -> AbstractContextManager[None]:
+    """Sets all switches to the values of another time, and back; `moves`: what runs meanwhile may move them too."""
+    if (now := surroundings()) != then:
+        return _surrounded(then, now)
+    return _put_back(now) if moves else _AS_IT_IS
+
+
+@contextmanager
+def _put_back(now: tuple[Any, ...]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if surroundings() != now:
+            _turn(now)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The seekable tape: keeps no activations of a chain of steps, and takes the chain back step by step in the backward pass.
 
-Each step runs under `torch.utils.checkpoint` (non-reentrant, public API only), so that autograd, its hooks and its gradients are those of
-the plain chain (see `steps`). What is ours is where a recomputation gets x[t] from:
+Each step runs under a checkpoint (see `checkpoint`), so that autograd, its hooks and its gradients are those of the plain chain (see
+`steps`). What a tape adds is where a recomputation gets x[t] from:
 
     forward    x[t] --f[t]--> y --+                 tape.push: (X, U) goes from t to t + 1
                  |                Shear --> x[t+1], v[t+1]
@@ -12,14 +12,13 @@ Rule 1. The stream tensor x[t] is no argument of the checkpointed function: the 
 Rule 2. The tape is at a time t, with (X[t], U[t]); or half-way, with (X[t], U[t+1]), while f[t] is rerun. It seeks to any time in either
         direction by rerunning steps, so a partial `autograd.grad`, `retain_graph` and double backward get the right x[t].
 Rule 3. Every rerun, for whatever reason, goes through `Conditions.run` and sees what the first run saw.
-Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor: checkpoint stops a
-        rerun once the last saved tensor is back, hence never before the move is complete. Where the gradient comes in by y, as it
-        mostly does, its backward is the first of the step, so errors of the recomputation come up there and are given our words. Extra
-        outputs leave as they are: the graph is the model's, where y may depend on them.
+Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's move and which saves an (empty) tensor. Where the gradient
+        comes in by y, as it mostly does, its backward is the first of the step, so errors of the recomputation come up there and are given
+        our words. Extra outputs leave as they are: the graph is the model's, where y may depend on them.
         A step that differentiates within itself is rerun before its first run ends: on x[t] as it is, and the tape does not move.
 
         Close.backward          asks for its saved tensor                     autograd comes to step t from the side of t + 1
-          checkpoint            reruns the frame of step t
+          checkpoint            runs step t again
             Step.__call__
               tape.hand_out     x back, half a step: gives x[t]               the tape holds (X[t], U[t+1])
               Conditions.run    restores what the first run saw; y = f(x[t])  autograd saves what the gradient of f[t] needs
@@ -29,7 +28,7 @@ Rule 4. y leaves a step by `steps.Close`, whose forward completes the tape's mov
 Rule 5. Each arrival at a time is proved: the fingerprint of the state must be the one noted on the way forward; so must that of y where
         momentum is so small that the state says nothing of y, and those of the extra outputs that a rerun gives gradients to. Those of
         a device are compared when the pass ends (see `proofs`).
-Rule 6. The tape belongs to the autograd graph alone (checkpoint's frames -> Step -> tape -> Rerun, no way back) and dies with it.
+Rule 6. The tape belongs to the autograd graph alone (what stands for saved tensors -> Step -> tape -> Rerun, no way back), dies with it.
         Nothing is freed by hand.
 Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; rounding to the grid is straight-through. It saves
         nothing and is differentiable, so double backward works.
@@ -119,7 +118,7 @@ class Tape:
     def note(self, x: Tensor) -> Print:
         """What tells later whether somebody wrote to x[t], which was just given: its fingerprint, unless `push` sees that."""
         fresh, self.fresh = self.fresh, ()
-        return () if isinstance(self.state, DeviceState) else fresh or prints([x])
+        return () if isinstance(self.state, DeviceState) else fresh or prints([plain(x.detach())])
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         """Takes the state from t to t + 1 with y = f[t](x[t]); returns x[t + 1]. x is the tensor in which x[t] was handed out."""

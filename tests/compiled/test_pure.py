@@ -1,4 +1,4 @@
-"""Steps that draw no random numbers and write to nothing are run with less care; which those are is seen on fake tensors, and is right."""
+"""Steps that draw no random numbers, write to nothing and move no switch are run with less care; which those are is seen beforehand."""
 
 import pytest
 import torch
@@ -35,6 +35,44 @@ def overwritten(h):
     return y
 
 
+def unrecorded(h):
+    with torch.no_grad():
+        scale = h.tanh()
+    return h * scale
+
+
+@torch.library.custom_op("mnet_fx_tests::turning", mutates_args=())
+def turning(x: torch.Tensor) -> torch.Tensor:
+    """What it gives depends on a switch, which it moves."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not was)
+    return x * (2 if was else 3)
+
+
+@turning.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+turning.register_autograd(_backward)
+
+
+@torch._dynamo.allow_in_graph
+def unseen(h):
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if was == "highest" else "highest")
+    return h * (1.5 if was == "highest" else 1.25)
+
+
+@pytest.fixture(autouse=True)
+def switches_as_before():
+    was = torch.are_deterministic_algorithms_enabled()
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(was)
+
+
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):
@@ -45,7 +83,11 @@ class Twice(torch.autograd.Function):
         return grad * 2
 
 
-PURE = {"tanh": torch.tanh, "attention": lambda h: nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]}
+PURE = {
+    "tanh": torch.tanh,
+    "no_grad": unrecorded,
+    "attention": lambda h: nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+}
 OTHERS = {
     "dropout": lambda h: nn.functional.dropout(h, 0.3),
     "draws": lambda h: h * torch.rand_like(h),
@@ -54,6 +96,8 @@ OTHERS = {
     "a branch": chosen,
     "a function of its own": Twice.apply,
     "writes": overwritten,
+    "moves a switch": lambda h: turning(h),
+    "a function into which Dynamo does not look": unseen,
 }
 
 

@@ -287,7 +287,6 @@ def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reen
                 x = checkpoint(lambda x, layer=layer: layer(x)[0], x, use_reentrant=reentrant)
             return x
 
-    recomputed = hasattr(torch.utils.checkpoint, "_NoopSaveInputs")  # until torch 2.11 the outer one recomputes what the inner one asks for
     nets = twins(Checkpointed(), gamma=0.5)
     found = []
     for net in nets:
@@ -297,7 +296,7 @@ def test_a_checkpoint_around_each_layer_is_an_error_and_around_all_is_right(reen
     assert torch.equal(*found)
     for net in nets:
         x = points().requires_grad_()
-        if reentrant or net is nets[1] or recomputed:
+        if reentrant or net is nets[1]:
             with pytest.raises(mnet_fx.StreamError, match="checkpoint"):
                 net(x).square().sum().backward()
         else:  # the outer checkpoint has nothing to recompute, since the inner one keeps nothing

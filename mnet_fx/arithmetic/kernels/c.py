@@ -57,7 +57,10 @@ static inline bfloat16 narrowed(float f) {  /* ties to even; f is no NaN */
     return (bfloat16){(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-#define FOR_ALL _Pragma("omp parallel for simd num_threads(threads) if(parallel: threads > 1)") for (int64_t i = 0; i < n; i++)
+#define EACH for (int64_t i = 0; i < n; i++)
+#define FOR_ALL(...) /* a team of one would take time too */ \\
+    if (threads == 1) { _Pragma("omp simd") EACH __VA_ARGS__ } \\
+    else { _Pragma("omp parallel for simd num_threads(threads)") EACH __VA_ARGS__ }
 """
 
 # The types T0, T1, ... are those of the tensors, in order; READ makes a double of a y, PUT an x of the stream's dtype of an X.
@@ -65,25 +68,25 @@ _LOOPS = {
     "shear": """
 void shear(T0 *restrict X, T1 *restrict U, const T2 *restrict y, T3 *restrict out,
            double scale, double ratio, double unit, int64_t n, int threads) {
-    FOR_ALL {
+    FOR_ALL({
         const T1 u = U[i] + (T1)rint(READ(y[i]) * scale);
         const T0 x = X[i] + (T0)rint((double)u * ratio);
         U[i] = u;
         X[i] = x;
         out[i] = PUT(x);
-    }
+    })
 }""",
     "unshear_x": """
 void unshear_x(T0 *restrict X, const T1 *restrict U, T2 *restrict out, double ratio, double unit, int64_t n, int threads) {
-    FOR_ALL {
+    FOR_ALL({
         const T0 x = X[i] - (T0)rint((double)U[i] * ratio);
         X[i] = x;
         out[i] = PUT(x);
-    }
+    })
 }""",
     "unshear_u": """
 void unshear_u(T0 *restrict U, const T1 *restrict y, double scale, int64_t n, int threads) {
-    FOR_ALL U[i] -= (T0)rint(READ(y[i]) * scale);
+    FOR_ALL({ U[i] -= (T0)rint(READ(y[i]) * scale); })
 }""",
 }
 
@@ -100,14 +103,19 @@ static inline uint64_t mixed(const unsigned char *word, int64_t bytes, int64_t p
     return z ^ (z >> 31);
 }
 
-void hashes(const unsigned char **data, const int64_t *bytes, uint64_t *sums, int64_t count, int64_t parallel, int threads) {
+/* table: where the tensors are, their bytes, and room for what comes out, `count` each. */
+void hashes(uint64_t *table, int64_t count, int64_t parallel, int threads) {
     for (int64_t k = 0; k < count; k++) {
-        const unsigned char *words = data[k];
-        const int64_t n = bytes[k] / 8, rest = bytes[k] % 8;
+        const unsigned char *words = (const unsigned char *)(uintptr_t)table[k];
+        const int64_t n = table[count + k] / 8, rest = table[count + k] % 8;
         uint64_t sum = rest ? mixed(words + 8 * n, rest, n) : 0;
-        #pragma omp parallel for simd reduction(+ : sum) num_threads(threads) if(parallel : threads > 1 && n >= parallel)
-        for (int64_t i = 0; i < n; i++) sum += mixed(words + 8 * i, 8, i);
-        sums[k] = sum;
+        if (threads == 1 || n < parallel) {
+            for (int64_t i = 0; i < n; i++) sum += mixed(words + 8 * i, 8, i);
+        } else {
+            #pragma omp parallel for simd reduction(+ : sum) num_threads(threads)
+            for (int64_t i = 0; i < n; i++) sum += mixed(words + 8 * i, 8, i);
+        }
+        table[2 * count + k] = sum;
     }
 }
 """
@@ -144,21 +152,21 @@ def hashes() -> Callable[[Sequence[Tensor]], list[int]]:
         NativeError: it cannot be compiled.
     """
     function = _library(_HASHES).hashes
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     function.restype = None
 
     def numbers(places: Sequence[int], sizes: Sequence[int]) -> list[int]:
         count = len(places)
-        sums = _array(ctypes.c_uint64, count)()
-        data, lengths = _array(ctypes.c_void_p, count)(*places), _array(ctypes.c_int64, count)(*sizes)
-        function(data, lengths, sums, count, _PARALLEL, torch.get_num_threads())
-        return sums[:]
+        table = _array(ctypes.c_uint64, 3 * count)(*places, *sizes)
+        function(table, count, _PARALLEL, torch.get_num_threads())
+        return table[2 * count :]
 
     def run(tensors: Sequence[Tensor]) -> list[int]:
-        sizes = [t.nbytes for t in tensors]
-        if any(size and is_freed(t) for size, t in zip(sizes, tensors, strict=True)):
+        places, sizes = [*map(Tensor.data_ptr, tensors)], [t.nbytes for t in tensors]
+        doubtful = 0 in places or any(map(Tensor.storage_offset, tensors))
+        if doubtful and any(size and is_freed(t) for size, t in zip(sizes, tensors, strict=True)):
             raise RuntimeError("a tensor whose memory was freed has no fingerprint")
-        return numbers([t.data_ptr() for t in tensors], sizes)
+        return numbers(places, sizes)
 
     sample = bytes(range(20))  # no tensor, which a FakeTensorMode around the first call would make without values
     buffer = ctypes.create_string_buffer(sample, len(sample))

@@ -102,7 +102,7 @@ class _Fused:
             or any(type(t) is not Tensor or t.is_neg() or t._is_zerotensor() for t in tensors)  # whose memory is not what they seem to hold
         ):
             return self.eager(*arguments)
-        key = tuple((t.dtype, t.device) for t in tensors)
+        key = tuple([(t.dtype, t.device) for t in tensors])
         return (self.loops.get(key) or self._made(key, tensors, factors))(tensors, factors)
 
     def _made(self, key: Any, tensors: list[Tensor], factors: list[float]) -> Loop:

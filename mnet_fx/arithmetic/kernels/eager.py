@@ -117,9 +117,8 @@ def max_abs(t: Tensor) -> float:
     """max|t| as a Python float (nan or inf where t has one); 0 for an empty tensor. Synchronises with the device."""
     if t.numel() == 0:
         return 0.0
-    low, high = torch.aminmax(t)
-    low, high = torch.stack([low, high]).double().tolist()
-    return max(-low, high)  # a NaN anywhere makes NaNs of both
+    low, high = torch.stack(torch.aminmax(t)).tolist()
+    return float(max(-low, high))  # a NaN anywhere makes NaNs of both
 
 
 def shear(X: Tensor, U: Tensor, y: Tensor, out: Tensor, scale: float, ratio: float, unit: float, finite: bool = True) -> None:
