@@ -459,7 +459,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/arithmetic/rotated_state.py", "        self._widen(Format.of(self.dtype))\n", ""),
     ("mnet_fx/arithmetic/rotated_state.py", "if self._is_full(self.x_bound + v_bound):", "if False:"),
     ("mnet_fx/arithmetic/rotated_state.py", "max(v_bound, max_abs(_moves(rotation, v, v)) + roundings)", "v_bound"),
-    ("mnet_fx/arithmetic/rotated_state.py", "self.v_bound / (self.ratio * self.unit))", "0.0)"),
+    ("mnet_fx/arithmetic/rotated_state.py", "held = self.v_bound / (self.ratio * self.unit)", "held = 0.0"),
     ("mnet_fx/arithmetic/rotated_state.py", "        self._room_in_x(record, self.x_bound + most)\n", ""),
     ("mnet_fx/arithmetic/rotated_state.py", "(1 + 1e-9) + self.ratio * self.unit", "(1 + 1e-9)"),
     ("mnet_fx/arithmetic/rotated_state.py", "most = max_abs(moved)", "most = 0.5 * max_abs(moved)"),
