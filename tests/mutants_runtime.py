@@ -126,7 +126,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ),
     ("mnet_fx/runtime/steps.py", "if version is not None and x._version != version:", "if False:"),
     ("mnet_fx/runtime/steps.py", "except CheckpointError as error:", "except MnetError as error:"),
-    ("mnet_fx/runtime/steps.py", "around(chain.x.device) if all(map(_moves_nothing, steps)) else None", "around(chain.x.device)"),
+    ("mnet_fx/runtime/steps.py", "around(chain.x.device) if still else None", "around(chain.x.device)"),
     ("mnet_fx/arithmetic/kernels/c.py", "doubtful = 0 in places or any(map(Tensor.storage_offset, tensors))", "doubtful = 0 in places"),
     ("mnet_fx/runtime/proofs.py", "<= _AT_HAND and [*found] == [*noted]", "<= _AT_HAND"),
     # The checkpoint.

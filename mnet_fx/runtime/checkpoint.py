@@ -4,8 +4,8 @@
     backward pass  the first `Saved` that is asked for has the function run again: its n-th saved tensor belongs to the n-th `Saved`
 
 So does `torch.utils.checkpoint` (non-reentrant), and autograd, its hooks and its gradients are those of the plain function either way. That
-also sets random numbers, autocast, devices and tracing around each rerun, which `replay` does for steps, and costs 300 microseconds for a
-step of nine tensors (benchmarks/overhead.py), this 60. And trainers put functions of their own in its place, which know nothing of a tape.
+also sets random numbers, autocast, devices and tracing around each rerun, which `replay` does for steps, and took 230 microseconds more for
+a step of nine tensors (the chain of benchmarks/overhead.py). And trainers put functions of their own in its place, which know no tape.
 
 - A pass is given each tensor once, and nothing is held of it afterwards, so memory falls as the pass goes on, also with retain_graph.
   Who asks once more (a backward that reads ctx.saved_tensors twice), or outside of a pass (`grad_fn._saved_result`), has a rerun for it.

@@ -287,10 +287,6 @@ class Chain:
             self.tape.rotations[self.t], self.frame = rotation, rotation.after
 
 
-def _moves_nothing(step: tuple[nn.Module, Any]) -> bool:
-    return getattr(step[0], "stateless", False) and getattr(step[0], "is_pure", False)
-
-
 def run_chain(
     chain: Chain,
     steps: Sequence[tuple[nn.Module, tuple[Any, ...]]],
@@ -314,7 +310,8 @@ def run_chain(
     escaped, extras = [], []
     if not isinstance(chain.tape, PlainTape):
         chain.known = {} if chain.tape.on_drift == "ignore" else noted(steps[: chain.tape.end])
-        chain.then = around(chain.x.device) if all(map(_moves_nothing, steps)) else None
+        still = all(getattr(step, "stateless", False) and getattr(step, "is_pure", False) for step, _ in steps)
+        chain.then = around(chain.x.device) if still else None
     for t, (module, sides) in enumerate(steps):
         if t in escapes:
             escaped.append(chain.x)

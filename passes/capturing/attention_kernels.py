@@ -14,6 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn.attention import _cur_sdpa_kernel_backends
 from torch.nn.functional import scaled_dot_product_attention
 
+from passes.capturing.copying import node_copy
 from passes.graphs.attention import attention_by
 
 __all__ = ["LostContextError", "with_kernels_written_out"]
@@ -35,14 +36,13 @@ def with_kernels_written_out(gm: fx.GraphModule) -> fx.GraphModule:
     if not any(_name(node) == _CHANGE for node in gm.graph.nodes):
         return gm
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    held = [_around()]  # what was chosen so far, of blocks that have not ended
+    around = tuple(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True))
+    held: list[_Kernels] = [(around, False)]  # what was chosen so far, of blocks that have not ended
     for node in gm.graph.nodes:
         if _name(node) == _CHANGE:
             _change(held, node)
         elif _name(node) != _NAME:
-            values[node] = graph.node_copy(node, values.__getitem__)
-            if hasattr(node, "_dynamo_source"):
-                values[node]._dynamo_source = node._dynamo_source
+            values[node] = node_copy(graph, node, values.__getitem__)
             if len(held) > 1:
                 _choose(values[node], held[-1])
     if len(held) > 1:
@@ -54,14 +54,9 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _around() -> _Kernels:
-    return tuple(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)), False
-
-
-def _change(held: list[_Kernels], node: fx.Node) -> None:
+def _change(held: list[_Kernels], node: Any) -> None:
     """Begins a block, or ends the last one, which gives back what held before it; a graph does not tell one from the other."""
-    arguments: Any = node.args
-    kernels, in_order = arguments
+    kernels, in_order = node.args
     names = tuple(kernel.args[0] for kernel in kernels)
     before = held[-2][0] if len(held) > 1 else None
     if before is not None and (names == before if in_order else {*names} == {*before}):

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from passes.capturing.copying import node_copy
+
 __all__ = ["checkpoints", "written_out"]
 
 
@@ -42,9 +44,7 @@ def written_out(gm: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphMod
         elif node.target is operator.getitem and node.args[0].name in names:
             values[node] = values[node.args[0]][node.args[1]]
         else:
-            values[node] = graph.node_copy(node, values.__getitem__)
-            if hasattr(node, "_dynamo_source"):
-                values[node]._dynamo_source = node._dynamo_source
+            values[node] = node_copy(graph, node, values.__getitem__)
     targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")} - set(root)
     result = fx.GraphModule(root | {target: getattr(gm, target) for target in targets}, graph)
     unread = [node for node in graph.nodes if node.op == "get_attr" and not node.users]

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.capturing.attention_kernels import LostContextError, with_kernels_written_out
+from passes.capturing.copying import node_copy
 from passes.capturing.grad_modes import MODE, detached
 from passes.capturing.sizes import Sizes, is_unread_size
 from passes.graphs.facts import Facts
@@ -228,8 +229,7 @@ def _with_contexts_as_modules(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         block = inside.get(node)
         if block is None:
-            values[node] = graph.node_copy(node, values.__getitem__)
-            _keep_source(values[node], node)
+            values[node] = node_copy(graph, node, values.__getitem__)
         elif node is block[-1]:
             name = f"context_{len(root)}"
             root[name], inputs, outputs = _block_module(gm, block)
@@ -238,11 +238,6 @@ def _with_contexts_as_modules(gm: fx.GraphModule) -> fx.GraphModule:
                 values[output] = graph.call_function(operator.getitem, (call, i))
                 values[output].meta = dict(output.meta)
     return _module(_attributes(gm, graph) | root, graph)
-
-
-def _keep_source(new: fx.Node, old: fx.Node) -> None:
-    if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source
 
 
 def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -18,6 +18,8 @@ import torch.fx as fx
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from passes.capturing.copying import node_copy
+
 __all__ = ["MODE", "detached", "is_off"]
 
 MODE = "_set_grad_enabled"
@@ -58,9 +60,7 @@ def detached(gm: fx.GraphModule, is_attribute: Callable[[fx.Node], bool]) -> fx.
         if getattr(node.target, "__name__", "") == MODE:
             known.clear()  # by the next block, another value may have been written there
             continue
-        values[node] = graph.node_copy(node, partial(given, reader=node) if node in off else values.__getitem__)
-        if hasattr(node, "_dynamo_source"):
-            values[node]._dynamo_source = node._dynamo_source
+        values[node] = node_copy(graph, node, partial(given, reader=node) if node in off else values.__getitem__)
         if node in off:
             values[node].meta[_OFF] = True
             values[node] = _itself(values[node])
