@@ -34,6 +34,7 @@ def momentumize(
     calibration: Any = None,
     keep: str | int = 0,
     memory: str | float | None = None,
+    offload: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Rewrites the residual chains of a model into reversible momentum chains, which train without stored activations.
@@ -85,6 +86,9 @@ def momentumize(
         memory: in place of rest and keep: the bytes that forward and backward may take at their peak, with parameters, gradients and
             inputs; or a number below 1, relative to what plain training takes. Then `plan` chooses both, for a call like example_inputs,
             which it needs.
+        offload: whether a chain on CUDA that waits for its backward pass leaves its state in pinned memory of the host: x, u and what was
+            spilled, copied beside what comes after the chain, and back when the backward pass comes to it. Saves memory while a head, or
+            another chain, is at work. Chains that are short enough to keep their inputs keep those where they are, and so does a CPU.
         inplace: rewrite the model itself and return it, for code that cannot put another in its place. `mnet_fx.restore(model)` undoes
             it. After an error the model is as it was. For no GraphModule, and no model that is rewritten already.
 
@@ -104,6 +108,7 @@ def momentumize(
     """
     options: dict[str, Any] = {"gamma": gamma, "initial_velocity": initial_velocity, "weights": weights, "granularity": granularity}
     options |= {"backward": backward, "min_steps": min_steps, "on_drift": on_drift, "precision": precision, "calibration": calibration}
+    options["offload"] = offload
     if memory is None:
         options |= {"rest": rest, "keep": keep}
     elif rest != "store" or keep != 0 or regions is not None or backward != "reversible":

@@ -52,7 +52,8 @@ OTHER = (
     "the checkpoint says that the weights were trained in other chains, as of another kind of call, depth or graph break, than this net "
     "has: another network. Load them before the first call, make that in train mode, or name the layers with regions=[...]"
 )
-INDIFFERENT = (NETWORK, "backward", "inner", "on_drift", "precision", "rest", "keep")  # these decide how a network is computed, not which
+# These decide how a network is computed, not which:
+INDIFFERENT = (NETWORK, "backward", "inner", "on_drift", "precision", "rest", "keep", "offload")
 
 
 def attach(net: nn.Module, settings: Settings, regions: Sequence[str] | None, **more: Any) -> None:

@@ -104,6 +104,7 @@ class Settings:
     rest: Rest = "store"
     calibration: Any = field(default=None, compare=False, repr=False)
     keep: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.gamma):
@@ -120,6 +121,8 @@ class Settings:
             raise SettingsError(f"initial_velocity must be 'zero', 'first' or a module that gives v[0] from x[0], got {self.velocity!r}")
         if self.matched and self.velocity is not None:
             raise SettingsError(f"weights={self.weights!r} needs v[0] = 0: use initial_velocity='zero' or 'first', or weights='momentum'")
+        if not isinstance(self.offload, bool):
+            raise SettingsError(f"offload must be True or False, got {self.offload!r}")
         object.__setattr__(self, "keep", parsed(self.keep, "keep", least=0))
         object.__setattr__(self, "calibration", maps_of(self.calibration))
         if self.calibration and not self.matched:

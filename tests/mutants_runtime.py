@@ -65,6 +65,9 @@ TESTS = {
     "mnet_fx/arithmetic/kernels/eager.py": ARITHMETIC,
     "mnet_fx/arithmetic/fingerprints.py": ["tests/arithmetic/test_fingerprints.py"],
     "mnet_fx/arithmetic/kernels/choice.py": ["tests/arithmetic/test_fused.py"],
+    "mnet_fx/runtime/offload.py": ["tests/runtime/test_offload.py", "tests/arithmetic/test_device_state.py"],
+    "mnet_fx/arithmetic/device_state.py": ["tests/arithmetic/test_device_state.py"],
+    "mnet_fx/arithmetic/device_planes.py": ["tests/arithmetic/test_device_state.py", "tests/arithmetic/test_device_planes.py"],
     "mnet_fx/arithmetic/kernels/c.py": [
         "tests/arithmetic/test_native.py",
         "tests/arithmetic/test_fused.py",
@@ -106,6 +109,21 @@ MUTANTS: list[tuple[str, str, str]] = [
         "            if not _same(container, copy):\n                _refill(container, copy)\n\n\n_MOST",
         "            pass\n\n\n_MOST",
     ),
+    # A state that is on the host while its chain waits.
+    ("mnet_fx/runtime/offload.py", "        if self.copies:\n            self._come()\n", ""),
+    ("mnet_fx/runtime/offload.py", "here.untyped_storage().resize_(0)", "pass"),
+    (
+        "mnet_fx/runtime/offload.py",
+        "                here.copy_(there, non_blocking=True)\n                self.copies",
+        "                self.copies",
+    ),
+    ("mnet_fx/runtime/offload.py", "        self.moved()\n", ""),
+    ("mnet_fx/runtime/offload.py", "        self.moved = moved\n", "        self.moved = lambda: None\n"),
+    ("mnet_fx/runtime/tape.py", "[*self.state.bulk(), *self._spilled()], self.state.moved", "self.state.bulk(), self.state.moved"),
+    ("mnet_fx/runtime/start.py", "tape.handover = Offload(x.device)", "pass"),
+    ("mnet_fx/arithmetic/device_state.py", "there.copy_(torch.where(each < taken, addresses[which], there))", "pass"),
+    ("mnet_fx/arithmetic/device_state.py", "words.USED.value, None] - taken + each", "words.USED.value, None] + each"),
+    ("mnet_fx/arithmetic/device_planes.py", "            self.words[self.given + i] = plane.data_ptr()\n", "            pass\n"),
     # Copies of what is overwritten after a named layer.
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), False)"),
     ("mnet_fx/runtime/own_copies.py", "overwritten.get((layer, name), True)", "overwritten.get((layer, name), True) or True"),

@@ -87,7 +87,7 @@ TESTS = {
     "mnet_fx/inner.py": [VALUE_SIZES, OVERWRITTEN, "tests/named/test_compiled_layers.py", "tests/compiled/test_budget.py"],
     "mnet_fx/named/layers.py": ["tests/named/test_compiled_layers.py", "tests/named/test_named.py"],
     "mnet_fx/named/layer_step.py": [REACH, "tests/named/test_named.py"],
-    "mnet_fx/runtime/start.py": ["tests/runtime/test_transforms.py"],
+    "mnet_fx/runtime/start.py": ["tests/runtime/test_transforms.py", "tests/runtime/test_offload.py"],
     "mnet_fx/compiled/filling.py": [OVERWRITTEN],
     "mnet_fx/compiled/compiler.py": [OVERWRITTEN, "tests/runtime/test_transforms.py"],
     "mnet_fx/captured/graph_modules.py": ["tests/captured/test_graph_modules.py"],

@@ -14,7 +14,7 @@ import mnet_fx
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
-CODE_LINES = 17_740  # of both packages; raise it with what a new capability needs, and lower it when you can
+CODE_LINES = 17_830  # of both packages; raise it with what a new capability needs, and lower it when you can
 
 
 def name_of(path: Path) -> str:

@@ -112,8 +112,9 @@ def tokens(*shape):
         (None, 0.0, {"gamma": 0.05}),
         (None, 0.1, {"weights": "matched", "gamma": 0.3}),
         (None, 0.1, {"on_drift": "ignore"}),
+        (None, 0.1, {"gamma": 0.05, "offload": True}),
     ],
-    ids=["float32", "dropout", "bfloat16", "float16", "gamma 0.05", "matched", "unproved"],
+    ids=["float32", "dropout", "bfloat16", "float16", "gamma 0.05", "matched", "unproved", "offload"],
 )
 def test_reversible_is_stored(way, amp, dropout, options):
     a, b = twins(encoder(dropout=dropout), **way, **options)
@@ -454,6 +455,30 @@ def test_host_reads_of_a_training_step():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_a_chain_that_waits_leaves_its_state_on_the_host():
+    """What is held between the passes falls by (X, U) and what was spilled, and no pass waits for a copy."""
+    torch.manual_seed(0)
+    model, x = encoder(6, d=64).to(CUDA), torch.randn(64, 64, 64, device=CUDA)
+    held = {}
+    for offload in (False, True):
+        net = momentumize(model, gamma=0.3, offload=offload)
+        for again in (False, True):
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.set_sync_debug_mode("error" if again else "default")
+            try:
+                out = net(x).sum()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            held[offload] = torch.cuda.memory_allocated() - before
+            out.backward()
+    state = x.numel() * (4 + 8)
+    assert held[True] < held[False] - state
+    assert held[True] < 2 * x.nbytes  # the stream as the head has it
 
 
 @pytest.fixture

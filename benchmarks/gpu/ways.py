@@ -73,5 +73,6 @@ EAGER: dict[str, Way] = {
     "momentum": momentum,
     "momentum, unproved": partial(momentum, on_drift="ignore"),
     "checkpoint, CPU offload": partial(checkpointed, offload=True),
+    "momentum, CPU offload": partial(momentum, offload=True),
 }
 COMPILED: dict[str, Way] = {"plain": plain, "momentum, inductor": momentum_compiled, "inductor": compiled}

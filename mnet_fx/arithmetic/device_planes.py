@@ -128,7 +128,7 @@ class Planes:
         self.planes: list[Tensor] = []
         self.told = 0  # the time until which the reserve knows
         self.mail = _POOL.take(len(gammas), like.device)
-        self.words = self.mail.words
+        self.words, self.given = self.mail.words, self.mail.steps + 1  # where addresses begin
 
     def __del__(self) -> None:
         if "words" in self.__dict__:
@@ -149,10 +149,9 @@ class Planes:
         else:
             seen = max(t if beyond is None else t - 1, 0)
             need = self._used(seen) + self.theory[t + 1] - self.theory[seen] + (_MOST if beyond is None else beyond)
-        given = self.mail.steps + 1
         while len(self.planes) < need:
             plane = torch.empty(self.size, dtype=torch.uint8, device=self.device)
-            self.words[given + len(self.planes)] = plane.data_ptr()
+            self.words[self.given + len(self.planes)] = plane.data_ptr()
             self.planes.append(plane)
         return len(self.planes)
 
@@ -178,6 +177,17 @@ class Planes:
         del self.planes[used:]
         if last > self.told:
             self._learn(last)
+
+    def moved(self) -> Tensor:
+        """The planes lie elsewhere now. Waits for the device, which may read the old addresses until it has told what all steps took.
+
+        Returns:
+            The new addresses, int64, on the device.
+        """
+        self._wait(self.mail.last)
+        for i, plane in enumerate(self.planes):
+            self.words[self.given + i] = plane.data_ptr()
+        return self.mail.memory[self.given : self.given + len(self.planes)].to(self.device, non_blocking=True)
 
     def _learn(self, last: int) -> None:
         """Tells the reserve what the steps until a time took beyond theory, any two that follow each other."""

@@ -282,7 +282,14 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """What it keeps on a device, but for what is in records."""
+        return self.bulk()
+
+    def bulk(self) -> list[Tensor]:
+        """Of that, what grows with the stream; each has memory of its own."""
         return [self.X, self.U]
+
+    def moved(self) -> None:
+        """To be called when the memory of these was given back for a time, and may lie elsewhere now."""
 
     def off_zero(self) -> tuple[int, float]:
         """Number of elements with v other than 0, and max|v| in units of x."""

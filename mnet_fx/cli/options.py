@@ -68,10 +68,12 @@ momentum_options = _all(
     _choice("--on-drift", "raise warn ignore", "What to do when a step does not repeat."),
     _choice("--precision", "standard high", "High also where elements never mix, for 4 bytes more per element."),
     _choice("--rest", "store checkpoint", "What becomes of what lies outside of chains."),
+    click.option("--offload", is_flag=True, help="Chains that wait on CUDA leave their state in memory of the host."),
     click.option("--inner", default="eager", show_default=True, help="What runs the steps: eager, inductor, any backend of torch.compile."),
 )
 MOMENTUM_NAMES = (
     "gamma", "initial_velocity", "weights", "granularity", "regions", "backward", "min_steps", "on_drift", "precision", "rest", "inner",
+    "offload",
 )  # fmt: skip
 
 model_arguments = _all(click.argument("model"), click.option("--kwargs", multiple=True, metavar="NAME=VALUE", help=KWARGS))

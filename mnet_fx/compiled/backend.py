@@ -77,7 +77,7 @@ def backend(*, inner: str | Callable[..., Any] = "inductor", **options: Any) -> 
     Args:
         inner: what compiles the steps and everything between the chains: the name of a registered backend or a callable of its kind.
         options: those of `mnet_fx.momentumize` about the recurrence: gamma, initial_velocity, weights, granularity, backward, min_steps,
-            on_drift, precision; and rest.
+            on_drift, precision, offload; and rest.
 
     Returns:
         A callable `(graph_module, example_inputs) -> callable` to give to `torch.compile(model, backend=...)`.

@@ -63,7 +63,7 @@ class NamedRegion:
     def __init__(self, path: str, layers: dict[str, nn.Module], settings: Settings, found: bool = False) -> None:
         self.path, self.factors = path, settings.factors(len(layers))
         self.names = [f"{path}.{name}" if path else name for name in layers]
-        self.backward, self.on_drift = settings.backward, settings.on_drift
+        self.backward, self.on_drift, self.offload = settings.backward, settings.on_drift, settings.offload
         self.velocity = (settings.velocity,)  # in a tuple: `momentumize` makes it a submodule of the model
         self.positions: dict[int, list[int]] = {}
         self.widest = {p.dtype for layer in layers.values() for p in layer.parameters() if p.is_floating_point()}
@@ -153,6 +153,7 @@ class NamedRegion:
             self.reserve,
             self.read_maps,
             leaving=self.leaving,
+            offload=self.offload,
         )
         return recurrence.start(x)
 

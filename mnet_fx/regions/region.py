@@ -153,7 +153,7 @@ class ChainRegion(nn.Module):
         super().__init__()
         self.name, self.factors = code.region.name, settings.factors(len(code.steps))  # not the settings, whose gamma may not pickle
         self.backward, self.on_drift, self.held, self.arithmetic = settings.backward, settings.on_drift, settings.held, arithmetic
-        self.reserve = Reserve()
+        self.reserve, self.offload = Reserve(), settings.offload
         self.leaving: Leaving | None = None
         self.stored = 0  # of how many steps, the last ones, autograd stores the activations
         paths = tuple(step.path for step in code.region.steps)
@@ -204,6 +204,7 @@ class ChainRegion(nn.Module):
             reads=self.read_maps,
             stored=self.stored,
             leaving=self.leaving,
+            offload=self.offload,
         )
         running = self.totals.start(sides)
         last, escaped, extras = run_chain(recurrence.start(x), steps, self.escapes, running.without)

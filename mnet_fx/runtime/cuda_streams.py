@@ -7,7 +7,7 @@ others before that one is through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Handover:
 
         self.handover = Handover(x0.device)             as the tape begins
         self.handover(lambda: [state.X, state.U, ...])  before each move to and fro
+        self.handover.wait([state.X, state.U, ...], ...) as the chain has come to its end
 
     On other devices than CUDA, and while the stream stays the same, it does nothing, and asks for no tensors.
     """
@@ -44,7 +45,7 @@ class Handover:
     def __init__(self, device: torch.device) -> None:
         self.device, self.last = device, present(device)
 
-    def __call__(self, tensors: Any) -> None:
+    def __call__(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
         """Has the present stream wait for the last one, if it is another.
 
         Args:
@@ -53,7 +54,14 @@ class Handover:
         if (now := present(self.device)) is self.last:
             return
         now.wait_stream(self.last)
-        held: Iterable[Tensor] = tensors()
-        for t in held:
+        for t in tensors():
             t.record_stream(now)
         self.last = now
+
+    def wait(self, tensors: Sequence[Tensor], moved: Callable[[], None]) -> None:
+        """The chain waits for its backward pass from now on.
+
+        Args:
+            tensors: those that may lie elsewhere meanwhile.
+            moved: to be called if they did, when they are back.
+        """

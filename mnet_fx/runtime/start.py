@@ -23,6 +23,7 @@ from ..arithmetic.valueless import valueless
 from ..errors import MnetError, StreamError
 from .float_tape import FloatTape
 from .guise import check_carried, plain
+from .offload import Offload, offloads
 from .own_copies import Learnt, OwnCopies
 from .reads import Reads
 from .shear import Factors
@@ -58,6 +59,7 @@ class Recurrence:
         reads: where the steps read the stream; None: at x[t].
         stored: of how many steps, the last ones, autograd stores the activations though the others are taken back.
         leaving: what is known of what the steps leave beside their outputs; None: they are graphs, which leave nothing.
+        offload: whether what a chain keeps on a device waits for its backward pass in memory of the host.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Recurrence:
     reads: Reads | None = None
     stored: int = 0
     leaving: Leaving | None = None
+    offload: bool = False
 
     def start(self, x: Tensor, reversing: bool = False) -> Chain:
         """A chain at time 0, on a tape of the kind that keeps fewest bytes.
@@ -114,6 +117,8 @@ class Recurrence:
         log.debug("%s: %d steps of %s %s, %s on %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__, type(state).__name__)
         tape = kind(self.name, state, self.factors, self.on_drift)
         tape.end -= self.stored
+        if self.offload and isinstance(tape, ReversingTape) and offloads(x.device) and not valueless(x):
+            tape.handover = Offload(x.device)
         return tape
 
     def _state(self, x: Tensor, v0: Tensor | None, held: torch.dtype, goes_back: bool) -> State | DeviceState:

@@ -35,6 +35,7 @@ Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; 
 Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
         forward and the gradients have the same bits either way.
 Rule 9. From time `end` on autograd stores what steps need. A reversing tape stays at that time, and a copy of its state goes on to T.
+Rule 10. Every use of the state is announced to `handover`: other streams may have used it, and while a chain waits, it may be on the host.
 """
 
 from __future__ import annotations
@@ -183,8 +184,12 @@ class ReversingTape(Tape):
         self.handover = Handover(state.X.device)
 
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
-        if t >= self.end:
-            return self._onwards(t, y, x)
+        after = self._pushed(t, y, x) if t < self.end else self._onwards(t, y, x)
+        if t + 1 == len(self.factors):
+            self.handover.wait([*self.state.bulk(), *self._spilled()], self.state.moved)
+        return after
+
+    def _pushed(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         self._seek(t)  # where a backward pass through earlier steps has come in between
         after = self._forward(y, x)
         found = self.fingerprint(partial(self.state.fingerprint, after))
@@ -230,6 +235,7 @@ class ReversingTape(Tape):
 
     def state_at(self, t: int) -> Tensor:
         """x[t], with the tape at that time."""
+        self.handover(self._tensors)
         self._seek(t)
         return self.state.read()
 
@@ -241,12 +247,15 @@ class ReversingTape(Tape):
         self.time += 1
         return after
 
+    def _spilled(self) -> list[Tensor]:
+        """What is in records; a device has it in its state."""
+        return [s.bytes for r in self.records if isinstance(r, Record) for s in (r.x_spill, r.u_spill) if s]
+
     def _tensors(self, x: Tensor | None = None, ahead: State | DeviceState | None = None) -> list[Tensor]:
         """What the states are made of; and x[t], which nobody keeps, as autograd would."""
-        spilled = [s.bytes for r in self.records if isinstance(r, Record) for s in (r.x_spill, r.u_spill) if s]
         noted = [number for print_ in (*self.prints, *self.residuals.values()) for number in print_ if isinstance(number, Tensor)]
         more = [*([] if x is None else [x]), *([] if ahead is None else ahead.tensors())]
-        return [*self.state.tensors(), *spilled, *noted, *more]
+        return [*self.state.tensors(), *self._spilled(), *noted, *more]
 
     def _halve(self) -> Tensor:
         self.handover(self._tensors)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from itertools import product
 from pathlib import Path
 
 if __name__ == "__main__" and "cuda" not in " ".join(sys.argv):
@@ -25,6 +26,7 @@ from mnet_fx.arithmetic import device_state
 from mnet_fx.arithmetic.device_state import DeviceState, LostBits, Reserve, supported
 from mnet_fx.arithmetic.fixed_point import State
 from mnet_fx.arithmetic.kernels.c import hashes
+from mnet_fx.runtime import offload
 
 INF, NAN = math.inf, math.nan
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -277,6 +279,28 @@ def ahead(n):
         run.all()
 
 
+def away(n):
+    """A state of which the memory is given back at the end, and the planes lie elsewhere on the way back; or forth once more."""
+    offload._DEVICES |= {"cpu"}
+    spilling, jumping = {"gammas": 0.05}, {"gammas": [0.9, 0.0, 0.5, 0.9, 0.3, 0.0], "jump": (3, 100.0), "bad": BAD}
+    for dtype, (back, options) in product(DTYPES, enumerate((spilling, jumping))):
+        run = made(n, 6, **options, dtype=dtype, v0=0.5)
+        run.to(6)
+        run.to(6 - 2 * back)
+        handover, bulk = offload.Offload(run.dev.device), run.dev.bulk()
+        there = {plane.data_ptr() for plane in run.dev.planes.planes}
+        handover.wait(bulk, run.dev.moved)
+        assert there
+        assert not any(t.untyped_storage().nbytes() for t in bulk)
+        others = [torch.full((n,), 170, dtype=torch.uint8, device=DEVICE) for _ in range(3 * len(bulk))]  # take the memory
+        handover(list)
+        assert {plane.data_ptr() for plane in run.dev.planes.planes} != there
+        run.note()
+        for t in (0, 6) if back else (6, 0):
+            run.to(t)
+        assert all(bool((t == 170).all()) for t in others), "somebody else's memory was written to"
+
+
 def layouts(n):
     """The stream and what is added to it with other strides, no memory of their own, or not on a word's boundary."""
     if n < 17:
@@ -436,6 +460,7 @@ GROUPS = {
             unseen,
             forward_only,
             ahead,
+            away,
             layouts,
             lost,
             refusals,

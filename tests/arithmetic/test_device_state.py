@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 GROUPS = [
     "float32,bfloat16,float16,float64",
-    "held,promoted,magnitudes,again,skipped,unseen,forward_only,ahead,layouts,lost,refusals,words,fingerprints",
+    "held,promoted,magnitudes,again,skipped,unseen,forward_only,ahead,away,layouts,lost,refusals,words,fingerprints",
     "drawn",
 ]
 
