@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 GROUPS = [
     "float32,bfloat16,float16,float64",
-    "held,promoted,magnitudes,again,skipped,unseen,forward_only,ahead,away,layouts,lost,refusals,words,fingerprints",
+    "held,promoted,magnitudes,again,skipped,unseen,forward_only,ahead,layouts,lost,refusals,words,fingerprints",
     "drawn",
 ]
 
@@ -26,6 +26,10 @@ def test_bits_are_those_of_the_state_on_the_cpu(groups):
     lines = output("device_cases.py", "--only", groups).splitlines()
     assert len(lines) == len(groups.split(","))
     assert all(": ok" in line for line in lines)
+
+
+def test_a_state_whose_memory_was_elsewhere():
+    assert ": ok" in output("device_cases.py", "--only", "away")
 
 
 @pytest.mark.slow
