@@ -38,7 +38,7 @@ __all__ = [
     "gamma_record",
     "note",
     "record_of",
-    "transformed",
+    "remember_transform",
 ]
 
 log = logging.getLogger("mnet_fx")
@@ -93,7 +93,7 @@ def note_config(net: nn.Module) -> dict[str, Any] | None:
     return record
 
 
-def transformed(net: nn.Module, **options: Any) -> None:
+def remember_transform(net: nn.Module, **options: Any) -> None:
     """Notes a call of transform_to_momentumnet, likewise."""
     net.__dict__[TRANSFORMS] = [*net.__dict__.get(TRANSFORMS, ()), options]
     _hook(net)

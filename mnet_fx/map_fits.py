@@ -11,8 +11,8 @@ __all__ = ["FULL_AT_LEAST", "FULL_FROM", "Kind", "affine", "chosen", "frame"]
 
 Kind = Literal["auto", "diagonal", "low-rank", "full"]
 RIDGE = 3e-3  # of the mean variance of a channel
-FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: from where "auto" fits full maps, and below which they are worse than none
-PER_RANK, WIDEST = 16, 4  # tokens that a rank takes where "auto" has too few for full maps; what part of the width a rank is at most
+FULL_FROM, FULL_AT_LEAST = 6, 4  # tokens per channel: "auto" fits full maps from the first on; below the second they are worse than none
+PER_RANK, WIDEST = 16, 4  # "auto", with too few tokens for full maps: tokens for each unit of rank; the rank is at most width // WIDEST
 
 
 def chosen(kind: Kind, rank: int | None, tokens: int, width: int) -> tuple[Kind, int | None]:
@@ -48,15 +48,15 @@ def affine(x: Tensor, e: Tensor, kind: str, rank: int | None) -> dict[str, Tenso
 
 
 def frame(z: Tensor, e: Tensor, kind: str, rank: int | None, sensitivity: Tensor) -> Tensor:
-    """The orthogonal Q, (n, n), with which the error of reading at z - a e Q does least harm to first order.
+    """The orthogonal Q, (n, n), for which reading at z - a e Q in place of z changes the outputs least, to first order.
 
-    What a map of that kind can tell of e from z does none. The rest of e, with its largest variance first, is turned into the directions
-    to which what follows is least sensitive: of all Q, this pairing has the least trace of (covariance of e Q) times sensitivity, by the
-    rearrangement inequality.
+    The part of e that a map of that kind predicts from z does no harm, as the map takes it away. Of the rest, Q turns the directions of
+    largest variance into those to which the outputs are least sensitive: of all Q, this pairing has the least trace of (covariance of e Q)
+    times sensitivity, by the rearrangement inequality.
 
     Args:
         z: (tokens, n), what the original would read.
-        e: (tokens, n), in the frame in which the chain began, by a multiple of which the reading is off.
+        e: (tokens, n), a multiple of which lies between z and what is read; in the frame in which the chain began.
         sensitivity: (n, n), the mean of g g' over tokens, with g the gradient of the outputs by what is read.
     """
     shift, *factors = affine(z, e, kind, rank).values()

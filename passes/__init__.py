@@ -8,7 +8,7 @@ graph, plan --rewrite--> new graph              `build_region` makes the module 
 
 from passes.capturing.checkpointed import checkpoints, written_out
 from passes.capturing.dynamo import LostContextError, Unlifted, lift, modules_run, state_change, unlift
-from passes.capturing.grad_modes import is_off
+from passes.capturing.grad_modes import is_off, needs_gradient
 from passes.capturing.layouts import level_layouts
 from passes.capturing.previewing import Preview, preview
 from passes.graphs.facts import joined, owner_stack
@@ -60,6 +60,7 @@ __all__ = [
     "level_layouts",
     "lift",
     "modules_run",
+    "needs_gradient",
     "owner_stack",
     "pieces",
     "plan",

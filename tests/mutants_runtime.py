@@ -27,7 +27,7 @@ UNRETURNED = "tests/runtime/test_unreturned.py"
 ARITHMETIC = ["tests/arithmetic/test_fixed_point.py", "tests/arithmetic/test_dtypes.py"]
 ROTATED = ["tests/arithmetic/test_rotated_state.py", "tests/test_rotations.py"]
 TESTS = {
-    "mnet_fx/runtime/tape.py": TAPE,
+    "mnet_fx/runtime/tape.py": ["tests/runtime/test_offload.py", *TAPE],
     "mnet_fx/runtime/shear.py": [*TAPE, "tests/test_rotations.py"],
     "mnet_fx/runtime/proofs.py": ["tests/runtime/test_proofs.py", *TAPE],
     "mnet_fx/runtime/steps.py": [*TAPE, UNRETURNED, "tests/test_rotations.py"],

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import pytest
 import mnet_fx
 
 ROOT = Path(__file__).parent.parent
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
 CODE_LINES = 17_830  # of both packages; raise it with what a new capability needs, and lower it when you can
@@ -118,6 +120,32 @@ def test_each_room_knows_only_those_below_it(name):
             other_height, other_room = room_of(module, rooms)
             same = room == other_room or (height == other_height and "reporting" in room and "reporting" in other_room)
             assert other_height < height or same, f"{name} imports {other}"
+
+
+def test_the_page_says_who_may_know_whom():
+    rooms = [["what `reporting` shows" if name.startswith("reporting.") else f"`{name}`" for name in row] for row in MNET_FX[:-1]]
+    assert " < ".join(", ".join(dict.fromkeys(row)) for row in rooms) + "." in ARCHITECTURE.read_text()
+
+
+def test_every_file_is_listed_by_its_first_line():
+    """`MNET_FX_GOLDEN=write` writes the page anew."""
+    page = ROOT / "docs" / "files.md"
+    if os.environ.get("MNET_FX_GOLDEN") == "write":
+        page.write_text(file_page())
+    assert page.read_text() == file_page()
+
+
+def file_page() -> str:
+    """docs/files.md."""
+    folders: dict[str, list[str]] = {}
+    for path in FILES:
+        folder, name = path.relative_to(ROOT).parent.as_posix(), path.name
+        if not name.startswith("__"):
+            text = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0].replace("|", "\\|")
+            folders.setdefault(folder, []).append(f"| [`{name}`](../{folder}/{name}) | {text} |")
+    tables = ("\n".join([f"## {folder}", "", "| file | what it is |", "|---|---|", *rows]) for folder, rows in sorted(folders.items()))
+    head = "# Every file\n\nBy the first line of each; [which rooms there are](architecture.md), and why.\n"
+    return "\n\n".join([head.rstrip("\n"), *tables]) + "\n"
 
 
 def test_what_runs_and_what_counts_know_no_graph():

@@ -1,4 +1,4 @@
-"""The state of a chain whose velocity is rotated: `State`, but for the factors of its two shears, which are matrices of channels.
+"""The state of a chain whose velocity is rotated: `State`, but what the shears multiply by are matrices over channels, not numbers.
 
 All is computed by torch's own operations in float64, part by part. A rerun makes the same products of the same parts; should they come out
 otherwise, the fingerprints say so.
@@ -42,11 +42,11 @@ class RotatedState(State):
         for turn, part, given in _parts(rotation, added, y):
             part.copy_(_in_frame(turn, given, record.finite))
         v_bound = gamma * self.v_bound + abs(weight) * max_abs(added)
-        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|; the ratio may underflow where X makes room, and is made anew then
+        held = self.v_bound / (self.ratio * self.unit)  # a bound of |U|, taken now: room for X may make the ratio underflow
         if self._is_full(self.x_bound + v_bound):
             self.x_bound = min(self.x_bound, self._largest(self.X) * self.unit)
             v = self.U.double().mul(gamma * self.ratio * self.unit).add_(added, alpha=weight)
-            roundings = v.shape[rotation.axis] * (1 + 2 * rotation.reach) * self.unit  # of U, at most one unit each
+            roundings = v.shape[rotation.axis] * (1 + 2 * rotation.reach) * self.unit  # of U: at most a unit for each channel
             self._room_in_x(record, self.x_bound + max(v_bound, max_abs(_moves(rotation, v, v)) + roundings))
             del v
         self._add_to_u(record, gamma, weight, v_bound, held, added)
@@ -60,14 +60,14 @@ class RotatedState(State):
         return x_bound >= (self.format.limit - 4) * self.unit
 
     def _add_to_u(self, record: Record, gamma: float, weight: float, v_bound: float, held: float, added: Tensor) -> None:
-        """Brings U, the ratio and v's bound, but for roundings, to after the step."""
+        """Brings U, the ratio and the bound of v to t + 1. v_bound: that without roundings; held: a bound of |U| before the step."""
         self._room_in_u(record, gamma, v_bound, held)
         self.v_bound = v_bound * (1 + 1e-9) + self.ratio * self.unit
         record.scale = weight / (self.ratio * self.unit)
-        unshear_u(self.U, added, -record.scale)
+        _add(self.U, added, record.scale)
 
     def _add_to_x(self, record: Record, moved: Tensor) -> None:
-        """Brings X and x's bound to after the step, by what v moves x in units of U."""
+        """Brings X and the bound of x to t + 1. moved: what v adds to x, in units of U."""
         most = max_abs(moved) * self.ratio * self.unit
         if self._is_full(self.x_bound + most):
             self.x_bound = min(self.x_bound, self._largest(self.X) * self.unit)
@@ -75,7 +75,7 @@ class RotatedState(State):
         self._room_in_x(record, self.x_bound + most)
         record.ratio = self.ratio
         self.x_bound = (self.x_bound + most) * (1 + 1e-9) + 2 * self.unit
-        unshear_u(self.X, moved, -record.ratio)
+        _add(self.X, moved, record.ratio)
 
     def _loops(self, record: Record, finite: bool = True) -> Kernels:
         rotation = record.rotation
@@ -94,22 +94,27 @@ class RotatedState(State):
         return Kernels(EAGER.shear, unshear_x, unshear_rotated_u)
 
 
+def _add(T: Tensor, y: Tensor, scale: float) -> None:
+    """T += round(y * scale), which `unshear_u` with that scale takes back."""
+    unshear_u(T, y, -scale)
+
+
 def _in_frame(rotation: Rotation, y: Tensor, finite: bool) -> Tensor:
-    """y in float64 as u has it; what is not finite adds nothing."""
+    """y in float64, in the frame of U; elements that are not finite are 0."""
     y = y.double()
     return rotation.residual(y if finite else torch.where(y.abs() <= LARGEST, y, 0.0))
 
 
 def _moves(rotation: Rotation, u: Tensor, out: Tensor) -> Tensor:
-    """u M in float64, written to `out`."""
+    """`rotation.velocity` of u, part by part, in float64, written to `out`."""
     for turn, part, given in _parts(rotation, out, u):
         part.copy_(turn.velocity(given.double()))
     return out
 
 
 def _parts(rotation: Rotation, *tensors: Tensor) -> Iterator[tuple[Rotation, Tensor, Tensor]]:
-    """Views of two dense tensors of equal strides, part by part, each with the rotation as it acts on them. Always the same parts of a
-    shape: how a product of matrices is rounded may depend on how many rows they have.
+    """Views of two dense tensors of equal strides, part by part, each with the rotation as it acts on them. Tensors of one shape always
+    have the same parts: how a product of matrices is rounded may depend on the number of rows.
     """
     first = tensors[0]
     n = first.shape[rotation.axis]

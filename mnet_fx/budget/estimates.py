@@ -51,7 +51,7 @@ class Way:
     """A training step done in one way: "plain", "checkpoint" (`torch.utils.checkpoint` around each block), or "momentum".
 
     A step is: forward, loss, backward, with `.grad` of all parameters allocated before (as where gradients are accumulated, or set to zero
-    in place), then the optimizer's step if one was given. All numbers are bytes of tensors' memory as torch's allocator would be asked for.
+    in place), then the optimizer's step if one was given. All numbers are bytes, as they are requested from torch's allocator.
 
     Attributes:
         name: "plain", "checkpoint" or "momentum".
@@ -67,8 +67,8 @@ class Way:
             "outside of chains": saved by ordinary autograd; for "plain" all activations;
             "one step's activations": those of the block that is run again (0 for "plain");
             "temporaries": all else at that time: gradients of activations, work space of operations.
-        outside: of what is kept for "outside of chains" at the end of the forward pass, module path -> bytes, largest first; "" is the
-            root. Its sum is that part as of the end of the forward pass, and may exceed the part at the peak.
+        outside: module path -> bytes of "outside of chains" as they are at the end of the forward pass, largest first; "" is the root.
+            Their sum may exceed that part at the peak.
         flops_ratio: floating point operations of forward and backward, relative to plain.
         seconds: of forward and backward by the roofline of the GPU that was named; None where none was.
         limits: what fits in the `memory` that was given, or None where none was.
@@ -90,7 +90,7 @@ class Way:
 
     @property
     def total_mb(self) -> float:
-        """`total_bytes` in MB (10**6 bytes), the shape of pytorch/rfcs #108."""
+        """`total_bytes` in MB (10**6 bytes), the unit of pytorch/rfcs #108."""
         return self.total_bytes / 1e6
 
     @property
@@ -150,7 +150,7 @@ class Estimate:
         return self.momentum.fits(memory)
 
     def at_batch(self, batch: int) -> Estimate:
-        """The same for another batch: the inputs' first dimension, wherever it is that of the first tensor, is replaced.
+        """The same for another batch, which takes the place of the first dimension of all inputs that have there what the first one has.
 
         Raises:
             MnetError: there is no batch dimension, or the estimate was read from a file.

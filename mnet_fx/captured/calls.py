@@ -38,10 +38,10 @@ class Call:
         new: those captured in it.
         entered: paths of the modules inside that Python, and not Dynamo, called.
         within: those of them that it is in now, outermost first.
-        places: the innermost of them at each time that a graph ran, so that code of its own is not all left to Python.
+        places: for each graph that ran, the innermost of them at that time: not all of its own code was left to Python.
         left: whether Python ran the model's function.
         dry: the name of the model's function, to stop before the first graph runs; None to run it.
-        whole: whether the call needs one graph, and not several, for plain Python to run.
+        whole: whether all must be in one graph, so that plain Python can run the code that Dynamo makes.
     """
 
     def __init__(self, dry: str | None = None, whole: bool = False) -> None:
@@ -80,7 +80,7 @@ class Call:
 
 
 def _running_code(name: str) -> types.CodeType | None:
-    """The code that Dynamo made of the function of that name, where that is running; None if code of a function inside called the graph."""
+    """The code that Dynamo made of the function of that name; None if a module inside, captured by itself, called the graph."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != name:
         frame = frame.f_back
@@ -109,10 +109,11 @@ def _through_instance(self, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 
 def function_of(owner: nn.Module, has_own: bool) -> types.FunctionType:
-    """A function (model, *args) -> result of its forward, with code of its own, to which Dynamo attaches what it makes.
+    """A function (model, *args) -> result of its forward, with a code object of its own.
 
-    So nothing of one model counts against, or outlives in, another one of its class. Nothing here refers to the model: what hangs on code,
-    the garbage collector does not see.
+    Dynamo attaches what it compiles to the code object, and counts recompilations there. With one for each model, those of a class neither
+    use up each other's limit nor keep each other alive. Nothing here refers to the model: the garbage collector does not see what hangs on
+    code.
     """
     template = _through_instance if has_own else _through_class
     code = template.__code__.replace(co_name=f"{PREFIX}{type(owner).__name__}_{next(_number)}")
@@ -120,7 +121,7 @@ def function_of(owner: nn.Module, has_own: bool) -> types.FunctionType:
 
 
 def forget(owner: nn.Module) -> None:
-    """Has Dynamo begin anew with the code of a model's modules that it captured apart from the model's function."""
+    """Has Dynamo forget what it compiled for modules of a model that it captured apart from the model's function."""
     for cls in {type(module) for module in owner.modules()}:
         function: Any = None if cls.__module__.startswith("torch.") else cls.forward
         while hasattr(function, "__code__"):

@@ -41,7 +41,7 @@ from .compiler import Compiler
 from .filling import Filler
 from .head import ChunkedHead, Logits
 from .keeping import Keeping
-from .region import CompiledRegion, Reading, is_off
+from .region import CompiledRegion, Reading, lies_under_no_grad
 from .segment import CompiledSegment
 from .within import with_reversed
 
@@ -220,7 +220,7 @@ def _compiled(
     reading = Reading(regions)
 
     def build_region(code: RegionCode) -> nn.Module:
-        off = is_off(unlifted.graph_module, code, settings)
+        off = lies_under_no_grad(unlifted.graph_module, code, settings)
         regions[code.region.name] = CompiledRegion(reading.of(code), settings, arithmetic, unlifted.attributes, off)
         return regions[code.region.name]
 

@@ -24,7 +24,7 @@ from ..settings import Settings
 from .artifacts import Artifact, Artifacts
 from .filling import Unseen
 
-__all__ = ["CompiledRegion", "CompiledStep", "Reading", "is_off"]
+__all__ = ["CompiledRegion", "CompiledStep", "Reading", "lies_under_no_grad"]
 
 
 class Reading:
@@ -202,18 +202,14 @@ class CompiledRegion(Unseen, ChainRegion):
         return found
 
 
-def _needs_gradient(node: fx.Node) -> bool:
-    return getattr(node.meta.get("example_value"), "requires_grad", False)
-
-
-def is_off(gm: fx.GraphModule, code: RegionCode, settings: Settings) -> bool:
+def lies_under_no_grad(gm: fx.GraphModule, code: RegionCode, settings: Settings) -> bool:
     """Whether a chain lies under `no_grad` in the model, and nothing that its steps give besides the stream needs a gradient.
 
     Raises:
         MnetError: part of it does, and its v[0] learns, which could not be told from there.
     """
     named = {node.name: node for node in gm.graph.nodes}
-    extras = [any(_needs_gradient(named[name]) for name in step.extras) for step in code.region.steps]
+    extras = [any(passes.needs_gradient(named[name]) for name in step.extras) for step in code.region.steps]
     off = [passes.is_off(named[step.target]) and not graded for step, graded in zip(code.region.steps, extras, strict=True)]
     if any(off) and not all(off) and settings.velocity is not None and any(p.requires_grad for p in settings.velocity.parameters()):
         raise MnetError(

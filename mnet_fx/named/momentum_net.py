@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arithmetic.device_planes import Reserve
-from ..checkpoints import check, gamma_record, note, transformed
+from ..checkpoints import check, gamma_record, note, remember_transform
 from ..errors import UNCOMPILED, MnetError, SettingsError, StreamError
 from ..reporting.build import REPORT, note_transform
 from ..runtime.own_copies import Learnt
@@ -274,7 +274,7 @@ def transform_to_momentumnet(
         containers.append((path, container.n_functions, container.learnt.sizes))
     note_transform(net, containers, settings)
     gamma_now = gamma_record(settings.gamma, {steps for _, steps, _ in containers})
-    transformed(net, sub_layers=paths_of(sub_layers), keep_first_layer=keep_first_layer, gamma=gamma_now, is_residual=is_residual)
+    remember_transform(net, sub_layers=paths_of(sub_layers), keep_first_layer=keep_first_layer, gamma=gamma_now, is_residual=is_residual)
     return net
 
 

@@ -27,7 +27,7 @@ def report(model: nn.Module, example_inputs: Any = None, **options: Any) -> Repo
     Args:
         model: one that `momentumize` or `transform_to_momentumnet` returned, whose report this gives, the same object as `net.report`;
             or any other, for the report that `momentumize(model, example_inputs, **options)` would have.
-        example_inputs: as for `momentumize`. Without, the report is a preview and knows no bytes. Only for a model that is not rewritten.
+        example_inputs: as for `momentumize`. Without, the report is a preview, without bytes. Not for a rewritten model.
         options: those of `momentumize`; likewise.
 
     Returns:

@@ -38,7 +38,7 @@ class Report(Findings):
         return data.to_dict(self)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """JSON of `to_dict`. Its "version" changes when a field changes its meaning or goes; new fields may come without."""
+        """JSON of `to_dict`. Its "version" rises when a field goes or means something else, and not when one is added."""
         return data.to_json(self, indent)
 
     def to_csv(self) -> str:
@@ -70,7 +70,7 @@ class Report(Findings):
 
 
 class Pending(Report):
-    """A report that is worked out when somebody looks at it.
+    """A report that is worked out at the first look at one of its fields.
 
     Args:
         work: gives the report.
@@ -83,6 +83,6 @@ class Pending(Report):
         """A field that is not there yet."""
         if name not in Report.__dataclass_fields__ or "_work" not in self.__dict__:
             raise AttributeError(name)
-        self.__dict__.update(vars(self.__dict__["_work"]()))  # that may fail, and then fails at the next look too
+        self.__dict__.update(vars(self.__dict__["_work"]()))  # where that fails, nothing is kept, and the next look tries again
         self.__dict__.pop("_work", None)
         return self.__dict__[name]

@@ -33,7 +33,7 @@ def written_out(gm: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphMod
         names: of the nodes that run them, see `checkpoints`.
 
     Returns:
-        The new graph, and for each of these names those of the nodes that came of it. Checkpoints within bodies are written out too.
+        The new graph, and for each of these names those of the nodes that the body became. Checkpoints within bodies are written out too.
     """
     graph, root = fx.Graph(), dict[str, Any]()
     values: dict[fx.Node, Any] = {}
@@ -57,7 +57,7 @@ def written_out(gm: fx.GraphModule, names: Collection[str]) -> tuple[fx.GraphMod
 def _body(
     graph: fx.Graph, root: dict[str, Any], gm: fx.GraphModule, call: fx.Node, values: dict[fx.Node, Any]
 ) -> tuple[tuple[Any, ...], set[str]]:
-    """Copies the body of a checkpoint; returns what it returns, and the names of its nodes."""
+    """Copies the body of a checkpoint. Returns the values of its outputs, and the names of the new nodes."""
     body = getattr(gm, str(call.args[0].target))  # type: ignore[union-attr]
     body, _ = written_out(body, checkpoints(body))
     inner: dict[fx.Node, Any] = {}

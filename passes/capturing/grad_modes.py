@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes.capturing.copying import node_copy
 
-__all__ = ["MODE", "detached", "is_off"]
+__all__ = ["MODE", "detached", "is_off", "needs_gradient"]
 
 MODE = "_set_grad_enabled"
 _OFF = "passes_without_gradients"
@@ -47,7 +47,7 @@ def detached(gm: fx.GraphModule, is_attribute: Callable[[fx.Node], bool]) -> fx.
 
     def given(source: fx.Node, reader: fx.Node) -> fx.Node:
         """What a node under no_grad reads in the place of another."""
-        if source in off or not _needs_gradient(source):
+        if source in off or not needs_gradient(source):
             return values[source]
         if source not in known or is_attribute(source):
             known[source] = graph.call_method("detach", (values[source],))
@@ -96,9 +96,9 @@ def _can_do_without(off: set[fx.Node]) -> bool:
     """Whether all that others read of nodes under no_grad is new, or detached: what writes to a value that needs a gradient returns it."""
     read = (node for node in off if any(user not in off for user in node.users))
     inputs = {source for node in off for source in node.all_input_nodes if source.op != "get_attr"}
-    return not any(map(_needs_gradient, read)) and all("example_value" in node.meta for node in inputs)
+    return not any(map(needs_gradient, read)) and all("example_value" in node.meta for node in inputs)
 
 
-def _needs_gradient(node: fx.Node) -> bool:
+def needs_gradient(node: fx.Node) -> bool:
     value: Any = node.meta.get("example_value")
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value))

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from passes.graphs.facts import recorded
 from passes.graphs.ops import kind, word_of, words
 
-__all__ = ["Operation", "Path", "again", "dtype_of", "inverse", "is_identity", "is_layout", "sizes_of"]
+__all__ = ["Operation", "Path", "again", "inverse", "is_identity", "is_layout", "recorded_dtype", "sizes_of"]
 
 _PERMUTING = words("permute transpose swapaxes swapdims movedim moveaxis t T mT numpy_T")
 _RESHAPING = words("view reshape flatten unflatten squeeze unsqueeze ravel view_as reshape_as _unsafe_view")
@@ -43,7 +43,7 @@ def is_layout(node: fx.Node) -> bool:
     if not node.args or not isinstance(source, fx.Node) or sizes_of(source) is None or sizes_of(node) is None:
         return False
     known = len(node.all_input_nodes) == 1 or _word(node) in _RESHAPING
-    return known and dtype_of(source) == dtype_of(node) and not any(isinstance(value, torch.dtype) for value in more)
+    return known and recorded_dtype(source) == recorded_dtype(node) and not any(isinstance(value, torch.dtype) for value in more)
 
 
 def sizes_of(node: fx.Node) -> tuple[Any, ...] | None:
@@ -52,7 +52,7 @@ def sizes_of(node: fx.Node) -> tuple[Any, ...] | None:
     return None if shape is None else tuple(size if isinstance(size, int) else size.node.expr for size in shape)
 
 
-def dtype_of(node: fx.Node) -> Any:
+def recorded_dtype(node: fx.Node) -> Any:
     """The dtype that the capture recorded, or None."""
     return getattr(recorded(node), "dtype", None)
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from passes.capturing.layout_ops import Operation, Path, again, dtype_of, inverse, is_identity, is_layout, sizes_of
+from passes.capturing.layout_ops import Operation, Path, again, inverse, is_identity, is_layout, recorded_dtype, sizes_of
 from passes.graphs.effects import forget_effect
 from passes.graphs.facts import Facts, recorded
 from passes.graphs.ops import is_add, operands
@@ -89,7 +89,7 @@ class _Leveller:
             return
         for skip, branch in ((a, b), (b, a)):
             root, path = self.origin.get(skip, (skip, ()))
-            if not (path and is_add(root) and dtype_of(root) == dtype_of(branch) == dtype_of(add)):
+            if not (path and is_add(root) and recorded_dtype(root) == recorded_dtype(branch) == recorded_dtype(add)):
                 continue
             if any(map(self._is_written, (root, *path, branch, add))) or is_identity(root, path) or not self._descends(branch, root):
                 continue

@@ -30,7 +30,7 @@ class UnlikeError(Exception):
 
 @dataclass(eq=False)
 class Double:
-    """A tensor that a node gives.
+    """Stands for a tensor that a node gives, which is made only when an operation needs it.
 
     Attributes:
         kind: its description.
@@ -39,7 +39,7 @@ class Double:
         own: whether the node made its storage, for it alone.
         like: a tensor of this description.
         made: the tensor itself, once it was needed.
-        version: how often its storage had been given to an operation that was run, when it was described.
+        version: how many operations had been run on its storage when it was described.
     """
 
     kind: Hashable
@@ -52,8 +52,8 @@ class Double:
 
 
 def _described(tensor: Tensor) -> Hashable:
-    """All that what an operation does to memory can depend on, but for which tensors share their memory; for what cannot be described,
-    such as a sparse tensor or a size that depends on values, something that equals nothing."""
+    """All of a tensor that can decide what an operation does to memory, except which others share its memory. An object that equals nothing
+    where that cannot be said, as of a sparse tensor, or of a size that depends on values."""
     try:
         sizes = (_number(size) for size in (*tensor.size(), *tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes()))
         grad = (tensor.requires_grad, tensor.is_leaf, tensor.retains_grad, tensor.is_inference())
@@ -63,7 +63,7 @@ def _described(tensor: Tensor) -> Hashable:
 
 
 def _fresh_description(recorded: Tensor) -> Hashable:
-    """The description of `fresh(recorded)`; None where it has to be made for that."""
+    """The description of `fresh(recorded)`; None where only that itself can tell."""
     size, stride = recorded.size(), recorded.stride()
     if not all(isinstance(number, int) for number in (*size, *stride)):
         return None
@@ -134,12 +134,12 @@ def repeats(node: fx.Node) -> bool:
 
 
 def form_of(argument: Any, values: Mapping[fx.Node, Any], places: Mapping[int, int]) -> Hashable:
-    """An argument of a node as what it does may depend on it; it cannot be hashed where that cannot be said.
+    """A key for an argument of a node: what has equal keys has equal effects. It cannot be hashed where that cannot be told.
 
     Args:
         argument: of a node.
         values: what each node gave.
-        places: for the number of each storage that the node is given, which of these it is.
+        places: for the number of each storage that the node is given, its position among them.
     """
     if isinstance(argument, fx.Node):
         argument = values[argument]
@@ -170,7 +170,9 @@ class Doubles:
         self.alive: list[Any] = []  # all storages, as an address is only its own while it lives
         self.inputs: dict[int, int] = {}  # numbers by the storages of the recorded inputs
         self.versions: dict[int, int] = {}  # of storages, see `Double`
-        self.waiting: dict[int, list[Double]] = {}  # by storage, what lies in it or was computed from it, and may not have been made
+        self.waiting: dict[
+            int, list[Double]
+        ] = {}  # by storage: doubles that lie in it or were computed from it, if they may not have been made
 
     def number(self, tensor: Tensor) -> int:
         """The number of the storage of a tensor."""
@@ -227,11 +229,11 @@ class Doubles:
         return _mapped(Tensor, double, value)
 
     def template(self, value: Any, places: Mapping[int, int]) -> Any:
-        """What a node gave, with places in what it was given in place of the numbers of storages."""
+        """What a node gave, with the numbers of storages replaced by their positions among those that it was given."""
         return _mapped(Double, lambda double: replace(double, number=places[double.number], made=None), value)
 
     def repeated(self, node: fx.Node, template: Any, number: Callable[[int], int], given: Iterable[int]) -> Any:
-        """What a node gives that need not be run."""
+        """What a node gives that repeats another, and so is not run."""
 
         def double(first: Double) -> Double:
             place = number(first.number)
@@ -273,7 +275,7 @@ class Doubles:
             raise UnlikeError
 
     def _run_again(self, node: fx.Node) -> None:
-        """Runs a node for what it gives, which is a view of what it is given, or lies in storages that no fresh tensor has."""
+        """Runs a node for what it gives: a view of what it is given, or a layout that no fresh tensor has."""
         tensors = [leaf for leaf in tree_leaves(self.run(node)) if isinstance(leaf, Tensor)]
         for double, tensor in zip(_doubles_in(self.values[node]), tensors, strict=True):
             if double.made is None:

@@ -31,7 +31,7 @@ __all__ = [
     "bytes_of",
     "dtype_of",
     "free_shape_of",
-    "graded",
+    "gradients_reach",
     "joined",
     "owner_keys",
     "owner_path",
@@ -89,7 +89,7 @@ class Facts:
 
     def graded(self) -> set[fx.Node]:
         """The nodes that gradients may come to: of what leads to the output or to a write."""
-        return graded(n for n in self.nodes if n.op == "output" or n in self.writes or n in self.unknown or is_hook(n))
+        return gradients_reach(n for n in self.nodes if n.op == "output" or n in self.writes or n in self.unknown or is_hook(n))
 
     def copied_adds(self, source: fx.Node, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Of the nodes of a step, the sums that write in place to the memory of its source, and in a region to fresh memory."""
@@ -109,7 +109,7 @@ def _repeats(node: fx.Node, kind: str) -> bool:
     return isinstance(after, torch.Tensor) and all(getattr(before, of, None) == getattr(after, of) for of in ("dtype", "device", "shape"))
 
 
-def graded(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def gradients_reach(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes that gradients of some nodes may come to: these, and what they are computed from by values that require gradients.
 
     Where no result is recorded to require any, as in an exported graph, all that they are computed from.

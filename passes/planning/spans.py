@@ -36,7 +36,7 @@ class Span:
     nodes: tuple[fx.Node, ...]
     sums: tuple[ResidualSum, ...]
     link: tuple[str, ...]  # kinds of the link operations after the last add
-    handed: frozenset[fx.Node] = frozenset()  # attributes that are side inputs, so that the region can be given a copy
+    handed: frozenset[fx.Node] = frozenset()  # attributes that come as side inputs, so that a copy can come in their place
 
     @property
     def add(self) -> fx.Node:
@@ -62,7 +62,7 @@ class Span:
         return tuple(dict.fromkeys(read))
 
     def copied_adds(self, facts: Facts) -> set[fx.Node]:
-        """In-place adds onto the input of the step, which its body does out of place."""
+        """In-place adds onto the step's input; the code of the region does them out of place."""
         return facts.copied_adds(self.source, self.nodes)
 
     def named(self, facts: Facts) -> Step:
@@ -181,7 +181,7 @@ def _serving(cone: set[fx.Node], in_order: list[fx.Node], facts: Facts, sums: di
 
 
 def _is_a_copy_to_keep(node: fx.Node, facts: Facts) -> bool:
-    """Whether a node clones what each call overwrites, such as the vector of a spectral norm, so that the gradient has it as it was."""
+    """Whether a node clones what each call overwrites, such as the vector of a spectral norm: the gradient needs the value before that."""
     if node.target not in _CLONES:
         return False
     written = {memory for targets in facts.writes.values() for memory in targets}

@@ -19,7 +19,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from passes.graphs.effects import noted
-from passes.graphs.facts import graded, recorded
+from passes.graphs.facts import gradients_reach, recorded
 from passes.graphs.writes import is_hook, is_unknown, written
 from passes.rewriting.segments import Segment
 
@@ -86,7 +86,7 @@ def pieces(
 def _graded(gm: fx.GraphModule, own: Collection[fx.Node]) -> set[fx.Node]:
     """The nodes that gradients may come to: from the output, a region or hook, or a write."""
     modules = dict(gm.named_modules())
-    return graded(node for node in gm.graph.nodes if node.op == "output" or node in own or _has_effect(node, modules))
+    return gradients_reach(node for node in gm.graph.nodes if node.op == "output" or node in own or _has_effect(node, modules))
 
 
 def _has_effect(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

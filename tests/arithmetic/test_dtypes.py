@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from mnet_fx import StreamError, momentumize
+from mnet_fx.arithmetic import device_state, formats
+from mnet_fx.arithmetic.kernels import c
+from mnet_fx.cli import inputs
 from mnet_fx.runtime.tape import ReversingTape
 
 
@@ -225,3 +228,10 @@ def test_what_the_dtype_cannot_hold_comes_out_as_nan_also_when_it_would_come_bac
     assert torch.isinf(plain[0]).all()
     assert torch.isnan(ours[0]).all()
     assert torch.isfinite(ours[1]).all()
+
+
+def test_all_tables_have_the_same_dtypes():
+    """Those of formats, of the loops in C, of the kernels for GPUs; and the command line can name them."""
+    dtypes = set(formats._FORMATS)
+    assert dtypes == set(device_state._FLOATS) == {dtype for dtype in c._TYPES if dtype.is_floating_point}
+    assert {str(dtype).removeprefix("torch.") for dtype in dtypes} <= set(inputs._DTYPES)

@@ -127,7 +127,7 @@ class NativeError(Exception):
 
 @cache
 def compiled(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None]:
-    """A loop of `loops.Kernels` for tensors of these dtypes, on the CPU, dense and of equal strides; for finite y only.
+    """A loop of `eager.Kernels` for tensors of these dtypes, on the CPU, dense and of equal strides; for finite y only.
 
     Raises:
         NativeError: it cannot be compiled.

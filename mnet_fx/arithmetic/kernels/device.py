@@ -1,8 +1,8 @@
 """The passes over elements of a chain on a device, in Triton: the loops of `eager`, with every factor read from the ledger.
 
 Each program goes over `rounds` blocks of BLOCK elements. A block takes the short way where nothing is spilled, nothing can be NaN and the
-unit is a normal float32; else the long way (`*_any`), which gives the same bits. Fingerprints of what is written (see `mixed`) are added to
-the two words of `sums` that the host names, for X and for U; of the words as they are at the time that is reached.
+unit is a normal float32; else the long way (`*_any`), which gives the same bits. Fingerprints (see `mixed`) of the words of X and U, as
+they are at the time that the pass leads to, are added to the two words of `sums` that the host names.
 """
 # mypy: ignore-errors
 # ruff: noqa: RET505, SIM108
@@ -61,7 +61,7 @@ def abnormal(e):
 
 @triton.jit
 def largest_bits(T):
-    """The bits of a float64: max|T| of a block."""
+    """max|T| of a block, as the bits of a float64."""
     if T.dtype == tl.float64:
         return tl.max(bits_of(tl.abs(T)), 0)
     else:
@@ -70,7 +70,7 @@ def largest_bits(T):
 
 @triton.jit
 def told(row, sums, slot, xtop, utop, fpx, fpu, PROOF: tl.constexpr):
-    """Adds what one program has found of X and U to what the others have: the largest of each, and their fingerprints."""
+    """Adds what one program has found of X and U to the row and to `sums`: the largest of each, and their fingerprints."""
     tl.atomic_max(row + XMAX, largest_bits(xtop))
     tl.atomic_max(row + UMAX, largest_bits(utop))
     if PROOF:
@@ -109,7 +109,7 @@ def fill(x0, v0, X, U, ledger, sums, slot, n, rounds, HAS_V: tl.constexpr, PROOF
 
 @triton.jit
 def shear_any(x, u, v, nxt, at, ok, t, STORE: tl.constexpr, DTYPE: tl.constexpr):
-    """A block of `shear`, whatever there is: (words of X and U, X, U, out)."""
+    """A block of `shear` on the long way: (words of X and U, X, U, out)."""
     x, u, born = split(x, u)
     xplanes, uplanes, unit = tl.load(nxt + XPLANES), tl.load(nxt + UPLANES), pow2(tl.load(nxt + UNIT))
     keeps = (tl.load(nxt + LOST) == 0) & STORE
@@ -126,7 +126,7 @@ def shear_any(x, u, v, nxt, at, ok, t, STORE: tl.constexpr, DTYPE: tl.constexpr)
 
 @triton.jit
 def unlike(given, x, unit, whole, u_dtype: tl.constexpr):
-    """1 where what was given is not X * unit, else 0; also 0 where it is NaN, unless the state is `whole`, without elements that are."""
+    """1 where what was given is not X * unit, else 0. NaN there counts only where the state is `whole`: has no NaN of its own."""
     if u_dtype == tl.int32:  # the words of X hold more than X
         x, _, _ = split(x, x)
     return tl.where(given != put(x, unit, given.dtype), tl.where(given == given, whole * 0 + 1, whole), 0)
@@ -137,11 +137,11 @@ def shear(
     X, U, y, out, given, ledger, sums, slot, widen, n, t, rounds,
     STORE: tl.constexpr, PROOF: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Step t: U += round(y * scale); X += round(U * ratio); out = X * unit. With CHECK, counts in the next slot where `given`
-    was not the x before.
+    """Step t: U += round(y * scale); X += round(U * ratio); out = X * unit. CHECK: the next slot counts the elements of
+    `given` that were not x[t].
     """
     nxt = ledger + (t.to(tl.int64) + 1) * WORDS
-    before = pow2(tl.load(nxt - WORDS + UNIT) - widen)  # the unit of X before the step, which is finer by now if the format is a wider one
+    before = pow2(tl.load(nxt - WORDS + UNIT) - widen)  # the unit that X has, by now in the wider format; the row has the one before
     whole = (tl.load(nxt - WORDS + GONE) == 0).to(tl.int64)
     count = tl.zeros([BLOCK], tl.int64)
     e = tl.load(nxt + UNIT)
@@ -176,7 +176,7 @@ def shear(
 
 @triton.jit
 def unshear_x_any(x, u, nxt, unit, at, ok, t, RESTEP: tl.constexpr, DTYPE: tl.constexpr):
-    """A block of `unshear_x`, whatever there is: (word of X to keep, to be proved, out)."""
+    """A block of `unshear_x` on the long way: (word of X to keep, to be proved, out)."""
     x, u, born = split(x, u)
     shift, planes, lost = tl.load(nxt + XSHIFT), tl.load(nxt + XPLANES), tl.load(nxt + LOST)
     moved = nearest(u.to(tl.float64) * f64(tl.load(nxt + RATIO)), x)
@@ -184,7 +184,7 @@ def unshear_x_any(x, u, nxt, unit, at, ok, t, RESTEP: tl.constexpr, DTYPE: tl.co
         x = put_away(x, shift, planes * 0, nxt + PLANE, at, ok) + moved  # the planes hold the bits still
     else:
         x = brought_back(x - moved, shift, tl.where(lost == 0, planes, 0), nxt + PLANE, at, ok)
-    o = put_masked(put(x, unit, DTYPE), ((born >= 0) & (born <= t)) | (lost == t + 1))  # all NaN from where bits are lost
+    o = put_masked(put(x, unit, DTYPE), ((born >= 0) & (born <= t)) | (lost == t + 1))  # where bits are lost, all is NaN
     kept, _ = joined(x, u, born)
     proved, _ = joined(x, u, tl.where(born > t, -1, born))
     return kept, proved, o
@@ -192,7 +192,7 @@ def unshear_x_any(x, u, nxt, unit, at, ok, t, RESTEP: tl.constexpr, DTYPE: tl.co
 
 @triton.jit(do_not_specialize=["slot", "t", "rounds"])
 def unshear_x(X, U, out, ledger, sums, slot, n, t, rounds, RESTEP: tl.constexpr, PROOF: tl.constexpr, BLOCK: tl.constexpr):
-    """X at time t again, by X -= round(U * ratio), and out = X * unit. RESTEP: the way back to t + 1; nothing goes to `out`."""
+    """X at time t again, by X -= round(U * ratio), and out = X * unit. RESTEP: takes that back, to t + 1; nothing goes to `out`."""
     row = ledger + t.to(tl.int64) * WORDS
     nxt = row + WORDS
     e = tl.load(row + UNIT) - tl.load(nxt + WIDEN)
@@ -221,7 +221,7 @@ def unshear_x(X, U, out, ledger, sums, slot, n, t, rounds, RESTEP: tl.constexpr,
 
 @triton.jit
 def unshear_u_any(X, u, v, nxt, at, ok, t):
-    """A block of `unshear_u`, whatever there is: the word of U. What became NaN in this step is a number again."""
+    """A block of `unshear_u` on the long way: the word of U. What became NaN in this step is a number again."""
     x, u, born = split(tl.load(X + at, ok, 0), u)
     xplanes, uplanes = tl.load(nxt + XPLANES), tl.load(nxt + UPLANES)
     u = u - nearest(tl.where(odd(v), 0.0, v.to(tl.float64)) * f64(tl.load(nxt + SCALE)), u)
@@ -253,7 +253,7 @@ def unshear_u(X, U, y, ledger, sums, slot, n, t, rounds, PROOF: tl.constexpr, BL
             fpu += tl.where(ok, mixed(word(u), at), 0)
     if PROOF:
         tl.atomic_add(sums + 2 * slot + 1, tl.sum(fpu, 0))
-    if tl.program_id(0) == 0:  # for a step forward again; nobody reads them before
+    if tl.program_id(0) == 0:  # a step forward again gathers them anew; nobody reads them before
         for w in tl.static_range(YMAX, DONE + 1):
             tl.store(nxt + w, tl.load(nxt + STEPS) * 0)
 
