@@ -105,9 +105,7 @@ def detach(net: nn.Module) -> None:
     if net.__dict__.pop(OPTIONS, None) is not None and isinstance(getattr(config, KEY, None), dict):
         delattr(config, KEY)
     if TRANSFORMS not in net.__dict__:
-        for hooks in (net._state_dict_hooks, net._load_state_dict_pre_hooks):
-            for key in [key for key, hook in hooks.items() if _ours(hook)]:
-                del hooks[key]
+        _unhook(net)
 
 
 def _config(net: nn.Module) -> tuple[Any, str]:
@@ -277,10 +275,14 @@ def _ours(hook: Any) -> bool:
     return hook is _noted or isinstance(getattr(hook, "hook", None), _Check)
 
 
-def _hook(net: nn.Module) -> None:
+def _unhook(net: nn.Module) -> None:
     for hooks in (net._state_dict_hooks, net._load_state_dict_pre_hooks):
         for key in [key for key, hook in hooks.items() if _ours(hook)]:
             del hooks[key]
+
+
+def _hook(net: nn.Module) -> None:
+    _unhook(net)
     net.register_state_dict_post_hook(_noted)
     check = _Check(net.__dict__.get(OPTIONS), net.__dict__.get(TRANSFORMS), type(net).__name__, report_of(net), network_of(net))
     net._register_load_state_dict_pre_hook(check)  # the public one wraps a weak reference to the net, which fails in shallow copies

@@ -14,6 +14,7 @@ from passes.capturing.previewing import Preview, preview
 from passes.graphs.facts import joined, owner_stack
 from passes.graphs.writes import is_hook
 from passes.planning.planner import plan
+from passes.planning.spans import common_path
 from passes.planning.stretches import with_stretches
 from passes.refusals import CODES
 from passes.regions import Form, Granularity, Plan, PlannedRegion, Refusal, RegionCode, ResidualAdd, Step, StepCode, Stretch, Total
@@ -49,6 +50,7 @@ __all__ = [
     "Unlifted",
     "checkpoints",
     "chunked_heads",
+    "common_path",
     "costs_of_steps",
     "cutting",
     "elements",

@@ -16,6 +16,8 @@ from typing import Literal
 
 import torch.fx as fx
 
+from passes.refusals import CODES
+
 __all__ = ["Form", "Granularity", "Plan", "PlannedRegion", "Refusal", "RegionCode", "ResidualAdd", "Step", "StepCode", "Stretch", "Total"]
 
 Form = Literal["branch", "block"]
@@ -40,6 +42,11 @@ class Refusal:
     path: str
     explanation: str
     hint: str
+
+    @classmethod
+    def of(cls, code: str, node: str, path: str, explanation: str) -> Refusal:
+        """A refusal with the hint of its code."""
+        return cls(code, node, path, explanation, CODES[code].hint)
 
     def __bool__(self) -> bool:
         return False

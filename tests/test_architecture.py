@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
-CODE_LINES = 17_830  # of both packages; raise it with what a new capability needs, and lower it when you can
+CODE_LINES = 17_822  # of both packages; raise it with what a new capability needs, and lower it when you can
 
 
 def name_of(path: Path) -> str:
@@ -100,7 +100,7 @@ MNET_FX = [
     ("cli",),
     ("__main__", "__init__"),
 ]
-PASSES = [("regions", "refusals"), ("graphs",), ("capturing", "planning", "rewriting"), ("__init__",)]
+PASSES = [("refusals",), ("regions",), ("graphs",), ("capturing", "planning", "rewriting"), ("__init__",)]
 
 
 def room_of(name: str, rooms: list[tuple[str, ...]]) -> tuple[int, str]:

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import passes
+
 from ..arithmetic.valueless import Drawn, valueless
+from ..captured.capturing import list_of
 from ..captured.copies import copied
 
 __all__ = ["Block", "block_paths", "checkpointed", "shared_by"]
@@ -65,7 +68,7 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
     """
     found: dict[str, None] = {}
     for owner in owners:
-        listed = _list_of(model, owner)
+        listed = list_of(model, owner) if owner else None
         elements = (
             [owner] if listed is None else [f"{listed}.{name}".lstrip(".") for name, _ in model.get_submodule(listed).named_children()]
         )
@@ -79,19 +82,4 @@ def block_paths(model: nn.Module, owners: Iterable[str]) -> tuple[str, ...]:
 
 def shared_by(names: Sequence[str]) -> str:
     """Path of the innermost module that parameters lie in; "" for the root, and where there are none."""
-    found = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        found.append(parts[0])
-    return ".".join(found)
-
-
-def _list_of(model: nn.Module, path: str) -> str | None:
-    """Path of the innermost list of several modules of one class that a module is an element of, or lies in an element of."""
-    parts = path.split(".") if path else []
-    for i in range(len(parts) - 1, -1, -1):
-        parent = model.get_submodule(".".join(parts[:i]))
-        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in parent}) == 1 < len(parent):
-            return ".".join(parts[:i])
-    return None
+    return passes.common_path(name.rpartition(".")[0] for name in names)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..errors import MnetError
 from .sizes import parsed, shown
 
 __all__ = ["PARTS", "Estimate", "Limits", "Way"]
@@ -156,8 +157,6 @@ class Estimate:
             MnetError: there is no batch dimension, or the estimate was read from a file.
         """
         if self._at_batch is None:
-            from ..errors import MnetError
-
             raise MnetError("the inputs have no dimension that could be the batch, or this estimate does not know its model any more")
         return self._at_batch(batch)
 
@@ -168,8 +167,6 @@ class Estimate:
             MnetError: the estimate is of a rewritten model, which has its own, or was read from a file.
         """
         if self._at_gamma is None:
-            from ..errors import MnetError
-
             raise MnetError("this estimate is of a model with a gamma of its own, or does not know its model any more")
         return self._at_gamma(gamma)
 
@@ -180,8 +177,6 @@ class Estimate:
             MnetError: the model has no chain.
         """
         if self._at_depth is None:
-            from ..errors import MnetError
-
             raise MnetError("the model has no residual chain whose depth could vary")
         return self._at_depth(factor)
 

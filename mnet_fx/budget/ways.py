@@ -26,7 +26,7 @@ from .estimates import PARTS, Way
 from .places import ACTIVATIONS, OUTSIDE, STATE, STEPS, Places
 from .work import Work
 
-__all__ = ["Taken", "default_loss", "taken"]
+__all__ = ["Taken", "default_loss", "own_loss", "taken"]
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,15 @@ def _outside(tags: Counter[Tag]) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def own_loss(output: Any) -> Tensor | None:
+    """The `loss` of an output, as Hugging Face's models have it."""
+    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    return own if isinstance(own, Tensor) else None
+
+
 def default_loss(output: Any) -> Tensor:
     """The output's own `loss` where it has one, else the sum of all floating tensors in it."""
-    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if isinstance(own, Tensor):
+    if (own := own_loss(output)) is not None:
         return own
     parts = [t.sum() for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
     if not parts:

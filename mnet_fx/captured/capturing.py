@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from passes import CODES, Refusal, joined, modules_run, owner_stack
+from passes import Refusal, joined, modules_run, owner_stack
 
 from ..compiled.backend import Backend, Found
 from ..compiled.keeping import Keeping
@@ -28,7 +28,7 @@ from .merging import with_paths
 from .network import Network
 from .value_sizes import apart
 
-__all__ = ["Capture", "cut", "said"]
+__all__ = ["Capture", "cut", "list_of", "said"]
 
 
 class Caller(Protocol):
@@ -147,7 +147,7 @@ class Capture(Backend):
         """The warning about a graph break inside of a chain; None where it is elsewhere."""
         last = [owner_stack(node) for node in found.unlifted.graph_module.graph.nodes if node.op != "output"]
         inside = [joined(prefix, path) for path in (last[-1] if last else [])] or [prefix]
-        listed = next((parent for path in inside if (parent := _list_of(self.forward.owner, path)) is not None), None)
+        listed = next((parent for path in inside if (parent := list_of(self.forward.owner, path)) is not None), None)
         if listed is not None and _behind(self.forward.owner.get_submodule(listed), listed, inside, reason):
             return None
         if listed is None and not any(refusal.code == "graph_break" for refusal in report.refusals):
@@ -160,21 +160,21 @@ def cut(owner: nn.Module, graphs: Sequence[Graph], told: str) -> str | None:
     among: dict[str, list[Graph]] = {}
     for graph in graphs:
         alone = {refusal.path for refusal in graph.report.refusals if refusal.code == "too_short"}
-        for path in {_list_of(owner, path) for path in alone} | {_list_around(owner, chain) for chain in graph.chains}:
+        for path in {list_of(owner, path) for path in alone} | {_list_around(owner, chain) for chain in graph.chains}:
             among.setdefault(path or "", []).append(graph)
     listed = next((path for path, found in among.items() if path and len(found) > 1), None)
     if listed is None:
         return None
     why = f"Dynamo breaks its graph between the layers of {listed}{told}"
     for graph in among[listed]:
-        report = relabelled(graph.report, lambda at: _list_of(owner, at) == listed, too_short=("graph_break", why))
+        report = relabelled(graph.report, lambda at: list_of(owner, at) == listed, too_short=("graph_break", why))
         graph.report = _with_break(report, listed, f"{why}: each is a chain of its own")
     return _warning(owner, "between the layers of a list", told, listed)
 
 
 def _list_around(owner: nn.Module, chain: Chain) -> str | None:
     """Path of the list of which one layer holds a whole chain."""
-    lists = {_list_of(owner, path) for path in chain}
+    lists = {list_of(owner, path) for path in chain}
     listed = lists.pop()
     layers = {path[len(listed or "") :].lstrip(".").partition(".")[0] for path in chain}
     return listed if not lists and len(layers) == 1 else None
@@ -184,7 +184,7 @@ def _with_break(report: Report, path: str, explanation: str) -> Report:
     """A report that tells of a graph break, if it does not already."""
     if any(refusal.code == "graph_break" for refusal in report.refusals):
         return report
-    found = Refusal("graph_break", "", path, explanation, CODES["graph_break"].hint)
+    found = Refusal.of("graph_break", "", path, explanation)
     return dataclasses.replace(report, refusals=(*report.refusals, found))
 
 
@@ -206,8 +206,8 @@ def _warning(owner: nn.Module, where: str, told: str, listed: str | None) -> str
     )
 
 
-def _list_of(owner: nn.Module, path: str) -> str | None:
-    """Path of the ModuleList or Sequential of several layers of one class that a module is an element of, or lies in one."""
+def list_of(owner: nn.Module, path: str) -> str | None:
+    """Path of the innermost ModuleList or Sequential, of several layers of one class, that a module is an element of, or lies in one."""
     parts = path.split(".")
     for i in range(len(parts) - 1, -1, -1):
         try:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from passes import CODES, Refusal, joined
+from passes import Refusal, joined
 
 from ..errors import MnetError
 from ..reporting.build import REPORT
@@ -66,8 +66,7 @@ def _adds(owner: nn.Module, path: str, settings: Settings) -> tuple[AddReport, .
 
 
 def _report(adds: Sequence[AddReport]) -> Report:
-    hint = CODES["left_to_python"].hint
     why = [f"Python ran the code of {add.path}, which Dynamo left to it" for add in adds]
-    refusals = tuple(Refusal("left_to_python", add.node, add.path, text, hint) for add, text in zip(adds, why, strict=True))
-    rows = tuple(AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint) for r in refusals)
+    refusals = tuple(Refusal.of("left_to_python", add.node, add.path, text) for add, text in zip(adds, why, strict=True))
+    rows = tuple(AddReport.left(r) for r in refusals)
     return Report(len(rows), 0, (), refusals, (), 0, rows)

@@ -197,7 +197,7 @@ def _planned(gm: fx.GraphModule, settings: Settings) -> Found | Refusal:
     try:
         unlifted = passes.unlift(gm)
     except LostContextError as error:
-        return Refusal("lost_context", "", "", f"the graph is compiled as it is: {error}", passes.CODES["lost_context"].hint)
+        return Refusal.of("lost_context", "", "", f"the graph is compiled as it is: {error}")
     passes.level_layouts(unlifted.graph_module)
     plans = bodies(unlifted.graph_module, partial(passes.plan, **_how(settings)))
     return Found(unlifted, _chains(unlifted.graph_module, settings), plans)
@@ -346,4 +346,4 @@ def _at_breaks(gm: fx.GraphModule, plan: Plan, nodes: dict[str, fx.Node]) -> lis
     ends = [(region.steps[-1].target, region.path) for region in plan.regions]
     ends += [(refusal.node, refusal.path) for refusal in plan.refusals if refusal.code == "too_short"]
     found = f"the graph ends here in a graph break ({' '.join(str(reason.reason).split())[:200]}), so a chain that goes on starts anew"
-    return [Refusal("graph_break", name, path, found, passes.CODES["graph_break"].hint) for name, path in ends if nodes[name] in returned]
+    return [Refusal.of("graph_break", name, path, found) for name, path in ends if nodes[name] in returned]

@@ -77,10 +77,9 @@ def _runs(gm: fx.GraphModule, plans: Bodies, inside: str) -> Iterator[tuple[fx.N
 
 def _left(path: str, plan: Plan) -> list[tuple[str, AddReport]]:
     """The residual adds of a body: none is rewritten."""
-    hint = passes.CODES["lost_context"].hint
     owners = {add: step.path for region in plan.regions for step in region.steps for add in step.adds}
     owners |= {refusal.node: refusal.path for refusal in plan.refusals if refusal.code == "too_short"}  # but for the body, it may not be
     left = {refusal.node: refusal for refusal in plan.refusals}
-    left |= {add: Refusal("lost_context", add, owner, f"it is {_FOUND}", hint) for add, owner in owners.items()}
+    left |= {add: Refusal.of("lost_context", add, owner, f"it is {_FOUND}") for add, owner in owners.items()}
     every = [(add, replace(left[add], node=f"{path}.{add}")) for add in plan.residual_adds]
-    return [(add, AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint)) for add, r in every]
+    return [(add, AddReport.left(r)) for add, r in every]

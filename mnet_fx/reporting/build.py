@@ -88,7 +88,7 @@ def add_reports(plan: Plan, refusals: Sequence[Refusal], path: str = "") -> tupl
         for t, step in enumerate(region.steps)
         for add in step.adds
     }
-    left = {r.node: AddReport(r.node, r.path, code=r.code, explanation=r.explanation, hint=r.hint) for r in refusals}
+    left = {r.node: AddReport.left(r) for r in refusals}
     at = {add: i for i, stretch in enumerate(plan.stretches) for add in stretch.adds}
     return tuple(replace(rewritten.get(add) or left[add], stretch=at.get(add)) for add in plan.residual_adds)
 
@@ -160,7 +160,7 @@ def named_report(
     adds = [AddReport("", region.path, region.name, t, stretch=i) for i, (region, t) in enumerate(steps)]
     stretches = tuple(Stretch(region.path, region.name, t, 1, ("",), None, None, (i - 1,)) for i, (region, t) in enumerate(steps))
     layers = sum(found.steps for found in rows)
-    refusals = tuple(Refusal("list_left", "", path, reason, CODES["list_left"].hint) for path, reason in (left or {}).items())
+    refusals = tuple(Refusal.of("list_left", "", path, reason) for path, reason in (left or {}).items())
     return Report(layers, layers, tuple(rows), refusals, tuple(captured), None, tuple(adds), stretches, settings.rest, again=again)
 
 

@@ -109,6 +109,11 @@ class AddReport:
     hint: str = ""
     stretch: int | None = None
 
+    @classmethod
+    def left(cls, refusal: Refusal) -> AddReport:
+        """One that was left as it is."""
+        return cls(refusal.node, refusal.path, code=refusal.code, explanation=refusal.explanation, hint=refusal.hint)
+
     @property
     def rewritten(self) -> bool:
         return bool(self.region)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..budget.blocks import shared_by
 from ..budget.undoing import SEED, undone
-from ..budget.ways import default_loss
+from ..budget.ways import default_loss, own_loss
 from ..captured.copies import copied
 from ..captured.graph_modules import original
 from ..compiled.region import CompiledRegion
@@ -188,8 +188,7 @@ def _title(region: Region) -> str:
 
 def _weighted(output: Any) -> Tensor:
     """The sum of all floating tensors in an output, with random weights: a plain sum of normalised values has no gradient."""
-    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if isinstance(own, Tensor):
+    if (own := own_loss(output)) is not None:
         return own
     options: Any = {"generator": torch.Generator("cpu").manual_seed(SEED), "dtype": torch.float32, "device": "cpu"}
     parts = [(t * torch.rand(t.shape, **options).to(t)).sum() for t in _floats(output) if t.requires_grad]

@@ -100,5 +100,6 @@ def _can_do_without(off: set[fx.Node]) -> bool:
 
 
 def needs_gradient(node: fx.Node) -> bool:
+    """Whether what a node of Dynamo's gives, or any of it, was recorded to require a gradient."""
     value: Any = node.meta.get("example_value")
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value))

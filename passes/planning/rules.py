@@ -15,7 +15,6 @@ from passes.graphs.facts import Facts, dtype_of, owner_path, shape_of
 from passes.graphs.ops import OUT_OF_PLACE
 from passes.planning.matching import Projection
 from passes.planning.spans import Span
-from passes.refusals import CODES
 from passes.regions import Refusal
 
 __all__ = ["RULES", "check", "refuse", "refuse_projection"]
@@ -23,7 +22,7 @@ __all__ = ["RULES", "check", "refuse", "refuse_projection"]
 
 def refuse(code: str, add: fx.Node, explanation: str) -> Refusal:
     """A refusal of the add of a graph, with the hint of its code."""
-    return Refusal(code, add.name, owner_path(add), explanation, CODES[code].hint)
+    return Refusal.of(code, add.name, owner_path(add), explanation)
 
 
 def refuse_projection(found: Projection, facts: Facts) -> Refusal:

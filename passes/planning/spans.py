@@ -8,9 +8,9 @@ x[t] = source --> every node on a path to the target --> x[t+1] = target
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Literal
 
 import torch
@@ -91,11 +91,11 @@ class Span:
 
 def common_path(paths: Iterable[str]) -> str:
     """Deepest module path that contains all the given ones."""
-    split = [path.split(".") for path in paths]
-    same = 0
-    while all(len(parts) > same for parts in split) and len({parts[same] for parts in split}) == 1:
-        same += 1
-    return ".".join(split[0][:same])
+    return ".".join(_common_start([path.split(".") for path in paths]))
+
+
+def _common_start(sequences: Iterable[Sequence[str]]) -> list[str]:
+    return [place[0] for place in takewhile(lambda place: len(set(place)) == 1, zip(*sequences, strict=False))]
 
 
 def spans_of(
@@ -129,9 +129,7 @@ def _groups(chain: Chain, granularity: Granularity) -> list[list[int]]:
     keys = [owner_keys(found.add) for found in chain.sums]
     if granularity == "add":
         return [[t] for t in range(len(keys))]
-    same = 0
-    while all(len(key) > same for key in keys) and len({key[same] for key in keys}) == 1:
-        same += 1
+    same = len(_common_start(keys))
     owners = [key[: same + 1] if len(key) > same else t for t, key in enumerate(keys)]
     blocks = [list(group) for _, group in groupby(range(len(keys)), key=owners.__getitem__)]
     together = 1 if granularity == "module" else granularity
