@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
-CODE_LINES = 17_822  # of both packages; raise it with what a new capability needs, and lower it when you can
+CODE_LINES = 17_855  # of both packages; raise it with what a new capability needs, and lower it when you can
 
 
 def name_of(path: Path) -> str:
@@ -141,10 +141,11 @@ def file_page() -> str:
     for path in FILES:
         folder, name = path.relative_to(ROOT).parent.as_posix(), path.name
         if not name.startswith("__"):
-            text = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0].replace("|", "\\|")
-            folders.setdefault(folder, []).append(f"| [`{name}`](../{folder}/{name}) | {text} |")
+            lines = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0].splitlines()
+            text = (lines[0] if lines[0].endswith((".", ":")) else " ".join(lines)).replace("|", "\\|")
+            folders.setdefault(folder, []).append(f"| `{name}` | {text} |")
     tables = ("\n".join([f"## {folder}", "", "| file | what it is |", "|---|---|", *rows]) for folder, rows in sorted(folders.items()))
-    head = "# Every file\n\nBy the first line of each; [which rooms there are](architecture.md), and why.\n"
+    head = "# Every file\n\nBy how each begins, without `__init__` and `__main__`; [which rooms there are](architecture.md), and why.\n"
     return "\n\n".join([head.rstrip("\n"), *tables]) + "\n"
 
 

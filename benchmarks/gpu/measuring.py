@@ -31,16 +31,18 @@ def allocate_gradients(model: nn.Module) -> None:
 
 
 def peak(session: Session, step: Step) -> tuple[int, int | None]:
-    """Most bytes allocated during a step: beyond those allocated before it, and all of them (None on a CPU)."""
+    """Most bytes allocated during a step: beyond those allocated before it, and all of them (None on a CPU). What was freed counts until the
+    streams that use it are through, as with copies to the host.
+    """
     gc.collect()
     if not session.cuda:
         return mnet_fx.measure(step).peak, None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
     step()
     torch.cuda.synchronize()
-    top = torch.cuda.max_memory_allocated()
+    top = torch.cuda.memory_stats()["active_bytes.all.peak"]
     return top - before, top
 
 

@@ -178,6 +178,13 @@ class Planes:
         if last > self.told:
             self._learn(last)
 
+    def trim(self, wait: bool) -> None:
+        """Frees the planes that nobody took, if it is known how many. A region's first chain waits for that, as it does at each step."""
+        if wait or self.reserve.beyond() is None:
+            self._wait(self.mail.last)
+        if (used := self.words[self.mail.last]) > _UNSEEN:
+            del self.planes[used:]
+
     def moved(self) -> Tensor:
         """The planes lie elsewhere now. Waits for the device, which may read the old addresses until it has told what all steps took.
 
@@ -185,9 +192,11 @@ class Planes:
             The new addresses, int64, on the device.
         """
         self._wait(self.mail.last)
-        for i, plane in enumerate(self.planes):
-            self.words[self.given + i] = plane.data_ptr()
-        return self.mail.memory[self.given : self.given + len(self.planes)].to(self.device, non_blocking=True)
+        addresses = [plane.data_ptr() for plane in self.planes]
+        self.words[self.given : self.given + len(addresses)] = addresses
+        with torch.inference_mode(False):  # memory of its own: another chain may write to the mailbox before the copy is through
+            there = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
+        return there.to(self.device, non_blocking=True)
 
     def _learn(self, last: int) -> None:
         """Tells the reserve what the steps until a time took beyond theory, any two that follow each other."""

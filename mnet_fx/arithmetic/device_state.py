@@ -259,16 +259,20 @@ class DeviceState:
         """As of `State`."""
         return [self.X, self.U, *([] if self.planes is None else self.planes.planes)]
 
+    def trim(self, wait: bool) -> None:
+        """As of `State`: planes that were ready."""
+        if self.planes is not None:
+            self.planes.trim(wait)
+
     def moved(self) -> None:
         """As of `State`; waits until the device has come to the end of the forward pass."""
         if self.planes is None or not self.planes.planes:
             return
         words, rows, addresses = self.loops.words, self.ledger[1:], self.planes.moved()
-        taken = (rows[:, words.XPLANES.value] + rows[:, words.UPLANES.value])[:, None]
-        each = torch.arange(words.MOST_PLANES, device=self.device)
-        which = (rows[:, words.USED.value, None] - taken + each).clamp(0, len(addresses) - 1)
+        taken, each = rows[:, words.XPLANES.value] + rows[:, words.UPLANES.value], torch.arange(words.MOST_PLANES, device=self.device)
+        which = ((rows[:, words.USED.value] - taken)[:, None] + each).clamp(0, len(addresses) - 1)
         there = rows[:, words.PLANE.value : words.PLANE.value + words.MOST_PLANES]
-        there.copy_(torch.where(each < taken, addresses[which], there))
+        there.copy_(torch.where(each < taken[:, None], addresses[which], there))
 
     def off_zero(self) -> tuple[int, float]:
         """As of `State`; waits for the device."""

@@ -288,6 +288,9 @@ class State:
         """Of that, what grows with the stream; each has memory of its own."""
         return [self.X, self.U]
 
+    def trim(self, wait: bool) -> None:
+        """Frees what no step needed. wait: for a device that has not told yet."""
+
     def moved(self) -> None:
         """To be called when the memory of these was given back for a time, and may lie elsewhere now."""
 

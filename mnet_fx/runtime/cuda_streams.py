@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.device_state import DeviceState
+from ..arithmetic.fixed_point import State
 from ..arithmetic.kernels.launching import raw_stream
 
 __all__ = ["Handover", "present"]
@@ -37,7 +39,7 @@ class Handover:
 
         self.handover = Handover(x0.device)             as the tape begins
         self.handover(lambda: [state.X, state.U, ...])  before each move to and fro
-        self.handover.wait([state.X, state.U, ...], ...) as the chain has come to its end
+        self.handover.wait(...)                         as the chain has come to its end
 
     On other devices than CUDA, and while the stream stays the same, it does nothing, and asks for no tensors.
     """
@@ -58,10 +60,10 @@ class Handover:
             t.record_stream(now)
         self.last = now
 
-    def wait(self, tensors: Sequence[Tensor], moved: Callable[[], None]) -> None:
-        """The chain waits for its backward pass from now on.
+    def wait(self, state: State | DeviceState, spilled: Sequence[Tensor]) -> None:
+        """The chain waits for its backward pass from now on; so these may lie elsewhere meanwhile.
 
         Args:
-            tensors: those that may lie elsewhere meanwhile.
-            moved: to be called if they did, when they are back.
+            state: of the chain.
+            spilled: what is in records.
         """

@@ -23,7 +23,7 @@ from ..arithmetic.valueless import valueless
 from ..errors import MnetError, StreamError
 from .float_tape import FloatTape
 from .guise import check_carried, plain
-from .offload import Offload, offloads
+from .offload import Offload, would_wait
 from .own_copies import Learnt, OwnCopies
 from .reads import Reads
 from .shear import Factors
@@ -117,7 +117,7 @@ class Recurrence:
         log.debug("%s: %d steps of %s %s, %s on %s", self.name, len(gammas), x.dtype, tuple(x.shape), kind.__name__, type(state).__name__)
         tape = kind(self.name, state, self.factors, self.on_drift)
         tape.end -= self.stored
-        if self.offload and isinstance(tape, ReversingTape) and offloads(x.device) and not valueless(x):
+        if self.offload and isinstance(tape, ReversingTape) and would_wait(x.device) and not valueless(x) and SEEN.get() is None:
             tape.handover = Offload(x.device)
         return tape
 

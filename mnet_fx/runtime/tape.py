@@ -35,7 +35,7 @@ Rule 7. Gradients flow through `shear.Shear`, the linear map of the recurrence; 
 Rule 8. Never worse than a checkpoint: where T stored inputs take fewer bytes than (X, U), `StoringTape` keeps those instead. The
         forward and the gradients have the same bits either way.
 Rule 9. From time `end` on autograd stores what steps need. A reversing tape stays at that time, and a copy of its state goes on to T.
-Rule 10. Every use of the state is announced to `handover`: other streams may have used it, and while a chain waits, it may be on the host.
+Rule 10. A pass announces each use of the state to `handover`: other streams may have used it, and it may have waited on the host.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class ReversingTape(Tape):
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         after = self._pushed(t, y, x) if t < self.end else self._onwards(t, y, x)
         if t + 1 == len(self.factors):
-            self.handover.wait([*self.state.bulk(), *self._spilled()], self.state.moved)
+            self.handover.wait(self.state, self._spilled())
         return after
 
     def _pushed(self, t: int, y: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The only tables of operation identities: what each node of a graph is, whatever way the model wrote it.
+"""What each node of a graph is, whatever way the model wrote it: the tables of operations (those of layouts: `capturing.layout_ops`).
 
     kind of a node      examples                            counts as mixing   may stand in a link   result may alias its input
     "add"               a + b, a += b, torch.add            no                 with a number         in place only

@@ -287,9 +287,12 @@ def away(n):
         run = made(n, 6, **options, dtype=dtype, v0=0.5)
         run.to(6)
         run.to(6 - 2 * back)
-        handover, bulk = offload.Offload(run.dev.device), run.dev.bulk()
-        there = {plane.data_ptr() for plane in run.dev.planes.planes}
-        handover.wait(bulk, run.dev.moved)
+        handover = offload.Offload(run.dev.device)
+        run.dev.trim(wait=True)
+        bulk, there = run.dev.bulk(), {plane.data_ptr() for plane in run.dev.planes.planes}
+        handover.wait(run.dev, [])
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
         assert there
         assert not any(t.untyped_storage().nbytes() for t in bulk)
         others = [torch.full((n,), 170, dtype=torch.uint8, device=DEVICE) for _ in range(3 * len(bulk))]  # take the memory

@@ -10,9 +10,11 @@ import torch
 from models import Encoder
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import mnet_fx
-from mnet_fx import SettingsError
+from mnet_fx import MnetWarning, SettingsError
+from mnet_fx.arithmetic.fixed_point import State
 from mnet_fx.runtime import offload
 from mnet_fx.runtime.cuda_streams import Handover
 from mnet_fx.runtime.steps import watched
@@ -140,6 +142,86 @@ def test_where_there_is_no_memory_the_pass_can_be_made_again(apart):
     a.zero_grad()
     out.square().sum().backward()
     assert all(map(torch.equal, [p.grad for p in a.parameters()], gradients(b, x)[0][1:]))
+
+
+def test_a_state_that_does_not_learn_of_its_move_at_first(apart, monkeypatch):
+    a, _ = nets(on_drift="ignore")
+    x, real, asked = torch.randn(3, 7, 16), State.moved, []
+
+    def moved(self):
+        asked.append(self)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(self)
+
+    monkeypatch.setattr(State, "moved", moved)
+    tapes, out = run(a, x)
+    with pytest.raises(torch.OutOfMemoryError):
+        out.square().sum().backward(retain_graph=True)
+    out.square().sum().backward()
+    assert asked == [tapes[1].state, tapes[1].state, tapes[0].state]
+
+
+def test_a_host_that_can_pin_no_more(apart, monkeypatch):
+    a, b = nets()
+    x, real, asked = torch.randn(3, 7, 16), torch.empty, []
+
+    def empty(*size, pin_memory=None, **options):
+        if pin_memory is not None:
+            asked.append(size)
+            if len(asked) == 2:
+                raise RuntimeError("CUDA error: out of memory")
+        return real(*size, **options)
+
+    monkeypatch.setattr(offload.torch, "empty", empty)
+    with pytest.warns(MnetWarning, match=r"the host has no pinned memory for the state of a chain"):
+        tapes, out = run(a, x)
+    assert [[t.untyped_storage().nbytes() > 0 for t in tape.state.bulk()] for tape in tapes] == [[False, True], [False, False]]
+    a.zero_grad()
+    out.square().sum().backward()
+    assert all(map(torch.equal, [p.grad for p in a.parameters()], gradients(b, x)[0][1:]))
+
+
+def test_nothing_goes_where_nothing_waits(apart):
+    """In a rerun, and under a checkpoint, which drops the chain."""
+    a, b = nets(gamma=0.3)
+    x, counted = torch.randn(3, 7, 16), []
+
+    def around(net, x):
+        tapes = {}
+        torch.manual_seed(1)
+        with watched(lambda tape, t, x: tapes.setdefault(id(tape), tape)):
+            out = checkpoint(net, x, use_reentrant=False)
+            net.zero_grad()
+            out.square().sum().backward()
+        counted.append([type(tape.handover) for tape in tapes.values()])
+        return [p.grad for p in net.parameters()]
+
+    assert all(map(torch.equal, around(a, x), around(b, x)))
+    assert counted == [[Handover] * 4] * 2
+
+
+class Nest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Encoder(5, d=16, heads=2) for _ in range(5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_chains_within_steps_stay(apart):
+    torch.manual_seed(0)
+    model, x = Nest(), torch.randn(2, 7, 16)
+    a, b = (mnet_fx.momentumize(copy.deepcopy(model), offload=offload) for offload in (True, False))
+    found, tapes = gradients(a, x)
+    assert all(map(torch.equal, found, gradients(b, x)[0]))
+    outer, *inner = sorted((tape for tape in tapes if isinstance(tape, ReversingTape)), key=lambda tape: -len(tape.factors))
+    assert len(outer.factors) == 14
+    assert type(outer.handover) is offload.Offload
+    assert {(len(tape.factors), type(tape.handover)) for tape in inner} == {(10, Handover)}
 
 
 def test_a_chain_that_is_dropped_and_one_without_gradients(apart):
