@@ -31,8 +31,8 @@ def allocate_gradients(model: nn.Module) -> None:
 
 
 def peak(session: Session, step: Step) -> tuple[int, int | None]:
-    """Most bytes allocated during a step: beyond those allocated before it, and all of them (None on a CPU). What was freed counts until the
-    streams that use it are through, as with copies to the host.
+    """Most bytes allocated during a step: beyond those allocated before it, and all of them (None on a CPU). What was freed counts
+    until the streams that use it are through, as with copies to the host.
     """
     gc.collect()
     if not session.cuda:
