@@ -11,6 +11,7 @@ benchmarks/results/capture.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +60,7 @@ MODELS = {"BERT, 12 layers, d 64": bert, "ResNet-101, 32 px": resnet}
 def once(way: str, model: nn.Module, call: dict[str, Tensor], calls: int) -> tuple[float, float]:
     """Seconds of the first call, and milliseconds of later ones outside of graphs."""
     torch._dynamo.reset()
+    gc.collect()  # the garbage of the one before
     net = torch.compile(model, backend=noting) if way == WAYS[0] else mnet_fx.momentumize(model, inner=noting)
     begin = time.perf_counter()
     net(**call)

@@ -46,7 +46,7 @@ from zoos import ZOOS
 
 LINES = ROOT / "results" / "coverage.jsonl"
 _BYTES = 5 << 30  # 5 GB of memory for one model
-_NOT_IN_CHAINS = ("projection_shortcut", "too_short", "nested")
+_NOT_IN_CHAINS = ("projection_shortcut", "too_short", "interrupted", "nested")
 
 
 def main() -> None:

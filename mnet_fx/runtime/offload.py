@@ -30,12 +30,12 @@ _DROPPING = {checkpoint.__name__, "torch.utils.checkpoint"}
 
 
 def would_wait(device: torch.device) -> bool:
-    """Whether a chain that begins now will wait, on a device with memory of its own: not where a backward pass runs it again, nor where
-    a checkpoint around drops it.
+    """Whether a chain that begins now will wait, on a device with memory of its own: not under a checkpoint, which drops it, or runs it
+    again for the backward pass that is under way.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     dropped = hooks is not None and getattr(hooks[0], "__module__", "") in _DROPPING
-    return device.type in _DEVICES and not dropped and torch._C._current_graph_task_id() == -1
+    return device.type in _DEVICES and not dropped
 
 
 @cache
