@@ -30,12 +30,12 @@ _DROPPING = {checkpoint.__name__, "torch.utils.checkpoint"}
 
 
 def would_wait(device: torch.device) -> bool:
-    """Whether a chain that begins now will wait, on a device with memory of its own: not under a checkpoint, which drops it, or runs it
-    again for the backward pass that is under way.
+    """Whether a chain that begins now will wait, on a device with memory of its own: not under a checkpoint, which drops it, nor in a
+    backward pass, which needs it at once.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     dropped = hooks is not None and getattr(hooks[0], "__module__", "") in _DROPPING
-    return device.type in _DEVICES and not dropped
+    return device.type in _DEVICES and not dropped and torch._C._current_graph_task_id() == -1
 
 
 @cache
@@ -103,7 +103,7 @@ class Offload(Handover):
                     here.copy_(there, non_blocking=True)
                 self.copies.pop()
         self.state.moved()
-        self.is_away = False
+        self.is_away, self.spilled = False, ()
 
 
 def _on_host(like: Tensor, pinned: bool) -> Tensor | None:
