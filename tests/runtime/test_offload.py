@@ -200,7 +200,7 @@ def test_nothing_goes_where_nothing_waits(apart, reentrant):
 class Nest(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(Encoder(5, d=16, heads=2) for _ in range(5))
+        self.layers = nn.ModuleList(Encoder(5, d=16, heads=2) for _ in range(3))
 
     def forward(self, x):
         for layer in self.layers:
@@ -215,7 +215,7 @@ def test_chains_within_steps_stay(apart):
     found, tapes = gradients(a, x)
     assert all(map(torch.equal, found, gradients(b, x)[0]))
     outer, *inner = sorted((tape for tape in tapes if isinstance(tape, ReversingTape)), key=lambda tape: -len(tape.factors))
-    assert len(outer.factors) == 14
+    assert len(outer.factors) == 12
     assert type(outer.handover) is offload.Offload
     assert {(len(tape.factors), type(tape.handover)) for tape in inner} == {(10, Handover)}
 
