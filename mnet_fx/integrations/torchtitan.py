@@ -45,6 +45,9 @@ class MomentumAC(ActivationCheckpointing):
         rest: Rest = "store"
         """Or "checkpoint": for what lies outside of the blocks."""
 
+        offload: bool = False
+        """Whether the blocks leave their state on the host while the chain waits for its backward pass."""
+
     def apply(self, model: nn.Module) -> None:
         """Rewrites `model.layers` in place.
 
@@ -57,6 +60,6 @@ class MomentumAC(ActivationCheckpointing):
                 "preserve_rng_state, determinism_check and debug belong to checkpointing: a momentum chain restores the state of the "
                 "generators and proves each block's rerun by itself (see on_drift); leave them as they are"
             )
-        options = {name: getattr(config, name) for name in ("gamma", "weights", "backward", "on_drift", "precision", "rest")}
+        options = {name: getattr(config, name) for name in ("gamma", "weights", "backward", "on_drift", "precision", "rest", "offload")}
         momentumize(model, inplace=True, regions=["layers"], **options)
         logger.info(f"Rewrote the layers to a momentum chain with gamma {config.gamma}")
