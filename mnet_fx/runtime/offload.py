@@ -74,9 +74,9 @@ class Offload(Handover):
                 there.copy_(here, non_blocking=True)
                 if stream is not None:
                     here.record_stream(stream)
+                    self.done = stream.record_event()
                 self.copies.append((here, there))
                 here.untyped_storage().resize_(0)
-            self.done = None if stream is None else stream.record_event()
 
     @contextmanager
     def _copying(self) -> Iterator[Any]:
