@@ -120,10 +120,10 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("mnet_fx/runtime/offload.py", "        self.state.moved()\n", ""),
     (
         "mnet_fx/runtime/offload.py",
-        "        self.state.moved()\n        self.is_away, self.spilled = False, ()\n",
-        "        self.is_away, self.spilled = False, ()\n        self.state.moved()\n",
+        "        self.state.moved()\n        self.is_away, self.spilled = False, []\n",
+        "        self.is_away, self.spilled = False, []\n        self.state.moved()\n",
     ),
-    ("mnet_fx/runtime/offload.py", "            for t in (*state.bulk(), *spilled):\n", "            for t in state.bulk():\n"),
+    ("mnet_fx/runtime/offload.py", "            for t in (*state.bulk(), *self.spilled):\n", "            for t in state.bulk():\n"),
     ("mnet_fx/runtime/offload.py", " and not dropped and", " and"),
     ("mnet_fx/runtime/offload.py", " and torch._C._current_graph_task_id() == -1", ""),
     ("mnet_fx/runtime/start.py", "tape.handover = Offload(x.device)", "pass"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 FILES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("mnet_fx/**/*.py")])
 LONGEST = 350  # lines of a file
-CODE_LINES = 17_857  # of both packages; raise it with what a new capability needs, and lower it when you can
+CODE_LINES = 17_851  # of both packages; raise it with what a new capability needs, and lower it when you can
 
 
 def name_of(path: Path) -> str:

@@ -69,8 +69,7 @@ def rewritten(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, P
 
 def _refused(plan: Plan, explanation: str) -> Plan:
     """The plan that leaves every add as it is."""
-    hint = passes.CODES["lost_context"].hint
-    return Plan(plan.residual_adds, (), tuple(Refusal("lost_context", add, "", explanation, hint) for add in plan.residual_adds))
+    return Plan(plan.residual_adds, (), tuple(Refusal.of("lost_context", add, "", explanation) for add in plan.residual_adds))
 
 
 def original(gm: fx.GraphModule) -> fx.GraphModule:

@@ -50,7 +50,6 @@ def previewed(model: nn.Module, settings: Settings) -> Previewed:
         if path:  # what calls it could not be read, and may call more of its kind
             report = relabelled(report, too_short=("untraceable", "read by itself, as a single step"))
         graphs.append(graph_of(gm, plan, report, path))
-    hint = passes.CODES["untraceable"].hint
-    opaque = tuple(Refusal("untraceable", "", path, f"not read: {reason}", hint) for path, reason in seen.opaque.items())
+    opaque = tuple(Refusal.of("untraceable", "", path, f"not read: {reason}") for path, reason in seen.opaque.items())
     report = merged([*(graph.report for graph in graphs), Report(0, 0, (), opaque)])
     return Previewed(report, frozenset(seen.opaque).union(*(graph.closed for graph in graphs)) - {""})

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch.fx as fx
 
-import passes
 from passes import Plan, Refusal, Stretch
 
 from ..reporting.findings import AddReport
@@ -27,9 +26,8 @@ def bodies(gm: fx.GraphModule, planned: Callable[[fx.GraphModule], Plan]) -> Bod
 
 def refusals(plans: Bodies) -> tuple[Refusal, ...]:
     """One for each body in which adds could be rewritten."""
-    hint = passes.CODES["lost_context"].hint
     return tuple(
-        Refusal("lost_context", name, plan.regions[0].path, f"{len(plan.rewritten_adds)} residual adds are {_FOUND}", hint)
+        Refusal.of("lost_context", name, plan.regions[0].path, f"{len(plan.rewritten_adds)} residual adds are {_FOUND}")
         for name, plan in plans.items()
         if plan.regions
     )

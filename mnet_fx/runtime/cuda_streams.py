@@ -60,10 +60,10 @@ class Handover:
             t.record_stream(now)
         self.last = now
 
-    def wait(self, state: State | DeviceState, spilled: Sequence[Tensor]) -> None:
+    def wait(self, state: State | DeviceState, spilled: Callable[[], Sequence[Tensor]]) -> None:
         """The chain waits for its backward pass from now on; so these may lie elsewhere meanwhile.
 
         Args:
             state: of the chain.
-            spilled: what is in records.
+            spilled: gives what is in records.
         """

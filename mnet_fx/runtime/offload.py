@@ -63,11 +63,11 @@ class Offload(Handover):
         if self.is_away:
             self._come()
 
-    def wait(self, state: State | DeviceState, spilled: Sequence[Tensor]) -> None:
-        self.state, self.spilled, self.is_away = state, spilled, True
+    def wait(self, state: State | DeviceState, spilled: Callable[[], Sequence[Tensor]]) -> None:
+        self.state, self.spilled, self.is_away = state, spilled(), True  # the function holds the tape, which holds this
         state.trim(wait=False)
         with torch.no_grad(), self._copying() as stream:
-            for t in (*state.bulk(), *spilled):
+            for t in (*state.bulk(), *self.spilled):
                 here = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
                 if (there := _on_host(here, stream is not None)) is None:
                     break
@@ -103,7 +103,7 @@ class Offload(Handover):
                     here.copy_(there, non_blocking=True)
                 self.copies.pop()
         self.state.moved()
-        self.is_away, self.spilled = False, ()
+        self.is_away, self.spilled = False, []
 
 
 def _on_host(like: Tensor, pinned: bool) -> Tensor | None:

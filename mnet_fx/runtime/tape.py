@@ -186,7 +186,7 @@ class ReversingTape(Tape):
     def push(self, t: int, y: Tensor, x: Tensor) -> Tensor:
         after = self._pushed(t, y, x) if t < self.end else self._onwards(t, y, x)
         if t + 1 == len(self.factors):
-            self.handover.wait(self.state, self._spilled())
+            self.handover.wait(self.state, self._spilled)
         return after
 
     def _pushed(self, t: int, y: Tensor, x: Tensor) -> Tensor:

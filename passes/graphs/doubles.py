@@ -170,9 +170,7 @@ class Doubles:
         self.alive: list[Any] = []  # all storages, as an address is only its own while it lives
         self.inputs: dict[int, int] = {}  # numbers by the storages of the recorded inputs
         self.versions: dict[int, int] = {}  # of storages, see `Double`
-        self.waiting: dict[
-            int, list[Double]
-        ] = {}  # by storage: doubles that lie in it or were computed from it, if they may not have been made
+        self.waiting: dict[int, list[Double]] = {}  # by storage: doubles in it or computed from it, which may not have been made
 
     def number(self, tensor: Tensor) -> int:
         """The number of the storage of a tensor."""

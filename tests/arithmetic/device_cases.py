@@ -290,7 +290,7 @@ def away(n):
         handover = offload.Offload(run.dev.device)
         run.dev.trim(wait=True)
         bulk, there = run.dev.bulk(), {plane.data_ptr() for plane in run.dev.planes.planes}
-        handover.wait(run.dev, [])
+        handover.wait(run.dev, list)
         if DEVICE != "cpu":
             torch.cuda.synchronize()
         assert there

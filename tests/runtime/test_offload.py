@@ -4,6 +4,8 @@ The kernels of a device are tried with it in `arithmetic/device_cases.py`, a GPU
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -241,3 +243,20 @@ def test_the_option_is_checked_travels_and_makes_no_other_network():
     a, b = nets()
     assert mnet_fx.saved_options(a.state_dict())["offload"] is True
     b.load_state_dict(a.state_dict())  # warnings are errors here
+
+
+def test_nothing_is_left_for_the_garbage_collector(apart):
+    a, _ = nets(gamma=0.03)
+    x = torch.randn(3, 7, 16)
+    gradients(a, x)
+    gc.collect()
+    gc.disable()
+    try:
+        tapes, out = run(a, x)
+        alive = [weakref.ref(tape.handover) for tape in tapes]
+        del tapes
+        out.sum().backward()
+        del out
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
